@@ -1,0 +1,433 @@
+"""Configuration: frozen dataclasses, read from a profile and changed by overrides.
+
+A profile is a YAML file in ``grath_utils/profiles/``. Whatever it leaves out has the default given
+here, so that ``Config`` is always complete. Nothing is coerced: an unknown key, a value of the
+wrong type or an impossible value is a :class:`~grath_utils.errors.ConfigError` that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grath_utils.errors import ConfigError, did_you_mean
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Declare a field with its documentation and the values that it may take."""
+    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's base model."""
+
+    name: str = option(
+        "default", "`default` (SmolLM2-135M-Instruct), a Hub id, or a local model folder"
+    )
+    revision: str | None = option(None, "commit or tag of a Hub model; pin it for a real run")
+    quantization: str = option(
+        "none", "how the base weights are stored", choices=("none", "nf4", "fp4", "int8")
+    )
+    dtype: str = option(
+        "auto",
+        "compute type; auto = bfloat16 where the hardware multiplies it, else float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "auto = CUDA, else CPU", choices=("auto", "cpu", "cuda", "mps"))
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """The questions that the model answers to itself; never those of the test."""
+
+    source: str = option(
+        "own", "`own`, `arc_challenge`, `arc_easy`, a JSONL/CSV file, or a Hub data set id"
+    )
+    column: str = option("question", "the column that holds the question")
+    split: str = option("train", "split of a Hub data set")
+    limit: int | None = option(None, "use this many questions, drawn by the seed", minimum=2)
+    held_out: float = option(
+        0.1,
+        "share of the questions kept from training, to measure the margin on",
+        above=0,
+        maximum=0.5,
+    )
+    skip_bad: bool = option(False, "skip and count unusable questions instead of stopping")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """How the model writes its correct and incorrect answers."""
+
+    mode: str = option(
+        "default",
+        "`paper`: the official prompt and parser, greedy; `default`: the same idea made robust",
+        choices=("default", "paper"),
+    )
+    shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
+    annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
+    max_new_tokens: int = option(100, "longest completion, in tokens", minimum=8)
+    batch_size: int = option(32, "questions generated together", minimum=1)
+    retry_failed: bool = option(True, "later iterations try again the questions that failed")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter (LoRA, arXiv 2106.09685)."""
+
+    r: int = option(8, "rank", minimum=1)
+    alpha: int = option(16, "scale: the update is multiplied by alpha / r", minimum=1)
+    dropout: float = option(0.0, "dropout on the adapter's input", minimum=0, maximum=0.9)
+    targets: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj"), "layers to adapt, by name, or [all-linear]"
+    )
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """One round of direct preference optimisation (DPO, arXiv 2305.18290)."""
+
+    beta: float = option(0.1, "strength of the pull to the reference (equation 7)", above=0)
+    loss: str = option("sigmoid", "any loss type of TRL's DPOTrainer")
+    label_smoothing: float = option(
+        0.0, "cDPO: share of labels taken as flipped", minimum=0, maximum=0.5
+    )
+    learning_rate: float = option(5e-4, "peak learning rate", above=0)
+    schedule: str = option(
+        "cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup")
+    )
+    warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
+    max_grad_norm: float = option(0.3, "gradients are clipped to this norm", above=0)
+    optimizer: str = option("adamw_torch", "an optimiser name of transformers' Trainer")
+    batch_size: int = option(16, "pairs a step, over all devices (the global batch)", minimum=1)
+    micro_batch_size: int = option(4, "pairs in memory at a time on one device", minimum=1)
+    steps: int = option(1000, "optimiser steps in one round", minimum=1)
+    max_prompt_length: int = option(512, "longest prompt, in tokens", minimum=8)
+    max_length: int = option(1024, "longest prompt + completion, in tokens", minimum=16)
+    prompt_format: str = option(
+        "chat",
+        "how a training prompt is written: the chat template, or `Q: ... A:` as the test asks",
+        choices=("chat", "qa"),
+    )
+    reference: str = option(
+        "current",
+        "`current`: the model that the round starts from; `base`: the pretrained model, always",
+        choices=("current", "base"),
+    )
+    chain: str = option(
+        "continue",
+        "rounds after the first: train the same adapter on, merge it and add a new one, or start "
+        "afresh from the base model",
+        choices=("continue", "merge", "fresh"),
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    log_every: int = option(5, "steps between two lines of the training log", minimum=1)
+    save_every: int = option(20, "steps between two checkpoints to resume from", minimum=1)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The gradual part."""
+
+    iterations: int = option(2, "DPO rounds; 2 is the paper's headline", minimum=1, maximum=100)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the model is measured on, before and after."""
+
+    benchmarks: tuple[str, ...] = option(
+        ("probe", "retention"), "benchmark names; see `python -m grath_utils evaluate --help`"
+    )
+    limit: int | None = option(None, "items of each benchmark, drawn by the seed", minimum=2)
+    every_iteration: bool = option(True, "evaluate each iteration, not only base and last")
+    batch_tokens: int = option(4096, "tokens scored together", minimum=64)
+    bootstrap: int = option(2000, "resamples behind each 95 % interval", minimum=100)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    profile: str = option("cpu", "name of the profile that this came from")
+    seed: int = option(0, "reaches every stochastic step", minimum=0, maximum=2**31 - 1)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested dicts and lists, as JSON and YAML hold them."""
+        return {
+            key: _plain(getattr(self, key)) for key in (f.name for f in dataclasses.fields(self))
+        }
+
+    def flat(self) -> dict[str, Any]:
+        """Return ``{'dpo.beta': 0.1, ...}``."""
+        return dict(_flatten(self.to_dict()))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles that come with the package."""
+    return sorted(path.stem for path in _profiles_dir().glob("*.yaml"))
+
+
+def _profiles_dir() -> Path:
+    return Path(__file__).resolve().parent / "profiles"
+
+
+def load_config(
+    profile: str,
+    overrides: str | Mapping[str, Any] | Sequence[str] = (),
+    *,
+    seed: int | None = None,
+) -> Config:
+    """Return the complete configuration of a profile with overrides applied.
+
+    Args:
+        profile: a name in ``grath_utils/profiles/``, or the path of a YAML file.
+        overrides: ``"dpo.beta=0.05 loop.iterations=3"``, the same as a list of strings, or a
+            mapping from dotted keys to values.
+        seed: replaces the profile's seed.
+
+    Raises:
+        ConfigError: unknown profile or key, wrong type, or a value that cannot be.
+    """
+    tree = _read_profile(profile)
+    known = {key for key, _ in _flatten(Config().to_dict())}
+    for key, value in parse_overrides(overrides).items():
+        if key not in known:
+            raise ConfigError(f'unknown key "{key}" in the overrides{did_you_mean(key, known)}')
+        if key == "profile":
+            raise ConfigError('"profile" cannot be overridden: choose the profile itself')
+        node = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    if seed is not None:
+        tree["seed"] = seed
+    return config_from_dict(tree, where=f'profile "{profile}"')
+
+
+def _read_profile(profile: str) -> dict[str, Any]:
+    is_file = profile.endswith((".yaml", ".yml"))
+    path = Path(profile) if is_file else _profiles_dir() / f"{profile}.yaml"
+    if not is_file and profile not in profile_names():
+        raise ConfigError(f'unknown profile "{profile}"{did_you_mean(profile, profile_names())}')
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    tree["profile"] = path.stem
+    for key, value in tree.items():
+        if value is None and dataclasses.is_dataclass(getattr(Config(), key, None)):
+            tree[key] = {}  # a section header with nothing below it
+    return tree
+
+
+def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """Return ``{'dpo.beta': 0.05}`` for ``"dpo.beta=0.05"`` (values are read as YAML).
+
+    Raises:
+        ConfigError: a part is not ``key=value``, or a key is given twice.
+    """
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    try:
+        parts = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    except ValueError as error:
+        raise ConfigError(f"cannot read the overrides {overrides!r}: {error}") from error
+    parsed: dict[str, Any] = {}
+    for part in parts:
+        key, sep, text = part.partition("=")
+        if not sep or not key:
+            raise ConfigError(f'expected key=value in the overrides, found "{part}"')
+        if key in parsed:
+            raise ConfigError(f'"{key}" is given twice in the overrides')
+        try:
+            parsed[key] = _yaml_value(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f'"{key}": cannot read the value {text!r}') from error
+    return parsed
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 takes 5e-4 for a word; people mean the number
+        except ValueError:
+            pass
+    return value
+
+
+def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Config:
+    """Build a :class:`Config` from nested mappings, checking every key, type and value.
+
+    Raises:
+        ConfigError: names ``where``, the dotted key, what was found and what is valid.
+    """
+    config = _build(Config, tree, where, "")
+    _check_together(config, where)
+    return config
+
+
+def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f'{where}: "{prefix[:-1]}" holds {tree!r}; expected keys below it')
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in tree.items():
+        if key not in fields:
+            near = did_you_mean(str(key), fields)
+            raise ConfigError(f'{where}: unknown key "{prefix}{key}"{near}')
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value, where, f"{prefix}{key}.")
+        else:
+            values[key] = _check(value, hints[key], fields[key], f'{where}: "{prefix}{key}"')
+    return cls(**values)
+
+
+def _check(value: Any, hint: Any, spec: dataclasses.Field, name: str) -> Any:
+    optional = isinstance(hint, types.UnionType)
+    kind = next(a for a in typing.get_args(hint) if a is not type(None)) if optional else hint
+    if value is None:
+        if optional:
+            return None
+        raise ConfigError(f"{name} has no value; expected {_kind_name(kind)}")
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(items, (list, tuple))
+            or not items
+            or not all(isinstance(i, str) and i for i in items)
+        ):
+            raise ConfigError(f"{name} is {value!r}; expected a list of names such as [a, b]")
+        if len(set(items)) != len(items):
+            raise ConfigError(f"{name} names the same thing twice: {value!r}")
+        return tuple(items)
+    if kind is float:
+        # YAML 1.1 reads 5e-4 as text: a number without a dot is still a number to people.
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} is {value!r}; expected {_kind_name(kind)}")
+    _check_limits(value, spec.metadata, name)
+    return value
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "a list of names")
+
+
+def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
+    if limits["choices"] and value not in limits["choices"]:
+        near = did_you_mean(str(value), limits["choices"])
+        raise ConfigError(f'{name} cannot be "{value}"{near}')
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{name} is not a number (NaN)")
+    if limits["minimum"] is not None and value < limits["minimum"]:
+        raise ConfigError(f"{name} is {value}; the least is {limits['minimum']}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise ConfigError(f"{name} is {value}; it must be above {limits['above']}")
+    if limits["maximum"] is not None and value > limits["maximum"]:
+        raise ConfigError(f"{name} is {value}; the most is {limits['maximum']}")
+
+
+def _check_together(config: Config, where: str) -> None:
+    """Check what only several values together can get wrong."""
+    dpo = config.dpo
+    if dpo.batch_size % dpo.micro_batch_size:
+        raise ConfigError(
+            f'{where}: "dpo.batch_size" ({dpo.batch_size}) must be a multiple of '
+            f'"dpo.micro_batch_size" ({dpo.micro_batch_size})'
+        )
+    if dpo.max_prompt_length >= dpo.max_length:
+        raise ConfigError(
+            f'{where}: "dpo.max_prompt_length" ({dpo.max_prompt_length}) leaves no room for an '
+            f'answer below "dpo.max_length" ({dpo.max_length})'
+        )
+    if "all-linear" in config.lora.targets and len(config.lora.targets) > 1:
+        raise ConfigError(
+            f'{where}: "lora.targets" mixes all-linear with names; use one or the other'
+        )
+
+
+def describe_options() -> list[tuple[str, Any, str]]:
+    """Return (dotted key, default, help) for every option, in order: the reference for users."""
+    rows = []
+
+    def visit(cls: type, prefix: str) -> None:
+        for spec in dataclasses.fields(cls):
+            if spec.default is MISSING:
+                visit(spec.default_factory, f"{prefix}{spec.name}.")
+            else:
+                choices = spec.metadata["choices"]
+                text = spec.metadata["help"] + (f" [{' | '.join(choices)}]" if choices else "")
+                rows.append((prefix + spec.name, _plain(spec.default), text))
+
+    visit(Config, "")
+    return rows
+
+
+def differing_keys(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
+    """Return lines such as ``dpo.beta: 0.1 here, 0.05 there`` for every differing key."""
+    here, there = ours.flat(), dict(_flatten(theirs))
+    return [
+        f"{key}: {here.get(key, '(absent)')} here, {there.get(key, '(absent)')} there"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key, "(absent)") != there.get(key, "(absent)")
+    ]

@@ -1,0 +1,59 @@
+"""Errors written for people: what was wrong, where, and what to do about it.
+
+Every error that this package raises on purpose is a :class:`GrathError`. The command line prints
+its message without a traceback and ends with its ``exit_code``; notebooks show it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class GrathError(Exception):
+    """Something failed while the work was being done (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(GrathError):
+    """What was asked for cannot be done as asked: a wrong name, option or input (exit code 2)."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A profile, an override or a run directory's configuration is wrong; the message names keys."""
+
+
+class DataError(UsageError):
+    """An input file is malformed, empty or of the wrong kind; the message names file and line."""
+
+
+class ModelError(UsageError):
+    """A model or adapter cannot be found, does not fit, or is not what it is said to be."""
+
+
+class FetchError(GrathError):
+    """Something had to be downloaded and could not be, or arrived with the wrong checksum."""
+
+
+class RunError(GrathError):
+    """A run directory is incomplete, damaged, or in use by another process."""
+
+
+class ScoringError(GrathError):
+    """A score is not finite, or an item cannot be scored; the message names the item."""
+
+
+class TrainingError(GrathError):
+    """Training cannot start or has gone wrong (no trainable parameter, a non-finite loss, ...)."""
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return ``'; did you mean "x"?'`` for the nearest valid name, else the list of all of them."""
+    valid = sorted(valid)
+    near = get_close_matches(name, valid, n=1, cutoff=0.6)
+    if near:
+        return f'; did you mean "{near[0]}"?'
+    return f"; valid ones are: {', '.join(valid)}"

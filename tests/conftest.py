@@ -1,0 +1,93 @@
+"""Shared fixtures: a tiny random Llama for what is about code, the default model for the rest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from grath_utils.config import ModelConfig
+from grath_utils.models import Policy, load_base
+
+# Tests never ask a hub for anything; the default model comes from the package index.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random two-layer Llama with a byte-level tokenizer (as in GPT-2) to ``folder``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(specials + alphabet)}
+    # A few merges, so that a token can span the boundary of a prompt as it does in real models.
+    merges = []
+    for left, right in [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "a"), ("Ġ", "the"), ("e", "r")]:
+        vocab[left + right] = len(vocab)
+        merges.append((left, right))
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama."""
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def tiny_policy(tiny_llama: Path) -> Policy:
+    """A freshly loaded tiny policy in float32."""
+    return load_base(ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def default_policy() -> Policy:
+    """The real default model in float32, shared by the session: never train it."""
+    return load_base(ModelConfig(dtype="float32", device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """The benchmark mirror; skips where GRATH_MIRROR is unset."""
+    from grath_utils.paths import mirror_dir
+
+    folder = mirror_dir()
+    if folder is None:
+        pytest.skip("GRATH_MIRROR is not set: no benchmark data here")
+    return folder
