@@ -7,6 +7,7 @@ wrong type or an impossible value is a :class:`~grath_utils.errors.ConfigError` 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import types
@@ -141,6 +142,9 @@ class DPOConfig:
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     log_every: int = option(5, "steps between two lines of the training log", minimum=1)
+    evaluate_every: int = option(
+        20, "steps between two measurements on the held-out pairs", minimum=1
+    )
     save_every: int = option(20, "steps between two checkpoints to resume from", minimum=1)
 
 
@@ -264,7 +268,7 @@ def _read_profile(profile: str) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not valid YAML") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
-    tree["profile"] = path.stem
+    tree["profile"] = str(path.resolve()) if is_file else profile
     for key, value in tree.items():
         if value is None and dataclasses.is_dataclass(getattr(Config(), key, None)):
             tree[key] = {}  # a section header with nothing below it
@@ -291,20 +295,10 @@ def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[
         if key in parsed:
             raise ConfigError(f'"{key}" is given twice in the overrides')
         try:
-            parsed[key] = _yaml_value(text)
+            parsed[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f'"{key}": cannot read the value {text!r}') from error
     return parsed
-
-
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 takes 5e-4 for a word; people mean the number
-        except ValueError:
-            pass
-    return value
 
 
 def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Config:
@@ -356,10 +350,8 @@ def _check(value: Any, hint: Any, spec: dataclasses.Field, name: str) -> Any:
     if kind is float:
         # YAML 1.1 reads 5e-4 as text: a number without a dot is still a number to people.
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -23,7 +23,7 @@ class UsageError(GrathError):
 
 
 class ConfigError(UsageError):
-    """A profile, an override or a run directory's configuration is wrong; the message names keys."""
+    """A profile, an override or a run's configuration is wrong; the message names the key."""
 
 
 class DataError(UsageError):

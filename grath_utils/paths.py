@@ -26,7 +26,7 @@ def data_dir() -> Path:
 
 
 def notebooks_dir() -> Path | None:
-    """Return the folder with the numbered notebooks, or None where only the package is installed."""
+    """Return the folder with the numbered notebooks, or None outside a checkout."""
     folder = Path(__file__).resolve().parent.parent / "notebooks"
     return folder if folder.is_dir() else None
 

@@ -157,26 +157,36 @@ def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
         )
 
 
+LOCK_HOLDER = "GRATH_RUN_LOCK"
+"""Environment variable: the run directory that this process, or one that started it, has locked."""
+
+
 @contextmanager
 def lock_run(run: Run) -> Iterator[None]:
     """Hold the run directory for one process; the lock goes with the process, even if killed.
 
+    Whoever holds it may take it again, and so may the kernels that it starts.
+
     Raises:
         RunError: another process holds it.
     """
+    if os.environ.get(LOCK_HOLDER) == str(run.path):
+        yield
+        return
     run.path.mkdir(parents=True, exist_ok=True)
-    holder = run.path / ".lock"
-    lock = FileLock(holder, timeout=0)
+    lock = FileLock(run.path / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise RunError(
             f"{run.path} is in use by another process; wait for it to end, or choose another folder"
         ) from None
+    os.environ[LOCK_HOLDER] = str(run.path)
     try:
         sweep_partials(run.path)
         yield
     finally:
+        del os.environ[LOCK_HOLDER]
         lock.release()
 
 

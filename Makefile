@@ -1,0 +1,42 @@
+# Two commands do all the set-up: `make run` and `make test`. `make help` lists the rest.
+PYTHON  ?= python3
+PROFILE ?= cpu
+RUN_DIR ?= runs/$(PROFILE)
+
+ifeq ($(OS),Windows_NT)
+VENV_PYTHON := .venv/Scripts/python.exe
+else
+VENV_PYTHON := .venv/bin/python
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev run lab test lint format bench clean
+
+help:  ## show this list
+	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
+
+setup:  ## install the pinned packages into .venv
+	@$(PYTHON) grath_utils/bootstrap.py
+
+setup-dev:
+	@$(PYTHON) grath_utils/bootstrap.py --dev
+
+run: setup  ## the whole course on the default model, on a CPU: PROFILE=cpu RUN_DIR=runs/cpu
+	@$(VENV_PYTHON) -m grath_utils run --profile $(PROFILE) --run-dir $(RUN_DIR)
+
+lab: setup  ## open the notebooks in JupyterLab
+	@$(VENV_PYTHON) -m jupyterlab notebooks
+
+test: setup-dev lint  ## lint and all tests
+	@$(VENV_PYTHON) -m pytest
+
+lint: setup-dev
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+
+format: setup-dev  ## format the code
+	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
+	@$(VENV_PYTHON) -m ruff format .
+
+clean:  ## remove .venv and what tools left (run directories and the model cache stay)
+	@$(PYTHON) -c "import shutil, pathlib; [shutil.rmtree(p, ignore_errors=True) for p in map(pathlib.Path, ['.venv', 'build', '.pytest_cache', '.ruff_cache', '.hypothesis', 'grath_tutorial.egg-info'])]"

@@ -1,0 +1,436 @@
+"""The command line: ``python -m grath_utils COMMAND``.
+
+Exit codes: 0 done, 2 wrong usage or configuration, 1 failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from grath_utils.config import (
+    Config,
+    ModelConfig,
+    describe_options,
+    load_config,
+    parse_overrides,
+    profile_names,
+)
+from grath_utils.errors import GrathError, UsageError, did_you_mean
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    # Piped output would hold the progress lines back until the end.
+    sys.stdout.reconfigure(line_buffering=True)
+    options = build_parser().parse_args(arguments)
+    try:
+        options.work(options)
+    except GrathError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grath_utils",
+        description="GRATH, gradual self-truthifying: write pairs, train, evaluate.",
+        epilog="Each command has its own --help, with an example.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_env,
+        _add_run,
+        _add_status,
+        _add_report,
+        _add_pairs,
+        _add_train,
+        _add_evaluate,
+        _add_mirror,
+        _add_options,
+    ):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    work: Callable[[argparse.Namespace], None],
+    help: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"Example:\n  python -m grath_utils {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(work=work)
+    return parser
+
+
+# --- env -----------------------------------------------------------------------------------------
+
+
+def _add_env(commands: argparse._SubParsersAction) -> None:
+    _command(
+        commands, "env", _env, "print versions, device and caches: what a bug report needs", "env"
+    )
+
+
+def _env(options: argparse.Namespace) -> None:
+    from grath_utils import __version__
+    from grath_utils.models import CONVERSION, resolve
+    from grath_utils.paths import cache_dir, data_dir, mirror_dir
+    from grath_utils.runs import environment_facts
+
+    facts = environment_facts()
+    model = resolve(ModelConfig())
+    cached = (cache_dir() / CONVERSION / "config.json").is_file()
+    print(f"grath_utils {__version__} (profiles: {', '.join(profile_names())})")
+    for section in ("versions", "device"):
+        print(f"{section}:")
+        for key, value in facts[section].items():
+            print(f"  {key}: {value}")
+    print(f"compute: {model.device}, {model.dtype}")
+    print(f"cache: {cache_dir()} (default model {'there' if cached else 'not fetched yet'})")
+    print(f"data: {data_dir()}")
+    print(f"benchmark mirror (GRATH_MIRROR): {mirror_dir() or 'none'}")
+
+
+# --- run, status, report -------------------------------------------------------------------------
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "run",
+        _run,
+        "run the whole course through its notebooks, or go on with an interrupted run",
+        "run --profile cpu --run-dir runs/cpu --set dpo.beta=0.05 loop.iterations=3",
+    )
+    parser.add_argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
+    parser.add_argument("--run-dir", metavar="DIR", help="default: runs/PROFILE")
+    parser.add_argument("--seed", type=int, help="replaces the profile's seed")
+    _add_set(parser)
+    parser.add_argument(
+        "--no-notebooks",
+        action="store_true",
+        help="do the same stages in this process, without executing notebooks",
+    )
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change settings; `python -m grath_utils options` lists them",
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Torch loads only after the settings are known to be right.
+    config = load_config(options.profile, options.overrides, seed=options.seed)
+    from grath_utils.loop import run_stages, start_run
+    from grath_utils.notebooks import numbered_notebooks, run_notebooks
+    from grath_utils.report import summary_table, write_report
+
+    folder = options.run_dir or Path("runs") / Path(options.profile).stem
+    if options.no_notebooks:
+        run = start_run(folder, config)
+        run_stages(run)
+    else:
+        notebooks = numbered_notebooks()
+        run = start_run(folder, config)
+        run_notebooks(run, notebooks)
+    write_report(run)
+    print(f"\nReport: {run.report}\n")
+    print(summary_table(run))
+
+
+def _add_status(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "status", _status, "show where a run stands", "status --run-dir runs/cpu"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", required=True)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from grath_utils.loop import stages
+    from grath_utils.runs import load_run
+
+    run = load_run(options.run_dir)
+    plan = stages(run)
+    print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
+    for stage in plan:
+        print(f"  {'done   ' if stage.done else 'to do  '} {stage.name}")
+    done = sum(stage.done for stage in plan)
+    print(f"{done} of {len(plan)} stages done")
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "report",
+        _report,
+        "write report.html from what a run directory holds, and print the table",
+        "report --run-dir runs/cpu",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", required=True)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from grath_utils.report import summary_table, write_report
+    from grath_utils.runs import load_run
+
+    run = load_run(options.run_dir)
+    write_report(run)
+    print(f"Report: {run.report}\n")
+    print(summary_table(run))
+
+
+# --- single steps --------------------------------------------------------------------------------
+
+
+def _add_pairs(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "pairs",
+        _pairs,
+        "let a model write a correct and an incorrect answer to each question",
+        "pairs --questions own --limit 50 --out pairs.jsonl",
+    )
+    parser.add_argument(
+        "--questions",
+        metavar="SOURCE",
+        required=True,
+        help="own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set",
+    )
+    parser.add_argument("--column", default="question", help="column that holds the question")
+    parser.add_argument("--split", default="train", help="split of a Hub data set")
+    parser.add_argument("--mode", choices=("default", "paper"), help="default: the profile's")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N questions, drawn by the seed")
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count unusable questions")
+    parser.add_argument("--out", metavar="FILE.jsonl", required=True, type=Path)
+    _add_model(parser)
+    _add_step_settings(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser, default: str = "default") -> None:
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        default=default,
+        help="default, a Hub id, a folder, or RUN_DIR@ITERATION (default: %(default)s)",
+    )
+
+
+def _add_step_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", default="cpu", help="where all other settings come from (default: cpu)"
+    )
+    parser.add_argument("--seed", type=int, help="replaces the profile's seed")
+    _add_set(parser)
+
+
+def _step_config(options: argparse.Namespace, **settings: object) -> Config:
+    """Return the profile's configuration with a step's own options and ``--set`` applied."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    changed = {**given, **parse_overrides(options.overrides)}
+    return load_config(options.profile, changed, seed=options.seed)
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    config = _step_config(
+        options,
+        **{
+            "questions.source": options.questions,
+            "questions.column": options.column,
+            "questions.split": options.split,
+            "questions.skip_bad": options.skip_bad or None,
+            "pairs.mode": options.mode,
+        },
+    )
+    # A profile's own limit is about its run; here only --limit counts.
+    questions_config = replace(config.questions, limit=_at_least(options.limit, 1, "--limit"))
+    from grath_utils.models import load_policy
+    from grath_utils.pairs import generate_pairs
+    from grath_utils.questions import load_questions
+
+    questions = load_questions(questions_config, config.seed)
+    print(f"{len(questions)} questions from {questions.source}")
+    policy = load_policy(options.model)
+    report = generate_pairs(
+        policy,
+        questions.questions,
+        config.pairs,
+        seed=config.seed,
+        out=options.out,
+        rejects=options.out.with_suffix(".rejects.jsonl"),
+    )
+    print(report)
+    print(f"Pairs: {options.out}")
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "run one DPO round on a file of pairs",
+        "train --pairs pairs.jsonl --out round_0 --set dpo.steps=30",
+    )
+    parser.add_argument("--pairs", metavar="FILE", required=True, type=Path)
+    parser.add_argument("--out", metavar="DIR", required=True, type=Path)
+    _add_model(parser)
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        help="share of the questions kept to measure the margin on (default: the profile's)",
+    )
+    _add_step_settings(parser)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _step_config(options, **{"questions.held_out": options.held_out})
+    from grath_utils.pairs import read_pairs
+
+    pairs = read_pairs(options.pairs)
+    from grath_utils.dpo import train_round
+    from grath_utils.models import resolve, resolve_name
+    from grath_utils.questions import split_held_out
+
+    if (options.out / "adapter").exists():
+        raise UsageError(f"{options.out / 'adapter'} exists already; choose another --out")
+    base, adapters = resolve_name(options.model)
+    if not adapters:
+        base = replace(config.model, name=base.name)
+    train, held_out = split_held_out(pairs, config.questions.held_out, config.seed)
+    report = train_round(
+        resolve(base),
+        train,
+        held_out,
+        options.out,
+        dpo=config.dpo,
+        lora=config.lora,
+        seed=config.seed,
+        previous=adapters[-1] if adapters else None,
+    )
+    last = report.log[-1]
+    print(
+        f"{report.pairs} pairs ({report.over_long} over-long left out), {report.held_out} held out, "
+        f"{report.steps} steps, {report.trainable_parameters:,} trained parameters"
+    )
+    print(f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})")
+    print(f"Adapter: {options.out / 'adapter'}")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a model on a benchmark, with 95 %% intervals and question-blind controls",
+        "evaluate --model runs/cpu@1 --benchmark probe --out probe.json",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--benchmark",
+        metavar="B",
+        required=True,
+        help="truthfulqa_mc, truthfulqa_binary, truthfulqa_gen, arc_challenge, hellaswag, mmlu, "
+        "probe, retention",
+    )
+    parser.add_argument("--protocol", help="how the question is put (default: the benchmark's own)")
+    parser.add_argument("--limit", type=int, metavar="N", help="measure N items, drawn by the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--quantization", choices=("none", "nf4", "fp4", "int8"))
+    parser.add_argument("--out", metavar="FILE.json", required=True, type=Path)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from grath_utils.benchmarks import BENCHMARKS
+
+    if options.benchmark not in BENCHMARKS:
+        near = did_you_mean(options.benchmark, BENCHMARKS)
+        raise UsageError(f'unknown benchmark "{options.benchmark}"{near}')
+    limit = _at_least(options.limit, 1, "--limit")
+    from grath_utils.evaluation import evaluate
+    from grath_utils.models import load_policy
+    from grath_utils.report import metric_line
+
+    policy = load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
+    result = evaluate(
+        policy,
+        options.benchmark,
+        protocol=options.protocol,
+        limit=limit,
+        seed=options.seed,
+        out=options.out,
+    )
+    print(f"{result['n']} items from {result['source']}, protocol {result['protocol']}")
+    for name, metric in result["metrics"].items():
+        print(f"  {name:12} {metric_line(metric)}")
+    for note in result["notes"]:
+        print(f"  note: {note}")
+    print(f"Result: {options.out}")
+
+
+def _add_mirror(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "mirror",
+        _mirror,
+        "copy the benchmarks from the Hub into a folder, for use without network (GRATH_MIRROR)",
+        "mirror --to mirror",
+    )
+    parser.add_argument("--to", metavar="DIR", required=True, type=Path)
+
+
+def _mirror(options: argparse.Namespace) -> None:
+    from grath_utils.mirror import make_mirror
+
+    make_mirror(options.to)
+    print(f"Mirror: {options.to}. Use it with GRATH_MIRROR={options.to}")
+
+
+def _add_options(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "options",
+        _options,
+        "list every setting with its value in a profile and what it means",
+        "options --profile cpu",
+    )
+    parser.add_argument("--profile", default="cpu")
+
+
+def _options(options: argparse.Namespace) -> None:
+    values = load_config(options.profile).flat()
+    for key, _, text in describe_options():
+        print(f"{key} = {values[key]}\n    {text}")
+
+
+def _at_least(value: int | None, least: int, name: str) -> int | None:
+    if value is not None and value < least:
+        raise UsageError(f"{name} is {value}; the least is {least}")
+    return value

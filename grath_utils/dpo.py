@@ -1,0 +1,417 @@
+"""One round of direct preference optimisation (Rafailov et al., arXiv 2305.18290) with QLoRA.
+
+Three questions decide what a round is, and each has one answer here:
+
+* Which weights does training start from? ``chain`` (:func:`start_of_round`).
+* Which model is the reference? ``reference`` (:func:`reference_of_round`).
+* Which layers are trained? ``lora.targets`` (:func:`add_adapter`).
+
+The reference's log-probabilities never change within a round, so they are computed once, before
+training, and the reference model is then gone from memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from grath_utils.artifacts import atomic_path, fingerprint, read_json, write_json, write_jsonl
+from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
+from grath_utils.errors import DataError, TrainingError
+from grath_utils.models import (
+    ADAPTER_RECORD,
+    Policy,
+    adapter_fingerprint,
+    apply_adapters,
+    base_weights_fingerprint,
+    load_base,
+    merged_before,
+    quiet_transformers,
+)
+from grath_utils.pairs import Pair
+from grath_utils.preferences import PreferenceData, PreferenceExample, collate, tokenize_pairs
+
+# --- the mathematics -----------------------------------------------------------------------------
+
+
+def completion_log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the summed log-probability of each sequence's completion, shape (2 B,), float32.
+
+    ``log pi(y | x) = sum_t log pi(y_t | x, y_<t)``: summed, not averaged, as DPO's derivation has
+    it. Positions before the first completion token of the batch skip the output head.
+    """
+    ids, completion_mask = batch["input_ids"], batch["completion_mask"]
+    first = int(completion_mask.argmax(dim=1).min())  # first completion token in any row
+    keep = ids.shape[1] - first + 1  # its prediction is made one position earlier
+    logits = model(
+        input_ids=ids,
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=keep,
+        use_cache=False,
+    ).logits[:, :-1]  # (2 B, T - first, V); the last position predicts beyond the sequence
+    targets = ids[:, first:]  # (2 B, T - first)
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)
+    return (token_log_probs * completion_mask[:, first:]).sum(dim=1)
+
+
+def preference_loss(
+    policy_chosen: torch.Tensor,
+    policy_rejected: torch.Tensor,
+    reference_chosen: torch.Tensor,
+    reference_rejected: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the DPO loss and the reward margin of each pair (equation 7 of the DPO paper).
+
+    Args:
+        policy_chosen: summed log-probability of the chosen answer under the policy, shape (B,).
+        policy_rejected: the same for the rejected answer.
+        reference_chosen: the chosen answer under the reference.
+        reference_rejected: the rejected answer under the reference.
+        beta: strength of the pull to the reference.
+
+    Returns:
+        ``(losses, margins)``, each of shape (B,), in nats. When policy = reference, every margin is
+        0 and every loss ln 2.
+    """
+    chosen_reward = beta * (policy_chosen - reference_chosen)  # equation 5, without log Z(x)
+    rejected_reward = beta * (policy_rejected - reference_rejected)
+    margin = chosen_reward - rejected_reward  # log Z(x) cancels here
+    return -F.logsigmoid(margin), margin
+
+
+# --- where a round starts, and what it is compared with ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A set of weights by recipe: a base model and the adapters on it, in order."""
+
+    base: ModelConfig
+    adapters: tuple[Path, ...] = ()
+
+    def load(self) -> Policy:
+        """Load them; all adapters but the last are merged, the last stays an adapter."""
+        policy = load_base(self.base)
+        return apply_adapters(policy, list(self.adapters)) if self.adapters else policy
+
+    def fingerprint(self) -> str:
+        """Identify the weights without loading them."""
+        base = [base_weights_fingerprint(self.base), self.base.quantization, self.base.dtype]
+        return fingerprint([base, [adapter_fingerprint(path) for path in self.adapters]])
+
+
+def model_after(base: ModelConfig, adapter: Path | None) -> Weights:
+    """Return the weights of the model after a round (``None``: before the first)."""
+    if adapter is None:
+        return Weights(base)
+    return Weights(base, (*merged_before(adapter), adapter))
+
+
+def start_of_round(base: ModelConfig, previous: Path | None, chain: str) -> tuple[Weights, bool]:
+    """Return the weights that training starts from, and whether their last adapter trains on.
+
+    Args:
+        base: the base model.
+        previous: the previous round's adapter, None in the first round.
+        chain: ``continue`` trains the same adapter on; ``merge`` folds it in and adds a new one;
+            ``fresh`` starts from the base again (what the official code does from its second round
+            on, where the loaded adapter is silently re-initialised).
+    """
+    if previous is None or chain == "fresh":
+        return Weights(base), False
+    return model_after(base, previous), chain == "continue"
+
+
+def reference_of_round(base: ModelConfig, previous: Path | None, reference: str) -> Weights:
+    """Return the reference's weights: the pretrained model, or the model that wrote the pairs.
+
+    ``current`` is the previous round's model also where ``chain=fresh`` starts training elsewhere.
+    """
+    return model_after(base, None if reference == "base" else previous)
+
+
+def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
+    """Put a new LoRA adapter on the policy; its B matrices are 0, so nothing changes yet.
+
+    Raises:
+        TrainingError: a target name matches no linear layer; the names that exist are listed.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    all_linear = lora.targets == ("all-linear",)
+    if not all_linear:
+        _check_targets(policy.model, lora.targets)
+    model = policy.model
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    settings = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if all_linear else list(lora.targets),
+        bias="none",
+    )
+    set_seed(seed)  # LoRA's A matrices are drawn here
+    return replace(policy, model=get_peft_model(model, settings))
+
+
+def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
+    linear = {
+        name.rsplit(".", 1)[-1] for name, m in model.named_modules() if hasattr(m, "in_features")
+    }
+    missing = [name for name in targets if name not in linear]
+    if missing:
+        raise TrainingError(
+            f"lora.targets names layers that this model does not have: {', '.join(missing)}; "
+            f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, "
+            "or say [all-linear]"
+        )
+
+
+def set_seed(seed: int) -> None:
+    """Seed every random generator that training touches."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# --- reference log-probabilities -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def reference_log_probs(
+    policy: Policy, examples: Sequence[PreferenceExample], *, batch_size: int, progress: bool = True
+) -> tuple[list[float], list[float]]:
+    """Return the summed log-probabilities of all chosen and all rejected answers, in order.
+
+    Raises:
+        TrainingError: one of them is not finite; the pair is named.
+    """
+    # Like lengths together: less padding. The results go back to the order that was given.
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
+    chosen, rejected = [0.0] * len(examples), [0.0] * len(examples)
+    pad = policy.tokenizer.pad_token_id
+    policy.model.eval()
+    bar = tqdm(
+        total=len(order), desc="Reference log-probabilities", unit="pair", disable=not progress
+    )
+    with bar:
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            batch = collate([examples[i] for i in rows], pad, policy.device)
+            sums = completion_log_probs(policy.model, batch).tolist()
+            for k, i in enumerate(rows):
+                chosen[i], rejected[i] = sums[k], sums[len(rows) + k]
+                if not (math.isfinite(chosen[i]) and math.isfinite(rejected[i])):
+                    raise TrainingError(
+                        f"pair {examples[i].id}: the reference gives a log-probability that is not "
+                        "finite; the reference model is damaged, or float16 overflows (try "
+                        "model.dtype=bfloat16 or float32)"
+                    )
+            bar.update(len(rows))
+    return chosen, rejected
+
+
+def _reference_table(
+    weights: Weights,
+    data: PreferenceData,
+    batch_size: int,
+    cache: Path,
+    *,
+    loaded: Policy | None,
+    progress: bool,
+) -> tuple[list[float], list[float]]:
+    """Return the reference log-probabilities, from the cache where the same ones were computed."""
+    key = fingerprint(
+        [
+            weights.fingerprint(),
+            [[e.prompt_ids, e.chosen_ids, e.rejected_ids] for e in data.examples],
+        ]
+    )
+    if cache.is_file():
+        stored = read_json(cache)
+        if stored.get("key") == key:
+            return stored["chosen"], stored["rejected"]
+    policy = loaded or weights.load()
+    chosen, rejected = reference_log_probs(
+        policy, data.examples, batch_size=batch_size, progress=progress
+    )
+    write_json(cache, {"key": key, "chosen": chosen, "rejected": rejected})
+    return chosen, rejected
+
+
+# --- one round -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What one round did."""
+
+    pairs: int
+    held_out: int
+    over_long: int
+    trainable_parameters: int
+    steps: int
+    log: tuple[dict[str, Any], ...]
+    """The rows of ``training_log.jsonl``."""
+
+
+def train_round(
+    base: ModelConfig,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    folder: Path,
+    *,
+    dpo: DPOConfig,
+    lora: LoraConfig,
+    seed: int,
+    previous: Path | None = None,
+    progress: bool = True,
+) -> TrainingReport:
+    """Run one DPO round and leave ``adapter/`` and ``training_log.jsonl`` in ``folder``.
+
+    A round that was interrupted goes on from its last checkpoint and ends with the same adapter as
+    one that was not.
+
+    Args:
+        base: the base model, its quantization and dtype.
+        pairs: what to train on.
+        held_out: pairs of other questions, to measure the margin on; may be empty.
+        folder: the iteration's folder.
+        dpo: hyper-parameters.
+        lora: the adapter's shape.
+        seed: reaches the adapter's initialisation and the order of the data.
+        previous: the previous round's adapter.
+        progress: show progress bars.
+
+    Raises:
+        DataError: there is no pair to train on.
+        TrainingError: a LoRA target matches nothing, or the loss is not finite.
+    """
+    if not pairs:
+        raise DataError("no pair to train on: every question was rejected or held out")
+    start, trains_on = start_of_round(base, previous, dpo.chain)
+    reference = reference_of_round(base, previous, dpo.reference)
+    policy = start.load()
+    limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": dpo.max_length}
+    tokenize = {"prompt_format": dpo.prompt_format, **limits}
+    data = tokenize_pairs(policy.tokenizer, pairs, **tokenize)
+    held = (
+        tokenize_pairs(policy.tokenizer, held_out, **tokenize)
+        if held_out
+        else PreferenceData((), ())
+    )
+    both = PreferenceData(data.examples + held.examples, ())
+    chosen, rejected = _reference_table(
+        reference,
+        both,
+        dpo.micro_batch_size,
+        folder / "checkpoints" / "reference.json",
+        loaded=policy if reference == start else None,
+        progress=progress,
+    )
+    gc.collect()
+    policy = _make_trainable(policy, start, trains_on, lora, seed)
+    rows = _training_rows(both, chosen, rejected)
+    split = len(data.examples)
+    # TRL takes seconds to import: only training pays for it.
+    from grath_utils.trainer import run_trainer
+
+    log = run_trainer(
+        policy, rows[:split], rows[split:], folder / "checkpoints", dpo, seed, progress=progress
+    )
+    write_jsonl(folder / "training_log.jsonl", log)
+    merged = start.adapters[:-1] if trains_on else start.adapters
+    _save_adapter(policy, folder / "adapter", base, merged)  # last: its presence means "done"
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    return TrainingReport(
+        pairs=len(data.examples),
+        held_out=len(held.examples),
+        over_long=len(data.over_long) + len(held.over_long),
+        trainable_parameters=trained,
+        steps=dpo.steps,
+        log=tuple(log),
+    )
+
+
+def _make_trainable(
+    policy: Policy, start: Weights, trains_on: bool, lora: LoraConfig, seed: int
+) -> Policy:
+    """Turn the loaded start of a round into a policy whose adapter, and nothing else, trains."""
+    _refuse_cpu_linear4bit(policy.model)
+    if not trains_on:
+        if start.adapters:  # chain=merge: fold the last adapter in too
+            policy = replace(policy, model=policy.model.merge_and_unload())
+        return add_adapter(policy, lora, seed)
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return policy
+
+
+def _refuse_cpu_linear4bit(model: torch.nn.Module) -> None:
+    """Stop before a silent failure: on a CPU, bitsandbytes' 4-bit layers lose their gradient.
+
+    A ``Linear4bit`` that has once run inference on a CPU is repacked, and its backward pass then
+    gives no gradient at all to whatever lies below it; PyTorch only warns.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("Linear4bit", "LinearFP4", "LinearNF4"):
+            weight = next(module.parameters())
+            if weight.device.type == "cpu":
+                raise TrainingError(
+                    f"{name} is a bitsandbytes 4-bit layer on a CPU: after one inference pass it "
+                    "gives no gradient, and training would silently do nothing below it. Load the "
+                    "model with model.quantization=nf4 through grath_utils, which rounds the "
+                    "weights through NF4 and keeps them trainable on a CPU"
+                )
+
+
+def _training_rows(
+    data: PreferenceData, chosen: Sequence[float], rejected: Sequence[float]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_ids": list(e.prompt_ids),
+            "chosen_ids": list(e.chosen_ids),
+            "rejected_ids": list(e.rejected_ids),
+            "ref_chosen_logps": chosen[i],
+            "ref_rejected_logps": rejected[i],
+        }
+        for i, e in enumerate(data.examples)
+    ]
+
+
+def _save_adapter(policy: Policy, folder: Path, base: ModelConfig, merged: Sequence[Path]) -> None:
+    """Save the adapter with a record of the base it belongs to and of what was merged before."""
+    with atomic_path(folder) as partial, quiet_transformers():
+        settings = policy.model.peft_config["default"]
+        settings.base_model_name_or_path = base.name  # a name, not this machine's cache path
+        policy.model.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        write_json(
+            partial / ADAPTER_RECORD,
+            {
+                "base": base.name,
+                "base_weights": base_weights_fingerprint(base),
+                "model": {**dataclasses.asdict(base), "device": "auto"},
+                "merged": [Path(os.path.relpath(path, folder)).as_posix() for path in merged],
+            },
+        )

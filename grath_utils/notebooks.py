@@ -1,0 +1,209 @@
+"""Run the numbered notebooks unattended, and open a run from inside one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from grath_utils.artifacts import atomic_path
+from grath_utils.config import load_config
+from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
+from grath_utils.loop import start_run
+from grath_utils.paths import notebooks_dir
+from grath_utils.runs import Run, lock_run
+
+PARAMETERS = ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")
+
+
+# --- inside a notebook ---------------------------------------------------------------------------
+
+
+def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> Run:
+    """Open the run that a notebook's ``parameters`` cell names, and print what it stands on.
+
+    Args:
+        profile: name of a profile.
+        run_dir: the run directory; empty means ``runs/PROFILE`` in the repository.
+        seed: replaces the profile's seed.
+        overrides: such as ``"dpo.beta=0.05 loop.iterations=3"``.
+    """
+    config = load_config(profile, overrides, seed=seed)
+    run = start_run(run_dir or default_run_dir(profile), config)
+    info = run.info()
+    versions, device = info["versions"], info["device"]
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft")
+    )
+    print(f"Run       {run.path} (profile {profile}, seed {config.seed})")
+    print(f"Model     {config.model.name}, quantization {config.model.quantization}")
+    print(f"Questions {info['questions']['n']} from {info['questions']['source']}")
+    print(f"Device    {info['resolved']['device']} ({device['accelerator']}), "
+          f"{info['resolved']['dtype']}, {device['cpu_count']} CPU cores")  # fmt: skip
+    print(f"Packages  Python {versions['python']}, {packages}")
+    return run
+
+
+def default_run_dir(profile: str) -> Path:
+    """Return ``runs/PROFILE`` in the repository, whatever the working directory is."""
+    folder = notebooks_dir()
+    root = folder.parent if folder else Path.cwd()
+    return root / "runs" / Path(profile).stem
+
+
+# --- running them --------------------------------------------------------------------------------
+
+
+def numbered_notebooks() -> list[Path]:
+    """Return the course's main notebooks in order.
+
+    Raises:
+        UsageError: only the package is installed here, without the notebooks.
+    """
+    folder = notebooks_dir()
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) if folder else []
+    if not found:
+        raise UsageError(
+            "the notebooks are not here: run this in a checkout of the repository, or pass "
+            "--no-notebooks to do the same work without them"
+        )
+    return found
+
+
+def run_notebooks(
+    run: Run, notebooks: list[Path], *, say: Callable[[str], None] = print
+) -> list[Path]:
+    """Execute notebooks in order with the run's configuration; one line of progress for each.
+
+    The executed copies land in ``RUN/notebooks/``. One that was executed before, from the same
+    source, is not executed again.
+
+    Raises:
+        GrathError: a cell failed; the message names notebook and cell, and the notebook as far as
+            it came is kept as ``NAME.failed.ipynb``.
+    """
+    executed = []
+    with lock_run(run):
+        for path in notebooks:
+            target = run.executed_notebooks / path.name
+            executed.append(target)
+            if _is_current(target, path):
+                say(f"{path.stem:24} done before")
+                continue
+            start = time.monotonic()
+            _show(f"{path.stem:24} running ...")
+            execute_notebook(path, target, run_parameters(run))
+            _show("")
+            say(f"{path.stem:24} done in {_duration(time.monotonic() - start)}")
+    return executed
+
+
+def run_parameters(run: Run) -> dict[str, Any]:
+    """Return the ``parameters`` that make a notebook use this run and its configuration."""
+    config = run.config
+    plain = load_config(config.profile).flat()
+    changed = {
+        key: value
+        for key, value in config.flat().items()
+        if value != plain[key] and key not in ("seed", "profile")
+    }
+    # JSON values are YAML values, and quoting keeps spaces together.
+    overrides = " ".join(_quoted(f"{key}={json.dumps(value)}") for key, value in changed.items())
+    return {
+        "PROFILE": config.profile,
+        "RUN_DIR": str(run.path),
+        "SEED": config.seed,
+        "OVERRIDES": overrides,
+    }
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def execute_notebook(path: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+    """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
+
+    Raises:
+        UsageError: a parameter that the notebook does not have (papermill alone only warns).
+        GrathError: a cell failed.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known = papermill.inspect_notebook(str(path))
+    for name in parameters:
+        if name not in known:
+            raise UsageError(f'{path.name} has no parameter "{name}"{did_you_mean(name, known)}')
+    failed = target.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    with atomic_path(target) as partial, _importable():
+        try:
+            papermill.execute_notebook(
+                str(path), str(partial), dict(parameters), progress_bar=False, log_output=False,
+                kernel_name="python3", cwd=str(path.parent),
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            os.replace(partial, failed)
+            raise GrathError(
+                f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+                f"The notebook as far as it came: {failed}"
+            ) from error
+        except RuntimeError as error:  # the kernel died
+            os.replace(partial, failed)
+            raise RunError(
+                f"{path.name}: the kernel died ({error}); most often memory ran out. Try smaller "
+                "batches (dpo.micro_batch_size, evaluation.batch_tokens) and run the same again"
+            ) from error
+
+
+def _is_current(target: Path, source: Path) -> bool:
+    """Tell whether an executed notebook was made from the source as it is now."""
+    if not target.is_file():
+        return False
+    ours = json.loads(source.read_text(encoding="utf-8"))["cells"]
+    theirs = json.loads(target.read_text(encoding="utf-8"))["cells"]
+
+    def code(cells: list[dict[str, Any]]) -> list[str]:
+        return [
+            "".join(cell["source"])
+            for cell in cells
+            if "injected-parameters" not in cell["metadata"].get("tags", [])
+        ]
+
+    return code(ours) == code(theirs)
+
+
+class _importable:
+    """Let the kernels import the package also from a checkout that is not installed."""
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("PYTHONPATH")
+        root = str(Path(__file__).resolve().parent.parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, self.before]))
+
+    def __exit__(self, *exception: object) -> None:
+        if self.before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = self.before
+
+
+def _show(line: str) -> None:
+    """Show a passing line on a terminal; a log file gets only what stays."""
+    if sys.stdout.isatty():
+        print(f"\r{line:60}\r" if line else f"\r{'':60}\r", end="", flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

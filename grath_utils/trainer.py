@@ -1,0 +1,229 @@
+"""The bridge to TRL: one round of its ``DPOTrainer`` on token ids that are ready.
+
+TRL computes the loss, steps the optimiser and writes checkpoints. What is ours: the token ids and
+the reference log-probabilities come in with the data, a checkpoint counts only when it is whole,
+and a loss that is not finite stops the round.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig as TRLConfig
+from trl import DPOTrainer
+
+from grath_utils.artifacts import write_json
+from grath_utils.config import DPOConfig
+from grath_utils.errors import ConfigError, TrainingError
+from grath_utils.models import Policy, quiet_transformers
+
+COMPLETE = "complete.json"  # written into a checkpoint after everything else
+
+# TRL's names -> ours. Log-probabilities are sums over answer tokens, in nats.
+LOGGED = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "rewards/chosen": "reward_chosen",
+    "rewards/rejected": "reward_rejected",
+    "logps/chosen": "logp_chosen",
+    "logps/rejected": "logp_rejected",
+}
+
+
+class ReadyDataTrainer(DPOTrainer):
+    """``DPOTrainer`` for rows that already hold token ids and reference log-probabilities."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def use_given_reference(self) -> None:
+        """Read the reference from the data; drop the copy of the adapter that TRL made for it."""
+        self.precompute_ref_logps = True
+        peft_model = self.accelerator.unwrap_model(self.model)
+        if "ref" in peft_model.peft_config:
+            peft_model.delete_adapter("ref")
+
+
+def run_trainer(
+    policy: Policy,
+    train_rows: Sequence[dict[str, Any]],
+    held_out_rows: Sequence[dict[str, Any]],
+    folder: Path,
+    config: DPOConfig,
+    seed: int,
+    *,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Train the policy's adapter in place and return the log, one row a logged step.
+
+    Args:
+        policy: a policy whose adapter, and nothing else, requires gradients.
+        train_rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps``,
+            ``ref_rejected_logps``.
+        held_out_rows: the same for held-out questions; may be empty.
+        folder: for checkpoints; an interrupted round goes on from the last whole one.
+        config: hyper-parameters.
+        seed: order of the data.
+        progress: show a progress bar.
+
+    Returns:
+        Rows ``{"step", "split": "train" | "held_out", "loss", "margin", "accuracy", "logp_chosen",
+        "logp_rejected", ...}``. Step 0 of ``held_out`` is measured before any update.
+
+    Raises:
+        TrainingError: the loss is not finite, or nothing is trainable.
+        ConfigError: the loss or the optimiser is not one that TRL or transformers know.
+    """
+    if not any(p.requires_grad for p in policy.model.parameters()):
+        raise TrainingError("nothing to train: no parameter of the adapter requires a gradient")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        trainer = ReadyDataTrainer(
+            model=policy.model,
+            args=_arguments(policy, config, folder, seed, bool(held_out_rows)),
+            train_dataset=Dataset.from_list(list(train_rows)),
+            eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
+            processing_class=policy.tokenizer,
+        )
+        trainer.use_given_reference()
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(_Watch(config.steps, progress))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    policy.model.eval()
+    return _log_rows(trainer.state.log_history)
+
+
+def _arguments(
+    policy: Policy, config: DPOConfig, folder: Path, seed: int, evaluates: bool
+) -> TRLConfig:
+    on_cpu = policy.device.type == "cpu"
+    world = 1 if on_cpu else max(1, torch.cuda.device_count())
+    try:
+        return TRLConfig(
+            output_dir=str(folder),
+            beta=config.beta,
+            loss_type=[config.loss],
+            label_smoothing=config.label_smoothing,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            optim=config.optimizer,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.micro_batch_size,
+            per_device_eval_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=max(
+                1, config.batch_size // (config.micro_batch_size * world)
+            ),
+            gradient_checkpointing=config.gradient_checkpointing,
+            max_length=None,  # the pairs were measured and chosen already
+            # The weights are in the compute type already; autocast would only convert them again.
+            bf16=False,
+            fp16=False,
+            use_cpu=on_cpu,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=config.log_every,
+            eval_strategy="steps" if evaluates else "no",
+            eval_steps=config.evaluate_every,
+            eval_on_start=evaluates,
+            save_steps=config.save_every,
+            save_total_limit=2,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=not on_cpu,
+            remove_unused_columns=False,
+        )
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"the trainer refuses these dpo settings: {error}") from error
+
+
+class _Watch(TrainerCallback):
+    """Progress bar, checkpoint markers, and a stop at the first loss that is not finite."""
+
+    def __init__(self, steps: int, progress: bool) -> None:
+        self.bar = tqdm(total=steps, desc="DPO", unit="step", disable=not progress)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        for key in ("loss", "grad_norm", "eval_loss"):
+            value = logs.get(key)
+            if value is not None and not math.isfinite(float(value)):
+                raise TrainingError(
+                    f"{key} is {value} at step {state.global_step}: training has diverged; lower "
+                    "dpo.learning_rate, or raise dpo.warmup_steps"
+                )
+        if "loss" in logs:
+            margin = float(logs.get("rewards/margins", 0.0))
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, margin {margin:+.2f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(checkpoint / COMPLETE, {"step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest whole checkpoint; remove those that a killed process left half-written."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            whole.append((int(path.name.rsplit("-", 1)[1]), path))
+        else:
+            shutil.rmtree(path)
+    return str(max(whole)[1]) if whole else None
+
+
+def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for entry in history:
+        held_out = "eval_loss" in entry
+        prefix = "eval_" if held_out else ""
+        if prefix + "loss" not in entry:
+            continue  # the summary of the whole run
+        row: dict[str, Any] = {
+            "step": int(entry["step"]),
+            "split": "held_out" if held_out else "train",
+        }
+        for theirs, ours in LOGGED.items():
+            if prefix + theirs in entry:
+                row[ours] = float(entry[prefix + theirs])
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' own bars and notices out of the notebook; ours say what matters."""
+    disable_progress_bar()
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        enable_progress_bar()
