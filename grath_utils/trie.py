@@ -215,6 +215,16 @@ def _nodes(top: list[int], first: int, last: int) -> np.ndarray:
     return np.concatenate([np.asarray(top, dtype=np.int64), np.arange(first, last)])
 
 
+def sequence_blocks(trie: Trie) -> list[Block]:
+    """Return one block for each whole sequence: no cache, no mask but the causal one."""
+    leaves = np.flatnonzero(trie.end == np.arange(len(trie)) + 1)
+    starts = np.concatenate([[0], leaves[:-1] + 1])
+    return [
+        Block(np.array([*trie.ancestors(leaf), leaf]), int(start), int(leaf) + 1, (), keep=False)
+        for start, leaf in zip(starts, leaves, strict=True)
+    ]
+
+
 def attention_mask(trie: Trie, nodes: np.ndarray) -> np.ndarray:
     """Return which of a block's nodes see which: shape (len(nodes), len(nodes)), query first."""
     query, key = nodes[:, None], nodes[None, :]
