@@ -357,7 +357,7 @@ class Overlap:
     benchmark: str
     text: str
     kind: str
-    """``same`` (but for case and punctuation) or ``near`` (a run of eight words, and half of all)."""
+    """``same`` (but for case and punctuation) or ``near`` (eight words in a row, half of all)."""
 
 
 def overlap_with_benchmarks(
