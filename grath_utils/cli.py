@@ -74,7 +74,7 @@ def _command(
     parser = commands.add_parser(
         name,
         help=help,
-        description=help[0].upper() + help[1:] + ".",
+        description=(help[0].upper() + help[1:] + ".").replace("%%", "%"),
         epilog=f"Example:\n  python -m grath_utils {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -276,7 +276,9 @@ def _pairs(options: argparse.Namespace) -> None:
 
     questions = load_questions(questions_config, config.seed)
     print(f"{len(questions)} questions from {questions.source}")
-    policy = load_policy(options.model)
+    policy = load_policy(
+        options.model, quantization=config.model.quantization, dtype=config.model.dtype
+    )
     report = generate_pairs(
         policy,
         questions.questions,
@@ -336,8 +338,8 @@ def _train(options: argparse.Namespace) -> None:
     )
     last = report.log[-1]
     print(
-        f"{report.pairs} pairs ({report.over_long} over-long left out), {report.held_out} held out, "
-        f"{report.steps} steps, {report.trainable_parameters:,} trained parameters"
+        f"{report.pairs} pairs ({report.over_long} over-long left out), "
+        f"{report.held_out} held out, {report.steps} steps, {report.trainable_parameters:,} trained parameters"
     )
     print(f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})")
     print(f"Adapter: {options.out / 'adapter'}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shlex
 import types
 import typing
@@ -94,7 +95,7 @@ class PairsConfig:
 class LoraConfig:
     """The adapter (LoRA, arXiv 2106.09685)."""
 
-    r: int = option(8, "rank", minimum=1)
+    r: int = option(8, "rank of the update to each layer", minimum=1)
     alpha: int = option(16, "scale: the update is multiplied by alpha / r", minimum=1)
     dropout: float = option(0.0, "dropout on the adapter's input", minimum=0, maximum=0.9)
     targets: tuple[str, ...] = option(
@@ -371,6 +372,8 @@ def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
         raise ConfigError(f'{name} cannot be "{value}"{near}')
     if isinstance(value, float) and value != value:
         raise ConfigError(f"{name} is not a number (NaN)")
+    if isinstance(value, float) and math.isinf(value):
+        raise ConfigError(f"{name} is {value}; it must be finite")
     if limits["minimum"] is not None and value < limits["minimum"]:
         raise ConfigError(f"{name} is {value}; the least is {limits['minimum']}")
     if limits["above"] is not None and value <= limits["above"]:

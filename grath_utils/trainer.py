@@ -200,16 +200,17 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
+    rows, seen = [], set()
     for entry in history:
         held_out = "eval_loss" in entry
         prefix = "eval_" if held_out else ""
         if prefix + "loss" not in entry:
             continue  # the summary of the whole run
-        row: dict[str, Any] = {
-            "step": int(entry["step"]),
-            "split": "held_out" if held_out else "train",
-        }
+        split, step = "held_out" if held_out else "train", int(entry["step"])
+        if (split, step) in seen:
+            continue  # a resumed round measures its first step once more
+        seen.add((split, step))
+        row: dict[str, Any] = {"step": step, "split": split}
         for theirs, ours in LOGGED.items():
             if prefix + theirs in entry:
                 row[ours] = float(entry[prefix + theirs])

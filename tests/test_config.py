@@ -1,0 +1,140 @@
+"""Profiles and overrides: complete, frozen, and wrong input named by its key."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from grath_utils.config import (
+    Config,
+    config_from_dict,
+    describe_options,
+    differing_keys,
+    load_config,
+    parse_overrides,
+    profile_names,
+)
+from grath_utils.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_loads_and_round_trips(name: str) -> None:
+    config = load_config(name)
+    assert config.profile == name
+    assert config_from_dict(config.to_dict()) == config
+    assert differing_keys(config, config.to_dict()) == []
+
+
+def test_the_documented_profiles_are_there() -> None:
+    assert profile_names() == ["colab-t4", "cpu", "paper-llama2", "paper-zephyr", "smoke"]
+
+
+def test_config_is_frozen() -> None:
+    config = load_config("cpu")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.dpo.beta = 1.0  # type: ignore[misc]
+
+
+def test_overrides_change_what_they_name_and_nothing_else() -> None:
+    plain = load_config("cpu")
+    changed = load_config(
+        "cpu", "dpo.beta=0.05 lora.targets=[q_proj,v_proj] questions.limit=null", seed=7
+    )
+    assert changed.dpo.beta == 0.05
+    assert changed.lora.targets == ("q_proj", "v_proj")
+    assert changed.questions.limit is None
+    assert changed.seed == 7
+    different = {line.split(":")[0] for line in differing_keys(changed, plain.to_dict())}
+    assert different == {"dpo.beta", "lora.targets", "questions.limit", "seed"}
+
+
+def test_a_number_without_a_dot_is_a_number() -> None:
+    # YAML 1.1 reads 5e-4 as text.
+    assert load_config("cpu", "dpo.learning_rate=5e-4").dpo.learning_rate == 5e-4
+    assert load_config("cpu", "dpo.beta=1").dpo.beta == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("dpo.bata=0.1", 'unknown key "dpo.bata".*did you mean "dpo.beta"'),
+        ("beta=0.1", 'unknown key "beta"'),
+        ("dpo.beta=much", "\"dpo.beta\" is 'much'; expected a number"),
+        ("dpo.beta=0", '"dpo.beta" is 0.0; it must be above 0'),
+        ("dpo.beta=.nan", '"dpo.beta" is not a number'),
+        ("dpo.beta=.inf", '"dpo.beta" is inf; it must be finite'),
+        ("dpo.beta=null", '"dpo.beta" has no value'),
+        ("dpo.steps=2.5", '"dpo.steps" is 2.5; expected a whole number'),
+        ("dpo.steps=true", '"dpo.steps" is True; expected a whole number'),
+        ("dpo.steps=0", '"dpo.steps" is 0; the least is 1'),
+        ("dpo.reference=bass", '"dpo.reference" cannot be "bass".*did you mean "base"'),
+        ("dpo.gradient_checkpointing=1", "expected true or false"),
+        ("dpo.batch_size=7", "must be a multiple of"),
+        ("dpo.max_prompt_length=2000", "leaves no room for an answer"),
+        ("lora.targets=[]", "expected a list of names"),
+        ("lora.targets=[q_proj,q_proj]", "names the same thing twice"),
+        ("lora.targets=[all-linear,q_proj]", "mixes all-linear with names"),
+        ("dpo.beta", "expected key=value"),
+        ("dpo.beta=0.1 dpo.beta=0.2", "given twice"),
+        ("dpo.beta='0.1", "cannot read the overrides"),
+        ("profile=smoke", "choose the profile itself"),
+        ("seed=-1", '"seed" is -1; the least is 0'),
+        ("questions.held_out=0.9", "the most is 0.5"),
+    ],
+)
+def test_wrong_overrides_are_named(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("cpu", overrides)
+
+
+def test_unknown_profile_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match='unknown profile "cpuu"; did you mean "cpu"'):
+        load_config("cpuu")
+
+
+def test_a_profile_file_of_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("dpo:\n  beta: 0.3\nloop:\n", encoding="utf-8")
+    config = load_config(str(path))
+    assert config.dpo.beta == 0.3
+    assert load_config(config.profile) == config  # its recorded name finds it again
+    path.write_text("dpo:\n  beta: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine.yaml, line \d+: not valid YAML"):
+        load_config(str(path))
+    path.write_text("just words", encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected `key: value` lines"):
+        load_config(str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(str(tmp_path / "absent.yaml"))
+
+
+def test_overrides_as_mapping_list_and_text_agree() -> None:
+    expected = {"dpo.beta": 0.05, "questions.source": "my file.jsonl"}
+    assert parse_overrides('dpo.beta=0.05 questions.source="my file.jsonl"') == expected
+    assert parse_overrides(["dpo.beta=0.05", "questions.source=my file.jsonl"]) == expected
+    assert parse_overrides(expected) == expected
+
+
+def test_every_option_is_documented() -> None:
+    rows = describe_options()
+    assert {key for key, _, _ in rows} == set(Config().flat())
+    assert all(len(text) > 8 for _, _, text in rows)
+
+
+def test_paper_presets_hold_the_official_numbers() -> None:
+    """RECIPE of the official code: beta, rate, warm-up, batch, steps, LoRA, lengths."""
+    llama, zephyr = load_config("paper-llama2"), load_config("paper-zephyr")
+    assert (llama.dpo.beta, llama.dpo.learning_rate, llama.dpo.warmup_steps) == (0.1, 5e-4, 100)
+    assert (llama.dpo.batch_size, llama.dpo.micro_batch_size) == (16, 4)
+    assert (llama.dpo.steps, zephyr.dpo.steps) == (1000, 500)
+    assert (llama.dpo.max_prompt_length, llama.dpo.max_length) == (512, 1024)
+    assert (llama.lora.r, llama.lora.alpha) == (8, 16)
+    assert llama.lora.targets == ("q_proj", "k_proj", "v_proj")
+    assert (llama.dpo.reference, llama.loop.iterations) == ("current", 2)
+    assert llama.pairs.mode == "paper"
+    different = {line.split(":")[0] for line in differing_keys(llama, zephyr.to_dict())}
+    assert different == {"profile", "model.name", "dpo.steps"}

@@ -1,0 +1,115 @@
+"""The project as a whole: package lists agree, modules import one way only, nothing leaks."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "grath_utils"
+
+# In the order in which data flows: a module may import only what stands before it.
+ORDER = """
+errors paths artifacts config runs
+questions benchmarks mirror controls
+models prompts parsing encoding trie scoring shared_prefix generation
+pairs audit
+preferences trainer dpo
+statistics metrics protocols evaluation
+loop plots report notebooks cli
+""".split()
+ALONE = {"bootstrap", "__init__", "__main__"}  # run before anything is installed; front doors
+
+
+def pins(name: str) -> dict[str, tuple[str, str]]:
+    """Return package -> (version, comment) of a requirements file."""
+    found = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            pin, _, comment = line.partition("#")
+            package, _, version = pin.strip().partition("==")
+            found[package] = (version, comment.strip())
+    return found
+
+
+def test_requirements_environment_and_pyproject_agree() -> None:
+    pinned = pins("requirements.txt")
+    conda = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    in_conda = {
+        match[1]: (match[2], match[3].strip())
+        for match in re.finditer(r"^ {6}- ([\w-]+)==(\S+)\s+#(.*)$", conda, re.MULTILINE)
+    }
+    assert in_conda == pinned
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ranges = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    assert ranges.keys() == pinned.keys()
+    for package, (version, comment) in pinned.items():
+        assert version in ranges[package], f"{package}: {version} is outside {ranges[package]}"
+        assert comment, f"{package}: say where it is used"
+    dev = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["dev"])}
+    pinned_dev = pins("requirements-dev.txt")
+    assert dev.keys() == pinned_dev.keys()
+    for package, (version, _) in pinned_dev.items():
+        assert version in dev[package]
+    assert SpecifierSet(project["requires-python"]).contains("3.11")
+
+
+def test_the_packages_that_the_project_is_about_are_there() -> None:
+    wanted = "jupyterlab torch transformers trl peft bitsandbytes datasets matplotlib papermill"
+    assert set(wanted.split()) <= pins("requirements.txt").keys()
+
+
+def test_modules_import_only_what_stands_before_them() -> None:
+    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
+    unknown = modules.keys() - set(ORDER) - ALONE
+    assert not unknown, f"give these modules a place in ORDER: {sorted(unknown)}"
+    for name, path in modules.items():
+        if name in ALONE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grath_utils."):
+                imported = node.module.split(".")[1]
+                assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("module", ["grath_utils", "grath_utils.cli", "grath_utils.config"])
+def test_light_modules_do_not_load_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def tracked_text_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    suffixes = {".py", ".ipynb", ".md", ".yml", ".yaml", ".toml", ".txt", ".jsonl", ".cff", ""}
+    return [
+        ROOT / name for name in done.stdout.split("\0") if name and Path(name).suffix in suffixes
+    ]
+
+
+def test_no_absolute_path_of_a_machine_is_in_the_repository() -> None:
+    pattern = re.compile(r"(?<![\w.])/(home|Users|root|work)/\w+")
+    for path in tracked_text_files():
+        if path.is_file():
+            found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert not found, f"{path.relative_to(ROOT)} holds {found.group()}"
+
+
+def test_nothing_at_the_top_that_the_layout_does_not_have() -> None:
+    allowed = {
+        "notebooks", "grath_utils", "data", "tests", "environment.yml", "README.md",
+        "pyproject.toml", "requirements.txt", "requirements-dev.txt", "Makefile", "LICENSE",
+        "CITATION.cff", ".ci", ".github", ".gitignore",
+    }  # fmt: skip
+    top = {path.relative_to(ROOT).parts[0] for path in tracked_text_files()}
+    assert top <= allowed, f"not in the layout: {sorted(top - allowed)}"
