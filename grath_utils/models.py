@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from grath_utils.artifacts import (
     atomic_path,
@@ -204,7 +205,7 @@ def load_base(config: ModelConfig) -> Policy:
             source = {"revision": config.revision, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(folder, **source)
             model = AutoModelForCausalLM.from_pretrained(folder, **source, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(_explain_load_error(config.name, error)) from error
     if config.quantization != "none" and not on_gpu:
         round_weights(model, config.quantization)
@@ -380,7 +381,7 @@ def apply_adapters(policy: Policy, adapters: list[Path], *, trainable: bool = Fa
                 )
                 if not last:
                     model = model.merge_and_unload()
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"cannot load the adapter in {folder}: {error}") from error
     if not trainable:
         model.eval()
