@@ -18,9 +18,13 @@ BENCHMARKS = ("truthful_qa", "ai2_arc", "hellaswag", "mmlu")
 
 # Words that say little about what a question is about. Question words and auxiliaries are here
 # so that "What is the capital of X?" and "What is the capital of Y?" are not near each other.
-STOP_WORDS = frozenset(
-    ["a", "about", "all", "am", "an", "and", "any", "are", "as", "at", "be", "been", "being", "but", "by", "can", "could", "did", "do", "does", "for", "from", "had", "happen", "happens", "has", "have", "he", "her", "his", "how", "i", "if", "in", "into", "is", "it", "its", "many", "may", "more", "most", "much", "my", "no", "not", "of", "on", "one", "or", "our", "out", "should", "so", "some", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "up", "was", "we", "were", "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "would", "you", "your"]
-)
+_STOP_TEXT = """
+a about all am an and any are as at be been being but by can could did do does for from had happen
+happens has have he her his how i if in into is it its many may more most much my no not of on one
+or our out should so some than that the their them then there these they this those to up was we
+were what when where which who whom whose why will with would you your
+"""
+STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 
