@@ -111,7 +111,7 @@ def pip(*arguments: str) -> None:
 
 def fingerprint(name: str) -> str:
     """Identify what a finished installation was made from."""
-    text = (ROOT / name).read_text(encoding="utf-8") + platform.python_version() + str(ROOT)
+    text = (ROOT / name).read_text(encoding="utf-8") + str(ROOT)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
