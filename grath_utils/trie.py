@@ -155,8 +155,9 @@ def _plan_range(
             continue
         _cut_rows(trie, budget, start, node, prefix, cached, blocks)
         inner = prefix
-        for first in range(node, node + kept, budget):
-            last = min(first + budget, node + kept)
+        pieces = -(-kept // budget)
+        for piece in range(pieces):
+            first, last = (node + kept * p // pieces for p in (piece, piece + 1))
             # Later pieces of the run find the earlier ones in the cache; only the first piece
             # has ancestors to feed again.
             top = _uncached(trie, first, cached) if first == node else []
@@ -193,18 +194,26 @@ def _cut_rows(
     cached: int,
     blocks: list[Block],
 ) -> None:
-    """Cut ``start .. stop`` into rows, each time where the fewest ancestors are divided."""
+    """Cut ``start .. stop`` into rows, preferably where few ancestors are divided."""
     while start < stop:
         top = _uncached(trie, start, cached)
         room = max(budget - len(top), 1)
         last = min(start + room, stop)
         if last < stop:
-            # A cut before node c feeds c's ancestors again: look for a shallow c near the end.
-            low = start + max(room * 3 // 4, 1)
-            shallowest = np.argmin(trie.depth[low : last + 1][::-1])
-            last = last - int(shallowest)
+            last = start + _best_cut(trie.depth[start + 1 : last + 1] - cached)
         blocks.append(Block(_nodes(top, start, last), start, last, prefix, keep=False))
         start = last
+
+
+def _best_cut(repeated: np.ndarray) -> int:
+    """Return how many tokens to take into a row: the most new ones for what the row costs.
+
+    Args:
+        repeated: for a row of 1, 2, ... tokens, how many ancestors the cut after it divides, which
+            the next row has to feed again.
+    """
+    taken = np.arange(1, len(repeated) + 1)
+    return int(np.argmax(taken / (taken + PASS_OVERHEAD + repeated))) + 1
 
 
 def _uncached(trie: Trie, node: int, cached: int) -> list[int]:

@@ -1,0 +1,237 @@
+"""Numbers with their uncertainty: intervals, paired comparisons, power, calibration.
+
+Pure functions on arrays of per-item values; fractions everywhere, never percent. An interval is a
+95 % percentile bootstrap over items (Efron 1979): it tells how the value would move with another
+draw of questions, not with another model or prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from grath_utils.errors import UsageError
+
+RESAMPLES_AT_ONCE = 2**22  # drawn indices held in memory at a time
+
+
+def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the mean of each bootstrap resample.
+
+    Args:
+        values: (items,) or (items, columns); all columns of an item are drawn together.
+        resamples: number of resamples.
+        seed: the same seed draws the same items.
+
+    Returns:
+        (resamples,) or (resamples, columns).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise UsageError("no items: a mean needs at least one")
+    rng = np.random.default_rng(seed)
+    at_once = max(RESAMPLES_AT_ONCE // len(values), 1)
+    means = []
+    for start in range(0, resamples, at_once):
+        count = min(at_once, resamples - start)
+        drawn = rng.integers(len(values), size=(count, len(values)))
+        means.append(values[drawn].mean(axis=1))
+    return np.concatenate(means)
+
+
+def interval(samples: np.ndarray, level: float = 0.95) -> list[float]:
+    """Return the central interval of samples: ``[low, high]``."""
+    tail = (1 - level) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
+    return [float(low), float(high)]
+
+
+def summarize(values: Sequence[float], resamples: int, seed: int) -> dict[str, Any]:
+    """Return ``{"value", "ci95", "n"}`` of per-item values."""
+    array = np.asarray(values, dtype=np.float64)
+    means = bootstrap_means(array, resamples, seed)
+    return {"value": float(array.mean()), "ci95": interval(means), "n": len(array)}
+
+
+# --- before and after ----------------------------------------------------------------------------
+
+
+def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
+    """Return the two-sided p-value that as many items were gained as lost (McNemar 1947).
+
+    Only items that changed count; under no effect each is a fair coin (exact binomial test).
+
+    Args:
+        before, after: 0 or 1 for each item, in the same order.
+    """
+    difference = np.asarray(after, dtype=np.int64) - np.asarray(before, dtype=np.int64)
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    changed, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
+    return min(1.0, 2 * tail)
+
+
+def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> float:
+    """Return the two-sided p-value that paired differences are symmetric around zero.
+
+    Each item's difference keeps its size and gets a random sign (Fisher's randomization test); the
+    observed arrangement counts as one of the resamples, so the value is never zero.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    at_once = max(RESAMPLES_AT_ONCE // max(len(values), 1), 1)
+    observed, extreme = abs(values.sum()), 1
+    for start in range(0, resamples, at_once):
+        signs = rng.choice((-1.0, 1.0), size=(min(at_once, resamples - start), len(values)))
+        # A hair of tolerance: sums in another order differ in their last digits.
+        extreme += int((np.abs(signs @ values) >= observed - 1e-12 * len(values)).sum())
+    return extreme / (resamples + 1)
+
+
+def paired_difference(
+    before: Sequence[float], after: Sequence[float], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Compare two models on the same items.
+
+    Returns:
+        ``value`` (mean of after - before), ``ci95`` (paired bootstrap), ``p_value`` and the
+        ``test`` it is from, ``before``, ``after``, ``n``, ``gained`` and ``lost`` (items whose
+        value rose and fell), and ``smallest_detectable`` (see below).
+    """
+    first = np.asarray(before, dtype=np.float64)
+    second = np.asarray(after, dtype=np.float64)
+    difference = second - first
+    binary = set(np.unique(np.concatenate([first, second]))) <= {0.0, 1.0}
+    if binary:
+        p_value = mcnemar_exact(first.astype(int).tolist(), second.astype(int).tolist())
+    else:
+        p_value = sign_flip_test(difference, resamples, seed)
+    spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
+    return {
+        "value": float(difference.mean()),
+        "ci95": interval(bootstrap_means(difference, resamples, seed)),
+        "p_value": p_value,
+        "test": "exact McNemar" if binary else "sign-flip randomization",
+        "before": float(first.mean()),
+        "after": float(second.mean()),
+        "n": len(difference),
+        "gained": int((difference > 0).sum()),
+        "lost": int((difference < 0).sum()),
+        "smallest_detectable": smallest_detectable_effect(len(difference), spread),
+    }
+
+
+def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
+    """Adjust p-values for their number (Holm 1979); compare the result with 0.05 as usual.
+
+    Args:
+        p_values: by name, or a sequence.
+
+    Returns:
+        The adjusted values in the same form.
+    """
+    if isinstance(p_values, Mapping):
+        return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    values = np.asarray(p_values, dtype=np.float64)
+    if np.isnan(values).any() or ((values < 0) | (values > 1)).any():
+        raise UsageError(f"p-values lie between 0 and 1, found {list(p_values)}")
+    order = np.argsort(values, kind="stable")
+    steps = values[order] * np.arange(len(values), 0, -1)
+    adjusted = np.empty_like(values)
+    # Step-down: a larger p-value never gets a smaller adjusted one.
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted.tolist()
+
+
+def smallest_detectable_effect(
+    n: int, spread: float, *, alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """Return the smallest true mean difference that ``n`` items show with probability ``power``.
+
+    Args:
+        n: number of items.
+        spread: standard deviation of the per-item differences. For a 0/1 metric this is about the
+            square root of the share of items that change.
+        alpha: two-sided level of the test.
+        power: wanted probability of finding the effect.
+    """
+    if n < 1:
+        raise UsageError(f"n is {n}; at least 1 item is needed")
+    from statistics import NormalDist  # the standard library's, not this module
+
+    normal = NormalDist()
+    return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * spread / math.sqrt(n)
+
+
+def items_needed(effect: float, spread: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Return how many items show a true mean difference ``effect`` with probability ``power``."""
+    if effect <= 0:
+        raise UsageError(f"the effect is {effect}; it must be above 0")
+    return math.ceil(
+        (smallest_detectable_effect(1, spread, alpha=alpha, power=power) / effect) ** 2
+    )
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def reliability(
+    confidence: Sequence[float], correct: Sequence[int], bins: int = 10
+) -> list[dict[str, Any]]:
+    """Return the reliability diagram: equal-width bins of confidence with their accuracy.
+
+    Args:
+        confidence: (items,) probability given to the chosen answer.
+        correct: (items,) whether it was right.
+        bins: number of bins on [0, 1]; empty ones are left out.
+    """
+    conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    place = np.clip((conf * bins).astype(int), 0, bins - 1)
+    rows = []
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            rows.append(
+                {
+                    "low": b / bins,
+                    "high": (b + 1) / bins,
+                    "confidence": float(conf[inside].mean()),
+                    "accuracy": float(right[inside].mean()),
+                    "n": int(inside.sum()),
+                }
+            )
+    return rows
+
+
+def expected_calibration_error(
+    confidence: Sequence[float], correct: Sequence[int], bins: int = 10
+) -> float:
+    """Return the ECE: mean distance of accuracy from confidence over bins, weighted by items
+    (Naeini et al. 2015)."""
+    rows = reliability(confidence, correct, bins)
+    total = sum(row["n"] for row in rows)
+    return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / total
+
+
+def selective_accuracy(
+    confidence: Sequence[float],
+    correct: Sequence[int],
+    coverages: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> list[dict[str, float]]:
+    """Return the accuracy on the most confident share of items, for several shares.
+
+    Items of equal confidence at the cut count with their mean accuracy, so the order of the data
+    does not matter.
+    """
+    conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    rows = []
+    for coverage in coverages:
+        count = max(round(coverage * len(conf)), 1)
+        cut = np.sort(conf)[::-1][count - 1]
+        sure, tied = conf > cut, conf == cut
+        hits = right[sure].sum() + (count - sure.sum()) * right[tied].mean()
+        rows.append({"coverage": float(coverage), "accuracy": float(hits / count), "n": count})
+    return rows
