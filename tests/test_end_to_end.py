@@ -1,0 +1,235 @@
+"""The main job in the smoke profile, on the real default model, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+from safetensors.torch import load_file
+
+from grath_utils.artifacts import read_json, read_jsonl
+from grath_utils.config import load_config
+from grath_utils.loop import stages
+from grath_utils.models import load_policy
+from grath_utils.notebooks import numbered_notebooks
+from grath_utils.report import comparison_rows, percent
+from grath_utils.runs import Run, load_run
+
+pytestmark = [pytest.mark.model, pytest.mark.notebook]
+
+LIMIT = 900  # seconds; a smoke run takes two or three minutes
+
+
+def start(*arguments: object, **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "grath_utils", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=LIMIT)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """One smoke run through the notebooks, started from another working directory."""
+    folder = tmp_path_factory.mktemp("end-to-end")
+    process = start("run", "--profile", "smoke", "--run-dir", folder / "run", cwd=folder)
+    code, out, err = finish(process)
+    assert code == 0, err
+    return load_run(folder / "run"), out
+
+
+def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> None:
+    run, out = smoke
+    lines = out.splitlines()
+    names = [path.stem for path in numbered_notebooks()]
+    assert names == [
+        "00_start_here",
+        "01_pair_generation",
+        "02_qlora_dpo",
+        "03_iterative_refinement",
+        "04_evaluation",
+    ]
+    for line, name in zip(lines, names, strict=False):
+        assert re.fullmatch(rf"{name} +done in (\d+ min )?\d+ s", line)
+    assert f"Report: {run.report}" in lines
+    assert any(re.match(r"probe +mc1 +16 ", line) for line in lines)
+    assert any(re.match(r"retention +acc +16 ", line) for line in lines)
+
+
+def test_the_run_directory_is_as_documented(smoke) -> None:
+    run, _ = smoke
+    assert all(stage.done for stage in stages(run))
+    info = run.info()
+    assert info["config"] == json.loads(json.dumps(load_config("smoke").to_dict()))
+    assert {"versions", "device", "model", "questions", "resolved", "seed"} <= info.keys()
+    for t in range(2):
+        assert read_jsonl(run.training_log(t))
+        names = {path.name for path in run.adapter(t).iterdir()}
+        assert names == {"adapter_config.json", "adapter_model.safetensors", "grath.json"}
+    left = [p for p in run.path.rglob(".*") if p.name != ".lock"]
+    assert left == [], "half-written files were left"
+    assert not list(run.path.rglob("*.failed.ipynb"))
+
+
+def test_really_generated_trained_and_evaluated(smoke) -> None:
+    run, _ = smoke
+    questions = {row["id"]: row for row in read_jsonl(run.questions)}
+    assert len(questions) == 12
+    pairs = read_jsonl(run.pairs(0))
+    assert pairs
+    for row in pairs:
+        assert row["id"] in questions
+        assert row["correct"].strip()
+        assert row["incorrect"].strip()
+        assert row["correct"].lower() != row["incorrect"].lower()
+    first_incorrect = {row["id"]: row["incorrect"] for row in pairs}
+    for row in read_jsonl(run.pairs(1)):  # refinement keeps the first incorrect answer
+        if row["id"] in first_incorrect:
+            assert row["incorrect"] == first_incorrect[row["id"]]
+    adapters = [load_file(run.adapter(t) / "adapter_model.safetensors") for t in range(2)]
+    assert any((adapters[0][key] != adapters[1][key]).any() for key in adapters[0])
+    for benchmark in ("probe", "retention"):
+        scores = [
+            [item["scores"] for item in read_json(run.evaluation(label, benchmark))["items"]]
+            for label in ("base", "iter_0", "iter_1")
+        ]
+        assert scores[0] != scores[1] != scores[2]
+
+
+def test_the_first_loss_of_the_first_round_is_ln_2(smoke) -> None:
+    run, _ = smoke
+    first = read_jsonl(run.training_log(0))[0]
+    assert first["step"] == 0
+    # bfloat16 sums differ a little between batch shapes.
+    assert first["loss"] == pytest.approx(0.6931, abs=0.05)
+
+
+class Text(HTMLParser):
+    """Collect the cells of every table row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self.inside = tag in ("td", "th")
+        if self.inside:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def test_the_report_shows_the_numbers_of_the_evaluation_files(smoke) -> None:
+    run, out = smoke
+    page = Text()
+    page.feed(run.report.read_text(encoding="utf-8"))
+    rows = {tuple(row[:2]): row for row in page.rows if len(row) == 6}
+    for row in comparison_rows(run):
+        shown = rows[(row["benchmark"], row["metric"])]
+        for label, cell in (("base", shown[3]), ("iter_1", shown[4])):
+            metric = read_json(run.evaluation(label, row["benchmark"]))["metrics"][row["metric"]]
+            low, high = metric["ci95"]
+            assert cell == f"{percent(metric['value'])} [{percent(low)}, {percent(high)}]"
+            assert cell in out
+    assert "data:image/png;base64," in run.report.read_text(encoding="utf-8")
+    assert (run.figures / "before_after.png").is_file()
+
+
+def test_the_executed_notebooks_have_outputs_and_no_error(smoke) -> None:
+    run, _ = smoke
+    for source in numbered_notebooks():
+        notebook = nbformat.read(run.executed_notebooks / source.name, as_version=4)
+        outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+        assert outputs, source.name
+        assert not [o for o in outputs if o.output_type == "error"]
+        pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+        assert pictures, f"{source.name} shows no figure"
+
+
+def test_a_second_call_does_nothing_again(smoke) -> None:
+    run, _ = smoke
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*.json*")}
+    code, out, err = finish(start("run", "--profile", "smoke", "--run-dir", run.path))
+    assert code == 0, err
+    assert out.count("done before") == 5
+    assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*.json*")} == before
+
+
+def test_a_trained_model_loads_by_name(smoke) -> None:
+    run, _ = smoke
+    first, second = load_policy(f"{run.path}@0"), load_policy(f"{run.path}@1")
+    assert first.fingerprint != second.fingerprint
+    assert first.config.quantization == run.config.model.quantization
+
+
+def artifacts_of(run: Run) -> dict[str, object]:
+    """Return what two runs of the same configuration must have in common."""
+    found: dict[str, object] = {"questions": run.questions.read_bytes()}
+    for t in range(run.config.loop.iterations):
+        found[f"pairs {t}"] = run.pairs(t).read_bytes()
+        found[f"rejects {t}"] = run.rejects(t).read_bytes()
+        found[f"log {t}"] = run.training_log(t).read_bytes()
+        found[f"adapter {t}"] = (run.adapter(t) / "adapter_model.safetensors").read_bytes()
+    for path in sorted((run.path / "evaluation").rglob("*.json")):
+        result = read_json(path)
+        found[str(path.relative_to(run.path))] = [result["metrics"], result["items"]]
+    return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX signal")
+def test_killed_again_and_again_it_ends_the_same(smoke, tmp_path: Path) -> None:
+    """Killed in the first pairs, in training and in evaluation; without notebooks; then whole."""
+    arguments = ("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--no-notebooks")
+    killed = 0
+    for stage, delay in (("write pairs, iteration 0", 2.0), ("train, iteration 0", 6.0), ("evaluate base", 0.5)):  # fmt: skip
+        process = start(*arguments)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if stage in line:
+                time.sleep(delay)
+                break
+        process.kill()
+        process.communicate()
+        killed += process.returncode != 0
+    assert killed == 3
+    code, out, err = finish(start(*arguments))
+    assert code == 0, err
+    assert "Report:" in out
+    again, whole = artifacts_of(load_run(tmp_path / "run")), artifacts_of(smoke[0])
+    assert again.keys() == whole.keys()
+    for key, value in whole.items():
+        assert again[key] == value, f"{key} differs from the uninterrupted run"
+
+
+def test_a_second_process_on_the_same_run_stops_and_says_so(smoke) -> None:
+    from grath_utils.runs import lock_run
+
+    run, _ = smoke
+    stranger = {k: v for k, v in os.environ.items() if k != "GRATH_RUN_LOCK"}
+    with lock_run(run):
+        code, _, err = finish(
+            start("run", "--profile", "smoke", "--run-dir", run.path, env=stranger)
+        )
+    assert code == 1
+    assert "in use by another process" in err
