@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,47 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
           f"{info['resolved']['dtype']}, {device['cpu_count']} CPU cores")  # fmt: skip
     print(f"Packages  Python {versions['python']}, {packages}")
     return run
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows to look at: an HTML table in a notebook, aligned text elsewhere."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def _repr_html_(self) -> str:
+        def line(cells: Sequence[Any], tag: str) -> str:
+            return "".join(
+                f"<{tag} style='text-align:{_side(cell)};vertical-align:top'>"
+                f"{html.escape(_shown(cell))}</{tag}>"
+                for cell in cells
+            )
+
+        # Headings stand where the first row's values do.
+        sides = [_side(cell) for cell in self.rows[0]] if self.rows else []
+        head = "".join(
+            f"<th style='text-align:{side}'>{html.escape(name)}</th>"
+            for name, side in zip(self.columns, sides or ["left"] * len(self.columns), strict=True)
+        )
+        body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in self.rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self) -> str:
+        lines = [list(self.columns), *[[_shown(cell) for cell in row] for row in self.rows]]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def _shown(cell: Any) -> str:
+    return f"{cell:,.3f}" if isinstance(cell, float) else str(cell)
+
+
+def _side(cell: Any) -> str:
+    return "right" if isinstance(cell, (int, float)) else "left"
 
 
 def default_run_dir(profile: str) -> Path:

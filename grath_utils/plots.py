@@ -89,18 +89,24 @@ def draw_loop() -> Figure:
     return figure
 
 
-def _box(axes: Axes, x: float, y: float, w: float, h: float, text: str, colour: str) -> None:
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y),
-            w,
-            h,
-            boxstyle="round,pad=0.02,rounding_size=0.12",
-            facecolor=colour + "22",
-            edgecolor=colour,
-            linewidth=1.8,
-        )
-    )
+def _box(
+    axes: Axes,
+    x: float,
+    y: float,
+    w: float,
+    h: float,
+    text: str,
+    colour: str,
+    hatch: str = "",
+) -> None:
+    shape = {"boxstyle": "round,pad=0.02,rounding_size=0.12"}
+    fill = {"facecolor": colour + "22", "edgecolor": "none"}
+    axes.add_patch(FancyBboxPatch((x, y), w, h, **shape, **fill))
+    if hatch:  # lighter than the outline, so that the text stays readable
+        lines = {"facecolor": "none", "edgecolor": colour + "44", "linewidth": 0, "hatch": hatch}
+        axes.add_patch(FancyBboxPatch((x, y), w, h, **shape, **lines))
+    outline = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.8}
+    axes.add_patch(FancyBboxPatch((x, y), w, h, **shape, **outline))
     axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=10.5)
 
 
@@ -118,6 +124,116 @@ def _arrow(
             connectionstyle=f"arc3,rad={bend}",
         )
     )
+
+
+def draw_rounds(iterations: int = 2) -> Figure:
+    """Draw what each round keeps and what it writes anew, and which model does the writing."""
+    figure, axes = new_axes(width=2.0 + 3.6 * iterations, height=2.7)
+    axes.set_axis_off()
+    axes.set_xlim(0, 1.4 + 3.3 * iterations)
+    axes.set_ylim(0.9, 3.5)
+    rows = ((2.1, "correct answers", ORANGE), (1.1, "incorrect answers", VERMILION))
+    _box(axes, 0.05, 1.6, 0.85, 0.9, "base\n$M_0$", BLUE)
+    for t in range(iterations):
+        left = 1.3 + 3.3 * t
+        for bottom, text, colour in rows:
+            fresh = t == 0 or bottom > 2
+            label = f"{text}\n{'written' if fresh else 'kept'}"
+            _box(axes, left, bottom, 1.5, 0.85, label, colour, hatch="" if fresh else "///")
+            _arrow(axes, (left + 1.5, bottom + 0.42), (left + 2.05, 2.05))
+        _box(axes, left + 2.05, 1.6, 0.85, 0.9, f"DPO\n→ $M_{{{t + 1}}}$", GREEN)
+        _arrow(axes, (left - 0.4, 2.05), (left, 2.5))
+        if t == 0:
+            _arrow(axes, (left - 0.4, 2.05), (left, 1.55))
+        axes.text(left + 0.75, 3.2, f"round {t + 1}", ha="center", weight="bold")
+    return figure
+
+
+def draw_dpo_step() -> Figure:
+    """Draw one DPO step: four log-probabilities become one margin and one loss."""
+    figure, axes = new_axes(width=8.6, height=3.2)
+    axes.set_axis_off()
+    axes.set_xlim(0, 11)
+    axes.set_ylim(0, 4)
+    _box(axes, 0.1, 2.5, 2.0, 0.9, "prompt + chosen\n$(x, y_w)$", BLUE)
+    _box(axes, 0.1, 0.6, 2.0, 0.9, "prompt + rejected\n$(x, y_l)$", VERMILION)
+    _box(axes, 3.0, 2.5, 1.9, 0.9, "policy $\\pi_\\theta$\n(trained)", GREEN)
+    _box(axes, 3.0, 0.6, 1.9, 0.9, "reference $\\pi_{ref}$\n(fixed)", GREY)
+    _box(axes, 5.9, 1.5, 2.3, 1.0, "4 summed\nlog-probabilities", ORANGE)
+    _box(axes, 9.1, 1.5, 1.7, 1.0, "margin\n→ loss", PURPLE)
+    for y in (2.95, 1.05):
+        for target in (2.95, 1.05):
+            _arrow(axes, (2.1, y), (3.0, target))
+        _arrow(axes, (4.9, y), (5.9, 2.2 if y > 2 else 1.8))
+    _arrow(axes, (8.2, 2.0), (9.1, 2.0))
+    _arrow(axes, (9.9, 2.5), (4.0, 3.4), bend=0.3)
+    axes.text(7.6, 3.1, "gradient, to the adapter only", fontsize=9.5, style="italic", ha="center")
+    return figure
+
+
+def draw_qlora() -> Figure:
+    """Draw what QLoRA stores for one linear layer: 4-bit codes, block scales, two thin matrices."""
+    figure, axes = new_axes(width=8.6, height=2.9)
+    axes.set_axis_off()
+    axes.set_xlim(0, 11)
+    axes.set_ylim(0, 3.6)
+    _box(axes, 0.1, 0.6, 2.6, 2.4, "frozen $W$\n4-bit codes\n(NF4 levels)", GREY)
+    _box(axes, 2.9, 0.6, 0.9, 2.4, "1 scale\nper 64", SKY)
+    axes.text(4.2, 1.8, "+", fontsize=20, ha="center", va="center")
+    axes.text(4.95, 1.8, r"$\frac{\alpha}{r}\ \times$", fontsize=15, ha="center", va="center")
+    _box(axes, 5.5, 0.6, 0.6, 2.4, "$B$", GREEN)
+    _box(axes, 6.3, 1.5, 2.6, 0.6, "$A$", GREEN)
+    axes.text(9.2, 2.4, "trained,\n16 or 32 bits", fontsize=10, color=GREEN, va="center")
+    axes.text(9.2, 1.1, "$B = 0$ at first:\nnothing changes", fontsize=10, va="center")
+    axes.text(1.9, 0.2, "about 4.1 bits a weight, no gradient", fontsize=10, ha="center")
+    axes.text(7.2, 0.2, "rank $r$: a few percent of the weights", fontsize=10, ha="center")
+    return figure
+
+
+def draw_tokens(
+    tokens: Sequence[str], mask: Sequence[int], *, colour: str = BLUE, title: str = ""
+) -> Figure:
+    """Draw a tokenized sequence as boxes; those that the loss sees are coloured and underlined.
+
+    Args:
+        tokens: the text of each token.
+        mask: 1 where the loss sees the token.
+        colour: of those tokens.
+        title: above the drawing.
+    """
+    shown = [token.replace("\n", "\u21b5").replace(" ", "\u00b7") for token in tokens]
+    per_line, lines, used = 88.0, [[]], 0.0
+    for token, seen in zip(shown, mask, strict=True):
+        width = len(token) + 1.4
+        if used + width > per_line:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((used, width, token, seen))
+        used += width
+    figure, axes = new_axes(width=9.0, height=0.5 + 0.36 * len(lines))
+    axes.set_axis_off()
+    axes.set_xlim(0, per_line)
+    axes.set_ylim(-len(lines), 0.1)
+    for row, line in enumerate(lines):
+        for x, width, token, seen in line:
+            face = colour + "33" if seen else "#f0f0f0"
+            box = plt.Rectangle((x, -row - 0.9), width - 0.3, 0.72, facecolor=face)
+            axes.add_patch(box)
+            if seen:
+                axes.plot([x, x + width - 0.3], [-row - 0.9] * 2, color=colour, linewidth=2)
+            axes.text(
+                x + (width - 0.3) / 2,
+                -row - 0.54,
+                token.replace("$", r"\$"),
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                family="monospace",
+                color="#111111" if seen else "#777777",
+            )
+    if title:
+        axes.set_title(title, fontsize=10.5, loc="left")
+    return figure
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -249,6 +365,80 @@ def _lines(
         )
 
 
+def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
+    """Show chosen and rejected log-probabilities and the margin over all rounds, one after another.
+
+    Args:
+        logs: the training log of each round; held-out rows are shown where there are any.
+    """
+    figure, axes = new_axes(1, 2, width=9.6, height=3.3)
+    begin = 0
+    for t, log in enumerate(logs):
+        rows = [row for row in log if row["split"] == "held_out"] or list(log)
+        shifted = [{**row, "step": row["step"] + begin} for row in rows]
+        hidden = "_" if t else ""  # one legend entry for all rounds
+        _lines(axes[0], shifted, "logp_chosen", BLUE, "-", f"{hidden}chosen", marker="o")
+        _lines(axes[0], shifted, "logp_rejected", VERMILION, "--", f"{hidden}rejected", marker="s")
+        _lines(axes[1], shifted, "margin", BLUE, "-", f"{hidden}margin", marker="o")
+        end = begin + max(row["step"] for row in log)
+        for axis in axes:
+            axis.axvspan(begin, end, color=GREY, alpha=0.10 if t % 2 else 0.03, linewidth=0)
+            axis.text(
+                (begin + end) / 2,
+                1.0,
+                f"round {t + 1}",
+                ha="center",
+                va="bottom",
+                fontsize=9.5,
+                transform=axis.get_xaxis_transform(),
+            )
+        begin = end
+    axes[0].set_ylabel("log-probability of the answer (nats)")
+    axes[1].set_ylabel("reward margin (nats)")
+    axes[1].axhline(0, color=GREY, linewidth=1, linestyle=":")
+    axes[0].legend(fontsize=9)
+    for axis in axes:
+        axis.set_xlabel("optimiser step, all rounds")
+    return figure
+
+
+# --- quantization --------------------------------------------------------------------------------
+
+
+def plot_levels(
+    levels: Sequence[float], weights: Sequence[float], codes: Sequence[int], shown: int = 16
+) -> Figure:
+    """Show the levels of a 4-bit type over the weights of blocks, and one block's rounding.
+
+    Args:
+        levels: the type's levels, in [-1, 1], ascending.
+        weights: weights divided by the largest of their block.
+        codes: for the first ``shown`` weights, the index of the level that each is rounded to.
+        shown: how many weights to show being rounded.
+    """
+    figure, axes = new_axes(1, 2, width=10.0, height=3.3)
+    axes[0].hist(weights, bins=60, range=(-1, 1), color=SKY, density=True)
+    for level in levels:
+        axes[0].axvline(level, color=VERMILION, linewidth=1)
+    axes[0].grid(visible=False)
+    axes[0].set_xlabel("weight / largest weight of its block")
+    axes[0].set_ylabel("density of the weights")
+    axes[0].set_title(f"the {len(levels)} levels (lines)", fontsize=10)
+    before = list(weights[:shown])
+    after = [levels[code] for code in codes[:shown]]
+    places = range(len(before))
+    for level in levels:
+        axes[1].axhline(level, color=VERMILION, linewidth=0.4)
+    axes[1].vlines(places, before, after, color=GREY, linewidth=1.5)
+    axes[1].plot(places, before, "o", color=BLUE, label="weight")
+    axes[1].plot(places, after, "_", color=VERMILION, markersize=13, mew=2.5, label="rounded")
+    axes[1].grid(visible=False)
+    axes[1].set_xlabel(f"first {len(before)} weights of a row")
+    axes[1].set_title("each weight goes to its nearest level", fontsize=10)
+    axes[1].legend(fontsize=9, loc="upper right", frameon=True)
+    return figure
+
+
 # --- evaluation ----------------------------------------------------------------------------------
 
 METRIC_NAMES = {
@@ -303,6 +493,134 @@ def plot_metrics(
         axis.set_title(f"{benchmark}\n{METRIC_NAMES[metric]}", fontsize=10)
         axis.grid(axis="x", visible=False)
     (axes if len(panels) == 1 else axes[0]).set_ylabel("percent, with 95 % interval")
+    return figure
+
+
+def plot_choices(
+    choices: Sequence[str],
+    scores: Sequence[float],
+    labels: Sequence[int],
+    *,
+    unit: str = "summed log-probability (nats)",
+) -> Figure:
+    """Show the score of each answer to one question; true and false ones look different.
+
+    Args:
+        choices: answer texts.
+        scores: one number for each.
+        labels: 1 for a true answer, 0 for a false one.
+        unit: what the scores are.
+    """
+    figure, axes = new_axes(width=8.6, height=0.9 + 0.42 * len(choices))
+    names = [
+        f"{choice}  ({'true' if y else 'false'})" for choice, y in zip(choices, labels, strict=True)
+    ]
+    bars = axes.barh(range(len(choices)), scores, color=[BLUE if y else ORANGE for y in labels])
+    for bar, label in zip(bars, labels, strict=True):
+        if not label:
+            bar.set_hatch("///")
+            bar.set_edgecolor("white")
+    axes.bar_label(bars, fmt="%.1f" if max(map(abs, scores)) > 1 else "%.3f", padding=4)
+    axes.set_yticks(range(len(choices)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.15)
+    axes.set_xlabel(unit)
+    return figure
+
+
+def plot_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
+    """Show paired changes with their 95 % intervals around the line of no change.
+
+    Args:
+        rows: (name, difference) with ``value``, ``ci95`` and ``smallest_detectable``, as
+            :func:`grath_utils.evaluation.compare` returns them.
+    """
+    figure, axes = new_axes(width=7.6, height=1.0 + 0.42 * len(rows))
+    for i, (_, difference) in enumerate(rows):
+        value, (low, high) = difference["value"], difference["ci95"]
+        least = difference["smallest_detectable"]
+        axes.barh([i], [200 * least], left=[-100 * least], height=0.5, color=GREY, alpha=0.15)
+        clear = low > 0 or high < 0
+        axes.errorbar(
+            [100 * value],
+            [i],
+            xerr=[[100 * (value - low)], [100 * (high - value)]],
+            fmt="D" if clear else "o",
+            color=BLUE if clear else GREY,
+            capsize=4,
+        )
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("change in points, with 95 % interval (grey band: too small to be seen here)")
+    return figure
+
+
+def plot_controls(
+    results: Mapping[str, Mapping[str, Any]], metric: str = "mc1", rules: Sequence[str] = ()
+) -> Figure:
+    """Show a metric of every model beside what question-blind rules reach on the same items.
+
+    Args:
+        results: model label -> result of one benchmark.
+        metric: which metric of the models.
+        rules: which controls; all but MC2's if empty.
+    """
+    controls = next(iter(results.values()))["controls"]
+    names = list(rules) or [name for name in controls if name != "uniform_mc2"]
+    figure, axes = new_axes(width=7.8, height=1.0 + 0.36 * (len(names) + len(results)))
+    labels = []
+    for i, (label, result) in enumerate(results.items()):
+        value, (low, high) = result["metrics"][metric]["value"], result["metrics"][metric]["ci95"]
+        axes.errorbar(
+            [100 * value],
+            [i],
+            xerr=[[100 * (value - low)], [100 * (high - value)]],
+            fmt="osD^vP"[i % 6],
+            color=MODEL_COLOURS[i % 6],
+            capsize=4,
+        )
+        labels.append(_model_name(label))
+    for i, name in enumerate(names, start=len(results)):
+        bar = axes.barh([i], [100 * controls[name]], height=0.55, color="#dddddd", hatch="///")
+        bar[0].set_edgecolor("white")
+        axes.text(100 * controls[name], i, f" {100 * controls[name]:.1f}", va="center", fontsize=9)
+        labels.append(name.replace("_", " "))
+    axes.axhline(len(results) - 0.5, color=GREY, linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(
+        f"{METRIC_NAMES.get(metric, metric)}, percent (hatched: never read the question)"
+    )
+    return figure
+
+
+def plot_category_change(
+    before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "mc2"
+) -> Figure:
+    """Show a metric's mean in each category before and after, sorted by the change."""
+    categories = sorted(
+        before["per_category"],
+        key=lambda c: (
+            after["per_category"][c][metric]["value"] - before["per_category"][c][metric]["value"]
+        ),
+    )
+    figure, axes = new_axes(width=7.8, height=0.9 + 0.3 * len(categories))
+    for i, category in enumerate(categories):
+        first = 100 * before["per_category"][category][metric]["value"]
+        second = 100 * after["per_category"][category][metric]["value"]
+        axes.plot([first, second], [i, i], color=GREY, linewidth=1.2)
+        axes.plot([first], [i], "o", color=GREY, label="before" if i == 0 else None)
+        axes.plot([second], [i], "D", color=BLUE, label="after" if i == 0 else None)
+    counts = [before["per_category"][c][metric]["n"] for c in categories]
+    names = [f"{c} (n = {n})" for c, n in zip(categories, counts, strict=True)]
+    axes.set_yticks(range(len(categories)), names, fontsize=9)
+    axes.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, percent")
+    axes.legend(fontsize=9)
     return figure
 
 
