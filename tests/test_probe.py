@@ -3,7 +3,7 @@
 ``data/probe.jsonl`` is there to tell a more truthful model from one that has picked up the habits
 of true answers (length, negation, stock phrases). So those habits must not pay on it. The bounds
 below come from the number of items: had the true choice been drawn at random, a rule's accuracy
-would have a standard error of at most sqrt(0.25 * 0.75 / 200) = 3.1 points. The probe was balanced
+would have a standard error of at most sqrt(0.25 * 0.75 / 199) = 3.1 points. The probe was balanced
 on purpose (each item has three true answers, and which of them stands in MC1 was chosen so that no
 rule gains), so it is held to less than one of them.
 """
