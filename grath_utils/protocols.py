@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grath_utils.benchmarks import Benchmark, Item
@@ -60,6 +60,8 @@ class Protocol:
     draw: str = "none"
     """``item`` (new shots for each item, as lm-eval draws them), ``once`` (the same shots for all:
     one shared prefix, many times faster) or ``first`` (the first ones of the item's category)."""
+    spare: int = 0
+    """Examples drawn beyond ``shots``, so that one which is the item itself can be left out."""
     chat: bool = False
     """The question is a user turn of the chat template."""
     stop: tuple[str, ...] = ()
@@ -117,22 +119,12 @@ _TRUTHFULQA = (
 )
 
 
-def _few_shot(question: Callable[[Item], str], shots: int) -> tuple[Protocol, ...]:
+def _few_shot(question: Callable[[Item], str], shots: int, spare: int = 0) -> tuple[Protocol, ...]:
+    anew = Protocol("lm-eval", f"{shots} shots, drawn anew for each item", question)
+    once = Protocol("shared", f"{shots} shots, the same for all items: much faster", question)
     return (
-        Protocol(
-            "lm-eval",
-            f"{shots} shots, drawn anew for each item",
-            question,
-            shots=shots,
-            draw="item",
-        ),
-        Protocol(
-            "shared",
-            f"{shots} shots, the same for all items: much faster",
-            question,
-            shots=shots,
-            draw="once",
-        ),
+        replace(anew, shots=shots, spare=spare, draw="item"),
+        replace(once, shots=shots, spare=spare, draw="once"),
         Protocol("zero-shot", "no shots", question),
     )
 
@@ -164,7 +156,8 @@ PROTOCOLS: dict[str, tuple[Protocol, ...]] = {
     "truthfulqa_gen": _GENERATION,
     "probe": _TRUTHFULQA,
     "arc_challenge": _few_shot(_question_answer, 25),
-    "hellaswag": _few_shot(lambda item: item.question, 10),
+    # lm-eval draws one more here: it takes the split of the shots for the one that is tested.
+    "hellaswag": _few_shot(lambda item: item.question, 10, spare=1),
     "mmlu": (
         Protocol(
             "lm-eval",
@@ -247,9 +240,7 @@ def choose_shots(benchmark: Benchmark, protocol: Protocol) -> list[Sequence[Item
     if protocol.draw == "first":
         return [_first(benchmark, item, protocol.shots) for item in benchmark.items]
     pool = benchmark.shots[""]
-    first = benchmark.items[0]
-    own = first.position < len(pool) and pool[first.position] == first
-    needed = protocol.shots + own
+    needed = protocol.shots + protocol.spare
     if len(pool) < needed:
         raise DataError(
             f"{benchmark.name}: {protocol.shots} shots are needed, and there are "
@@ -267,7 +258,10 @@ def choose_shots(benchmark: Benchmark, protocol: Protocol) -> list[Sequence[Item
 
 
 def _without(item: Item, drawn: Sequence[Item], count: int) -> list[Item]:
-    return [shot for shot in drawn if shot.question != item.question][:count]
+    def same(shot: Item) -> bool:
+        return (shot.question, shot.choices) == (item.question, item.choices)
+
+    return [shot for shot in drawn if not same(shot)][:count]
 
 
 def _first(benchmark: Benchmark, item: Item, count: int) -> Sequence[Item]:

@@ -276,7 +276,12 @@ def forward(
     from transformers import DynamicCache
 
     past = before[0][0].shape[2] if before else 0
-    mask = torch.cat([visible.new_ones(len(visible), past), visible], dim=1)  # (row, past + row)
+    # Added to the attention scores: a boolean one would be turned into this in every layer.
+    hidden = torch.finfo(policy.model.dtype).min
+    mask = torch.zeros(
+        len(visible), past + len(visible), dtype=policy.model.dtype, device=visible.device
+    )
+    mask[:, past:].masked_fill_(~visible, hidden)
     cache = DynamicCache(before) if before else DynamicCache()
     options: dict[str, Any] = {}
     selects = accepts(policy.model, "logits_to_keep")

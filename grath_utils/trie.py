@@ -178,7 +178,7 @@ def _worth_keeping(chain: int, size: int, budget: int) -> int:
     whole_pieces = -(-(size - budget) // budget) * budget
     if whole_pieces <= chain:
         return whole_pieces  # what remains fits in one row, together with all that is below
-    rows = -(-(size - chain) // budget)
+    rows = -(-(size - chain) // max(budget - chain, 1))
     return chain if chain * (rows - 1) > PASS_OVERHEAD else 0
 
 
