@@ -21,9 +21,9 @@ ORDER = """
 errors paths artifacts config runs
 questions benchmarks mirror controls
 models prompts parsing encoding trie scoring shared_prefix generation
-pairs audit
+writers pairs audit
 preferences trainer dpo
-statistics metrics protocols evaluation
+statistics metrics protocols partial answers evaluation
 loop plots report notebooks cli
 """.split()
 ALONE = {"bootstrap", "__init__", "__main__"}  # run before anything is installed; front doors
