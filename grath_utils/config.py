@@ -81,14 +81,41 @@ class PairsConfig:
 
     mode: str = option(
         "default",
-        "`paper`: the official prompt and parser, greedy; `default`: the same idea made robust",
+        "`paper`: both answers in one greedy completion, the official prompt; `default`: several "
+        "candidates for each answer, and of them the pair with the clearest contrast",
         choices=("default", "paper"),
     )
     shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
     max_new_tokens: int = option(100, "longest completion, in tokens", minimum=8)
-    batch_size: int = option(32, "questions generated together", minimum=1)
+    batch_size: int = option(64, "completions decoded together", minimum=1)
     retry_failed: bool = option(True, "later iterations try again the questions that failed")
+    candidates: int = option(
+        4, "mode default: completions for each of the two answers", minimum=1, maximum=64
+    )
+    temperature: float = option(
+        0.9, "mode default: of the candidates after the first, which is greedy", above=0, maximum=5
+    )
+    filters: tuple[str, ...] = option(
+        (
+            "cut_off",
+            "empty",
+            "equal",
+            "near_equal",
+            "question_copy",
+            "other_question",
+            "length_ratio",
+            "non_answer",
+            "repetition",
+        ),
+        "what a pair must not be; [none] switches all filters off",
+    )
+    self_check: bool = option(
+        False, "drop a pair where the model itself finds the incorrect answer more probable"
+    )
+    legacy: bool = option(
+        False, "mode paper: the official parser with its quirks, and no filter (to compare with)"
+    )
 
 
 @dataclass(frozen=True)

@@ -31,19 +31,24 @@ class Reason(StrEnum):
     NEAR_EQUAL = "near_equal"
     """The answers differ in next to nothing, and not in a number or a negation."""
     QUESTION_COPY = "question_copy"
-    """An answer repeats the question."""
+    """An answer repeats the question, or most of it and nothing else."""
     OTHER_QUESTION = "other_question"
     """The completion restates another question, or an answer is a demonstration's."""
     LENGTH_RATIO = "length_ratio"
     """One answer is far longer than the other: length would tell them apart."""
     NON_ANSWER = "non_answer"
     """An answer refuses, or talks about the task."""
+    REPETITION = "repetition"
+    """An answer turns in circles: the same words three times in a row."""
     SELF_CHECK = "self_check"
     """The model itself finds the incorrect answer more probable."""
+    TOO_LONG = "too_long"
+    """The question does not fit into the model's context (nothing was generated)."""
 
 
 # The filters that can be switched, in the order in which they are applied.
 FILTERS = (
+    Reason.CUT_OFF,
     Reason.EMPTY,
     Reason.EQUAL,
     Reason.NEAR_EQUAL,
@@ -51,6 +56,7 @@ FILTERS = (
     Reason.OTHER_QUESTION,
     Reason.LENGTH_RATIO,
     Reason.NON_ANSWER,
+    Reason.REPETITION,
 )
 
 
@@ -62,6 +68,8 @@ class Parsed:
     incorrect: str | None
     question: str | None = None
     """The question as the completion restates it."""
+    cut_off: bool = False
+    """The token limit came before the end of the last field."""
 
     @property
     def reason(self) -> Reason | None:
@@ -161,7 +169,16 @@ NEAR_EQUAL_RATIO = 0.9
 MAX_LENGTH_RATIO = 4.0  # in characters; short answers get a head start of LENGTH_OFFSET
 LENGTH_OFFSET = 12
 OTHER_QUESTION_RATIO = 0.3
+ECHO_SHARE = 0.6
+# The same run of one to eight words, three times in a row ("is the answer is the answer is ...").
+_REPETITION = re.compile(r"\b(\w+(?:\W+\w+){0,7})(?:\W+\1\b){2}", re.IGNORECASE)
 _ARTICLES = frozenset({"a", "an", "the"})
+_FUNCTION_WORDS = frozenset(
+    "am is are was were be been being do does did has have had can could may might must will would "
+    "shall should and or but if so as at by for from in into of off on onto out over than then "
+    "that these this those to too up with it its it's he she they them their his her we you i "
+    "what when where which who whom whose why how there here about".split()
+)
 _NEGATIONS = frozenset({"no", "not", "never", "none", "nothing", "cannot", "nor", "without"})
 _NON_ANSWER = re.compile(
     r"""^(?: (?:i['’]m|i[ ]am)[ ](?:sorry|unable|not[ ]able)
@@ -226,28 +243,59 @@ def check_pair(
     both = (correct, incorrect)
     copied = [words(answer) for answer in shown_answers]
     tests: dict[str, Callable[[], bool]] = {
+        Reason.CUT_OFF: lambda: parsed.cut_off,
         Reason.EMPTY: lambda: not words(correct) or not words(incorrect),
         Reason.EQUAL: lambda: words(correct) == words(incorrect),
         Reason.NEAR_EQUAL: lambda: near_equal(correct, incorrect),
-        Reason.QUESTION_COPY: lambda: any(words(a) == words(question) for a in both),
+        Reason.QUESTION_COPY: lambda: any(echoes(question, a) for a in both),
         Reason.OTHER_QUESTION: lambda: (
             _other_question(question, parsed.question) or any(words(a) in copied for a in both)
         ),
-        Reason.LENGTH_RATIO: lambda: _length_ratio(correct, incorrect) > MAX_LENGTH_RATIO,
+        Reason.LENGTH_RATIO: lambda: length_ratio(correct, incorrect) > MAX_LENGTH_RATIO,
         Reason.NON_ANSWER: lambda: any(_NON_ANSWER.match(a) for a in both),
+        Reason.REPETITION: lambda: any(_REPETITION.search(a) for a in both),
     }
     return next((Reason(name) for name in FILTERS if name in filters and tests[name]()), None)
 
 
-def check_answer(question: str, answer: str, shown_answers: Iterable[str] = ()) -> Reason | None:
-    """Return why a single answer cannot be a side of a pair, or None where it can."""
-    if not words(answer):
-        return Reason.EMPTY
-    if words(answer) == words(question):
-        return Reason.QUESTION_COPY
-    if words(answer) in [words(shown) for shown in shown_answers]:
-        return Reason.OTHER_QUESTION
-    return Reason.NON_ANSWER if _NON_ANSWER.match(answer) else None
+def check_answer(
+    question: str,
+    answer: str,
+    *,
+    cut_off: bool = False,
+    filters: Collection[str] = FILTERS,
+    shown_answers: Iterable[str] = (),
+) -> Reason | None:
+    """Return why one answer alone cannot be a side of a pair, or None where it can."""
+    about_both = {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
+    return check_pair(
+        question,
+        Parsed(answer, answer, cut_off=cut_off),
+        filters=set(filters) - about_both,
+        shown_answers=shown_answers,
+    )
+
+
+def echoes(question: str, answer: str) -> bool:
+    """Tell whether an answer holds no word of its own, and most words of the question.
+
+    "The fog disappears as the Sun grows stronger." says nothing to "Why does fog disappear as the
+    Sun grows stronger?". A choice out of the question ("the Sun") is an answer.
+    """
+    asked, said = _content(question), _content(answer)
+    return said <= asked and len(said) >= ECHO_SHARE * len(asked)
+
+
+def _content(text: str) -> set[str]:
+    """Return the roughly stemmed words of a text that say what it is about."""
+    return {_stem(word) for word in words(text)} - _FUNCTION_WORDS
+
+
+def _stem(word: str) -> str:
+    for ending in ("ing", "es", "ed", "s"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word.removesuffix(ending)
+    return word
 
 
 def _other_question(asked: str, restated: str | None) -> bool:
@@ -258,6 +306,7 @@ def _other_question(asked: str, restated: str | None) -> bool:
     return len(left & right) / min(len(left), len(right)) < OTHER_QUESTION_RATIO if left else False
 
 
-def _length_ratio(a: str, b: str) -> float:
+def length_ratio(a: str, b: str) -> float:
+    """Return how many times as long the longer answer is (short ones get a head start)."""
     short, long = sorted((len(a) + LENGTH_OFFSET, len(b) + LENGTH_OFFSET))
     return long / short

@@ -154,13 +154,31 @@ ANSWER_REQUESTS: Mapping[str, str] = {
 }
 
 
-def answer_messages(question: str, shots: Sequence[Demonstration], kind: str) -> list[Message]:
-    """Return the chat that asks for one answer, ``correct`` or ``incorrect``."""
+NEUTRAL_QUESTION = "Please say something true."
+"""Stands for no question at all: how probable is an answer before the question is known?"""
+
+
+def answer_messages(
+    question: str,
+    shots: Sequence[Demonstration],
+    kind: str,
+    *,
+    candidates: Sequence[str] = (),
+) -> list[Message]:
+    """Return the chat that asks for one answer, ``correct`` or ``incorrect``.
+
+    Args:
+        question: the question to be asked last.
+        shots: each becomes a user turn and an assistant turn before it.
+        kind: which answer.
+        candidates: *GT* ablation: the annotated candidates, shown with the question.
+    """
+    choices = " Choose from: " + "; ".join(candidates) if candidates else ""
     messages = []
     for shot in shots:
         messages.append(_turn("user", f"{ANSWER_REQUESTS[kind]}: {shot.question}"))
         messages.append(_turn("assistant", getattr(shot, kind)))
-    return [*messages, _turn("user", f"{ANSWER_REQUESTS[kind]}: {question}")]
+    return [*messages, _turn("user", f"{ANSWER_REQUESTS[kind]}: {question}{choices}")]
 
 
 def _turn(role: str, content: str) -> Message:
