@@ -53,9 +53,10 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -
 def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     write_text(path, "old")
-    with pytest.raises(
-        RunError, match=r"cannot write .*x\.txt: No space left on device.*free some"
-    ), atomic_path(path) as partial:
+    with (
+        pytest.raises(RunError, match=r"cannot write .*x\.txt: No space left on device.*free some"),
+        atomic_path(path) as partial,
+    ):
         partial.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert path.read_text() == "old"

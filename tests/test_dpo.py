@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from grath_utils.pairs import Pair
 from safetensors.torch import load_file
 
 from grath_utils.artifacts import read_json, read_jsonl
@@ -27,6 +26,7 @@ from grath_utils.dpo import (
 )
 from grath_utils.errors import ConfigError, DataError, ModelError, TrainingError
 from grath_utils.models import Policy, load_base, load_policy
+from grath_utils.pairs import Pair
 from grath_utils.preferences import collate, tokenize_pair, tokenize_pairs
 
 PAIRS = [
