@@ -295,12 +295,12 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> 
     Raises:
         GrathError: a row has no finite maximum (the weights have diverged).
     """
-    if sampling.temperature == 0:
-        best, tokens = logits.max(dim=-1)
-    else:
+    best, tokens = logits.max(dim=-1)
+    if not torch.isfinite(best).all():
+        raise GrathError("the model's logits are not finite: its weights have diverged")
+    if sampling.temperature > 0:
         count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
         top, ids = torch.topk(logits.float(), count, dim=-1)  # most probable first
-        best = top[:, 0]
         probabilities = torch.softmax(top / sampling.temperature, dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         # Keep the smallest set that holds top_p: whatever has less than top_p before it.
@@ -310,8 +310,6 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> 
         position = torch.searchsorted(bounds, targets[:, None], right=True)
         last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
         tokens = ids.gather(1, torch.minimum(position, last))[:, 0]
-    if not torch.isfinite(best).all():
-        raise GrathError("the model's logits are not finite: its weights have diverged")
     return tokens.tolist()
 
 
@@ -332,7 +330,7 @@ def _run_shared(
     """Yield the sequences as they finish."""
     shared = len(prefix.token_ids)
     # Neighbours in the queue are prefilled together: by length, so that little is padding.
-    queue = deque(sorted(sequences, key=lambda s: (-len(s.prompt), s.index)))
+    queue = deque(sorted(sequences, key=lambda s: (-len(s.prompt), s.prompt, s.index)))
     room = len(queue[0].prompt) - shared + options.max_new_tokens
     slots = min(options.batch_size, len(queue))
     cache = SharedPrefixCache(prefix.layers, slots, room)
@@ -363,19 +361,47 @@ def _run_shared(
 def _prefill(
     options: _Options, cache: SharedPrefixCache, new: Sequence[_Sequence], start: int, shared: int
 ) -> None:
-    """Store all prompt tokens but the last: that one is the input of the first decoding step."""
+    """Store all prompt tokens but the last: that one is the input of the first decoding step.
+
+    Sequences with the same prompt (samples of one question) follow each other: the first is
+    computed, the others get a copy.
+    """
     cache.lengths[start : start + len(new)] = 0
     position = 0
     while position < len(new):
         width = len(new[position].prompt) - shared - 1  # the longest of those that follow
         if width == 0:
             return
-        group = new[position : position + max(1, PREFILL_TOKENS // width)]
-        own = [s.prompt[shared:-1] for s in group]
-        cache.select(start + position, len(group), width, width)
-        _forward(options, cache, [ids + [0] * (width - len(ids)) for ids in own])
-        cache.advance(torch.tensor([len(ids) for ids in own], device=cache.device))
-        position += len(group)
+        end = position
+        different = 0
+        while end < len(new):
+            different += end == position or new[end].prompt != new[end - 1].prompt
+            if different * width > max(PREFILL_TOKENS, width):
+                break
+            end += 1
+        _prefill_group(options, cache, new[position:end], start + position, shared)
+        position = end
+
+
+def _prefill_group(
+    options: _Options, cache: SharedPrefixCache, group: Sequence[_Sequence], start: int, shared: int
+) -> None:
+    """Prefill slots ``start …``: the different prompts in one pass, then the copies."""
+    own: list[list[int]] = []
+    which: list[int] = []  # for each sequence, the prompt that is its own
+    for sequence in group:
+        ids = sequence.prompt[shared:-1]
+        if not own or own[-1] != ids:
+            own.append(ids)
+        which.append(len(own) - 1)
+    width = len(own[0])
+    cache.select(start, len(own), width, width)
+    _forward(options, cache, [ids + [0] * (width - len(ids)) for ids in own])
+    cache.advance(torch.tensor([len(ids) for ids in own], device=cache.device))
+    # From the back: a prompt never lies behind its sequence, so nothing is overwritten too early.
+    for offset in reversed(range(len(group))):
+        if which[offset] != offset:
+            cache.move(start + which[offset], start + offset, len(own[which[offset]]))
 
 
 def _forward(

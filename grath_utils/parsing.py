@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 
 from grath_utils.prompts import INCORRECT_LABEL
+from grath_utils.texts import content_words, length_ratio, negated, words
 
 
 class Reason(StrEnum):
@@ -166,20 +167,11 @@ def pair_is_complete(text: str) -> bool:
 # --- filters -------------------------------------------------------------------------------------
 
 NEAR_EQUAL_RATIO = 0.9
-MAX_LENGTH_RATIO = 4.0  # in characters; short answers get a head start of LENGTH_OFFSET
-LENGTH_OFFSET = 12
+MAX_LENGTH_RATIO = 4.0  # in characters, see texts.length_ratio
 OTHER_QUESTION_RATIO = 0.3
 ECHO_SHARE = 0.6
 # The same run of one to eight words, three times in a row ("is the answer is the answer is ...").
 _REPETITION = re.compile(r"\b(\w+(?:\W+\w+){0,7})(?:\W+\1\b){2}", re.IGNORECASE)
-_ARTICLES = frozenset({"a", "an", "the"})
-_FUNCTION_WORDS = frozenset(
-    "am is are was were be been being do does did has have had can could may might must will would "
-    "shall should and or but if so as at by for from in into of off on onto out over than then "
-    "that these this those to too up with it its it's he she they them their his her we you i "
-    "what when where which who whom whose why how there here about".split()
-)
-_NEGATIONS = frozenset({"no", "not", "never", "none", "nothing", "cannot", "nor", "without"})
 _NON_ANSWER = re.compile(
     r"""^(?: (?:i['’]m|i[ ]am)[ ](?:sorry|unable|not[ ]able)
            | i[ ](?:can(?:no|['’])t|do(?:n['’]t|[ ]not)[ ](?:know|have)|have[ ]no[ ]comment)
@@ -190,17 +182,6 @@ _NON_ANSWER = re.compile(
            | \[.*\]$ | <.*>$ )""",
     re.VERBOSE | re.IGNORECASE,
 )
-
-
-def words(text: str) -> list[str]:
-    """Return the lower-case words of a text without punctuation, and without articles if it can."""
-    found = re.findall(r"[^\W_]+(?:['.,][^\W_]+)*", text.casefold().replace("’", "'"))
-    return [word for word in found if word not in _ARTICLES] or found
-
-
-def negated(text: str) -> bool:
-    """Tell whether a text holds a negation word."""
-    return any(word in _NEGATIONS or word.endswith("n't") for word in words(text))
 
 
 def near_equal(a: str, b: str) -> bool:
@@ -282,20 +263,8 @@ def echoes(question: str, answer: str) -> bool:
     "The fog disappears as the Sun grows stronger." says nothing to "Why does fog disappear as the
     Sun grows stronger?". A choice out of the question ("the Sun") is an answer.
     """
-    asked, said = _content(question), _content(answer)
+    asked, said = content_words(question), content_words(answer)
     return said <= asked and len(said) >= ECHO_SHARE * len(asked)
-
-
-def _content(text: str) -> set[str]:
-    """Return the roughly stemmed words of a text that say what it is about."""
-    return {_stem(word) for word in words(text)} - _FUNCTION_WORDS
-
-
-def _stem(word: str) -> str:
-    for ending in ("ing", "es", "ed", "s"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word.removesuffix(ending)
-    return word
 
 
 def _other_question(asked: str, restated: str | None) -> bool:
@@ -304,9 +273,3 @@ def _other_question(asked: str, restated: str | None) -> bool:
         return False
     left, right = set(words(asked)), set(words(restated))
     return len(left & right) / min(len(left), len(right)) < OTHER_QUESTION_RATIO if left else False
-
-
-def length_ratio(a: str, b: str) -> float:
-    """Return how many times as long the longer answer is (short ones get a head start)."""
-    short, long = sorted((len(a) + LENGTH_OFFSET, len(b) + LENGTH_OFFSET))
-    return long / short

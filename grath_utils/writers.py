@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grath_utils.audit import ngram_f1
 from grath_utils.config import PairsConfig
 from grath_utils.encoding import Request
 from grath_utils.errors import ConfigError, DataError, did_you_mean
@@ -29,12 +28,9 @@ from grath_utils.parsing import (
     check_answer,
     check_pair,
     clean,
-    length_ratio,
-    negated,
     pair_is_complete,
     parse_legacy,
     parse_pair,
-    words,
 )
 from grath_utils.prompts import (
     NEUTRAL_QUESTION,
@@ -49,6 +45,7 @@ from grath_utils.prompts import (
 )
 from grath_utils.questions import Question
 from grath_utils.scoring import score_completions
+from grath_utils.texts import length_ratio, negated, ngram_f1, words
 
 if TYPE_CHECKING:
     from grath_utils.models import Policy
