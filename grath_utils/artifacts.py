@@ -37,19 +37,45 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise RunError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     partial = scratch / target.name
     try:
-        yield partial
-        _sync(partial)
-        if target.is_dir():
-            # A folder cannot be replaced in one step: move the old one out of the way first.
-            os.replace(target, scratch / "replaced")
-        os.replace(partial, target)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {target}: {error.strerror or error}. Nothing half-written was left; "
-            "free some space or fix the permissions, then run the same command again"
-        ) from error
+        with explained_write_errors(target):
+            yield partial
+            _sync(partial)
+            if target.is_dir():
+                # A folder cannot be replaced in one step: move the old one out of the way first.
+                os.replace(target, scratch / "replaced")
+            os.replace(partial, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def explained_write_errors(target: Path) -> Iterator[None]:
+    """Turn an error of writing ``target`` into one that says what to do.
+
+    Libraries that save models raise errors of many kinds when the disk is full, so besides
+    ``OSError`` any error counts that comes while no space is left.
+
+    Raises:
+        RunError: the disk is full or the place cannot be written to.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = "no space left" in str(error).lower() or _no_space_left(Path(target).parent)
+        if isinstance(error, RunError) or not (full or isinstance(error, OSError)):
+            raise
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
+        raise RunError(
+            f"cannot write {target}: {reason}. Nothing half-written will be read; free some space "
+            "or fix the permissions, then run the same command again"
+        ) from error
+
+
+def _no_space_left(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < 1 << 15
+    except OSError:
+        return False
 
 
 def _sync(path: Path) -> None:

@@ -339,7 +339,8 @@ def _train(options: argparse.Namespace) -> None:
     last = report.log[-1]
     print(
         f"{report.pairs} pairs ({report.over_long} over-long left out), "
-        f"{report.held_out} held out, {report.steps} steps, {report.trainable_parameters:,} trained parameters"
+        f"{report.held_out} held out, {report.steps} steps, "
+        f"{report.trainable_parameters:,} trained parameters"
     )
     print(f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})")
     print(f"Adapter: {options.out / 'adapter'}")

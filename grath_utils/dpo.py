@@ -169,7 +169,8 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
         bias="none",
     )
     set_seed(seed)  # LoRA's A matrices are drawn here
-    return replace(policy, model=get_peft_model(model, settings))
+    with quiet_transformers():
+        return replace(policy, model=get_peft_model(model, settings))
 
 
 def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:

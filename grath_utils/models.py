@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -336,8 +337,6 @@ def round_weights(model: PreTrainedModel, quantization: str) -> int:
     Returns:
         How many layers were rounded.
     """
-    # On import, bitsandbytes complains that an optional CPU kernel package is absent: not needed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes import functional as bnb
 
     head = model.get_output_embeddings()
@@ -499,14 +498,18 @@ def keep_freed_memory(device: str) -> bool:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars and warnings while a model is loaded or saved."""
+    """Silence the libraries' own bars and notices while a model is loaded, wrapped or saved."""
     from transformers.utils import logging as settings
 
     level = settings.get_verbosity()
     settings.set_verbosity_error()
     settings.disable_progress_bar()
+    # On import, bitsandbytes complains that an optional CPU kernel package is absent: not needed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
+            yield
     finally:
         settings.set_verbosity(level)
         settings.enable_progress_bar()

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
-from grath_utils.artifacts import write_json
+from grath_utils.artifacts import explained_write_errors, write_json
 from grath_utils.config import DPOConfig
 from grath_utils.errors import ConfigError, TrainingError
 from grath_utils.models import Policy, quiet_transformers
@@ -50,6 +50,10 @@ class ReadyDataTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with explained_write_errors(Path(self.args.output_dir) / "checkpoint"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def use_given_reference(self) -> None:
         """Read the reference from the data; drop the copy of the adapter that TRL made for it."""
