@@ -117,7 +117,7 @@ def _arguments(
     policy: Policy, config: DPOConfig, folder: Path, seed: int, evaluates: bool
 ) -> TRLConfig:
     on_cpu = policy.device.type == "cpu"
-    world = 1 if on_cpu else max(1, torch.cuda.device_count())
+    accumulation = accumulation_steps(config, devices=1 if on_cpu else torch.cuda.device_count())
     try:
         return TRLConfig(
             output_dir=str(folder),
@@ -133,9 +133,7 @@ def _arguments(
             max_steps=config.steps,
             per_device_train_batch_size=config.micro_batch_size,
             per_device_eval_batch_size=config.micro_batch_size,
-            gradient_accumulation_steps=max(
-                1, config.batch_size // (config.micro_batch_size * world)
-            ),
+            gradient_accumulation_steps=accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
             max_length=None,  # the pairs were measured and chosen already
             # The weights are in the compute type already; autocast would only convert them again.
@@ -157,6 +155,22 @@ def _arguments(
         )
     except (ValueError, KeyError) as error:
         raise ConfigError(f"the trainer refuses these dpo settings: {error}") from error
+
+
+def accumulation_steps(config: DPOConfig, devices: int) -> int:
+    """Return how many micro-batches on each device make up the configured global batch.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly; it is never changed silently.
+    """
+    together = config.micro_batch_size * max(1, devices)
+    if config.batch_size % together:
+        raise ConfigError(
+            f"dpo.batch_size={config.batch_size} cannot be split over {devices} devices with "
+            f"dpo.micro_batch_size={config.micro_batch_size}: choose a multiple of {together}, or "
+            "a smaller micro-batch"
+        )
+    return config.batch_size // together
 
 
 class _Watch(TrainerCallback):

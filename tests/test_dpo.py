@@ -409,6 +409,15 @@ def test_no_pairs_is_an_error(base: ModelConfig, tmp_path: Path) -> None:
         train_round(base, [], [], tmp_path, dpo=DPO, lora=LORA, seed=0, progress=False)
 
 
+def test_the_global_batch_is_what_is_configured() -> None:
+    from grath_utils.trainer import accumulation_steps
+
+    config = DPOConfig(batch_size=16, micro_batch_size=4)
+    assert [accumulation_steps(config, devices) for devices in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ConfigError, match="cannot be split over 8 devices"):
+        accumulation_steps(config, 8)
+
+
 def test_an_unknown_loss_or_optimizer_is_a_config_error(base: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the trainer refuses"):
         one_round(base, tmp_path, optimizer="adamm")
