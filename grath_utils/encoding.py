@@ -68,7 +68,7 @@ def encode_requests(
     start = _start_token(tokenizer)
     texts = dict.fromkeys(prompt for prompt, _ in pairs if prompt)
     texts |= dict.fromkeys(prompt + completion for prompt, completion in pairs)
-    ids = dict(zip(texts, _encode_texts(tokenizer, list(texts), start), strict=True))
+    ids = dict(zip(texts, encode_texts(tokenizer, list(texts)), strict=True))
 
     encoded = []
     for request, (prompt, completion) in zip(requests, pairs, strict=True):
@@ -106,11 +106,9 @@ def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if start is None else start
 
 
-def _encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], start: int
-) -> list[tuple[int, ...]]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[int, ...]]:
     """Encode texts; one that already begins with the BOS text gets no second BOS."""
-    start_text = tokenizer.decode([start])
+    start_text = tokenizer.decode([_start_token(tokenizer)])
     ids: dict[str, tuple[int, ...]] = {}
     for given in (True, False):
         group = [text for text in texts if text.startswith(start_text) == given]

@@ -8,9 +8,12 @@ The result, schema version 1 (all values are fractions; percent is for display):
     controls     question-blind RULE -> value (multiple choice only)
     per_category CATEGORY -> METRIC -> value, n (where the benchmark has categories)
     calibration  ece, bins, selective_accuracy (multiple choice only)
+    answers      mean_words, median_words, mean_tokens, most_common (generation only)
     notes        what a reader must know to read the numbers right
-    items        id, category, scores (log-probabilities, or the answer), metrics
-    cost         seconds, tokens, distinct_tokens, computed_tokens, peak_memory_mib
+    items        id, category, metrics; labels, scores (summed log-probabilities) and tokens of
+                 each choice, or the answer
+    cost         seconds, tokens (fed one sequence for each answer), distinct_tokens (the floor),
+                 computed_tokens, peak_memory_mib
 
 A run that is stopped goes on where it was: finished passes wait in ``OUT.partial.jsonl``.
 """
@@ -93,7 +96,7 @@ def evaluate(
     if benchmark.name == "truthfulqa_gen":
         from grath_utils.answers import evaluate_answers
 
-        measured = evaluate_answers(policy, benchmark, chosen, progress=progress)
+        measured = evaluate_answers(policy, benchmark, chosen, out=out, progress=progress)
     else:
         measured = _evaluate_choices(
             policy, benchmark, chosen, batch_tokens=batch_tokens, out=out, progress=progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from grath_utils.errors import RunError
 
@@ -20,7 +21,7 @@ class PartialResult:
         """Read what is there for ``out``; with None, nothing is read or kept."""
         self.path = self.path_for(out) if out is not None else None
         self.identity = identity
-        self.done: dict[int, list[float]] = {}
+        self.done: dict[int, list[Any]] = {}
         """Batches finished before, by their number."""
         if self.path is None:
             return
@@ -35,7 +36,7 @@ class PartialResult:
         """Return the sidecar's place for a result file."""
         return Path(out).with_name(f"{Path(out).name}.partial.jsonl")
 
-    def add(self, number: int, values: list[float]) -> None:
+    def add(self, number: int, values: list[Any]) -> None:
         """Keep a finished batch."""
         if self.path is not None:
             self._write(json.dumps({"batch": number, "values": values}) + "\n", "a")
@@ -51,8 +52,8 @@ class PartialResult:
                 "permissions, then run the same command again (finished batches are kept)"
             ) from error
 
-    def _read(self) -> dict[int, list[float]]:
-        done: dict[int, list[float]] = {}
+    def _read(self) -> dict[int, list[Any]]:
+        done: dict[int, list[Any]] = {}
         if not self.path.is_file():
             return done
         head, *lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
