@@ -1,4 +1,4 @@
-"""Draw the pictures that pages show without running anything: ``python notebooks/images/draw.py``."""
+"""Draw the pictures that pages show without running anything (python notebooks/images/draw.py)."""
 
 from pathlib import Path
 
