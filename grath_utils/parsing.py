@@ -119,7 +119,7 @@ def parse_pair(completion: str) -> Parsed:
     text = completion.replace("\r\n", "\n").replace("\r", "\n")
     labels = list(_LABEL.finditer(text))
     fields: dict[str, str] = {}
-    for label, following in zip(labels, [*labels[1:], None], strict=True):
+    for label, following in zip(labels, [*labels, None][1:], strict=True):
         field = _FIELDS.get(label["name"].lower())
         end = following.start() if following else len(text)
         if field is not None and field not in fields:
