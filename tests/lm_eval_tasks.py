@@ -87,7 +87,11 @@ def task(folder: Path, name: str) -> dict[str, Any]:
 
 
 def run(
-    policy: Any, tasks: list[dict[str, Any]], shots: int, batch_size: int = 4
+    policy: Any,
+    tasks: list[dict[str, Any]],
+    shots: int,
+    batch_size: int = 4,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval on a loaded policy; return its ``results`` and ``samples``."""
     from lm_eval import simple_evaluate
@@ -103,6 +107,7 @@ def run(
         task_manager=TaskManager(include_defaults=False),
         log_samples=True,
         bootstrap_iters=0,
+        limit=limit,
     )
 
 
