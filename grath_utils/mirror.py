@@ -12,8 +12,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from grath_utils.artifacts import write_json, write_jsonl
-from grath_utils.benchmarks import FILES, HubFile, hub_rows
 from grath_utils.errors import FetchError, UsageError
+from grath_utils.hub_files import FILES, HubFile, hub_rows
 
 RECORD = "mirror.json"
 

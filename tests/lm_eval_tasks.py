@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.artifacts import write_jsonl
-from grath_utils.benchmarks import ARC_TEST, ARC_TRAIN, HELLASWAG, HELLASWAG_TRAIN, MULTIPLE_CHOICE
+from grath_utils.hub_files import ARC_TEST, ARC_TRAIN, HELLASWAG, HELLASWAG_TRAIN, MULTIPLE_CHOICE
 
 
 def sample_rows(mirror: Path, name: str, count: int | None, seed: int = 7) -> list[dict[str, Any]]:

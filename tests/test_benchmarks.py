@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from grath_utils import benchmarks
+from grath_utils import hub_files
 from grath_utils.artifacts import write_jsonl
 from grath_utils.benchmarks import BENCHMARKS, load_benchmark, truthfulqa_item
 from grath_utils.errors import DataError, UsageError
@@ -217,7 +217,7 @@ def test_a_file_missing_from_the_mirror_is_named_and_not_fetched(
     def never(file: Any) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(benchmarks, "hub_rows", never)
+    monkeypatch.setattr(hub_files, "hub_rows", never)
     for name in set(BENCHMARKS) - {"probe", "retention"}:
         with pytest.raises(DataError, match=r"has no \S+\.jsonl") as caught:
             load_benchmark(name)
@@ -244,7 +244,7 @@ def test_the_mirror_here(mirror: Path) -> None:
         assert all(item.labels[item.gold] for item in benchmark.items)
     truthfulqa = load_benchmark("truthfulqa_mc")
     assert all(set(item.mc1) <= set(item.mc2) for item in truthfulqa.items)
-    assert {len(load_benchmark("mmlu").shots[s]) for s in benchmarks.MMLU_SUBJECTS} == {5}
+    assert {len(load_benchmark("mmlu").shots[s]) for s in hub_files.MMLU_SUBJECTS} == {5}
 
 
 # --- protocols -----------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import datasets
 import pytest
 
 from grath_utils.artifacts import read_json, read_jsonl
-from grath_utils.benchmarks import FILES, MMLU_SUBJECTS, load_benchmark
+from grath_utils.benchmarks import load_benchmark
 from grath_utils.errors import FetchError, UsageError
+from grath_utils.hub_files import FILES, MMLU_SUBJECTS
 from grath_utils.mirror import make_mirror
 
 TRUTHFULQA = {

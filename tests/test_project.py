@@ -19,7 +19,7 @@ PACKAGE = ROOT / "grath_utils"
 # In the order in which data flows: a module may import only what stands before it.
 ORDER = """
 errors paths artifacts config runs
-questions benchmarks mirror controls
+questions hub_files benchmarks mirror controls
 models prompts parsing encoding trie scoring shared_prefix generation
 writers pairs audit
 preferences trainer dpo
