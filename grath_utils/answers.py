@@ -55,7 +55,8 @@ def evaluate_answers(
         progress: show a bar.
     """
     started = time.perf_counter()
-    prompts = encode_texts(policy.tokenizer, build_prompts(benchmark, protocol, policy.tokenizer))
+    texts = build_prompts(benchmark, protocol, policy.tokenizer)
+    prompts = [ids.tolist() for ids in encode_texts(policy.tokenizer, texts)]
     identity = fingerprint([policy.fingerprint, benchmark.fingerprint, protocol.name, prompts])
     partial = PartialResult(out, identity)
     written: list[dict[str, Any]] = []

@@ -8,14 +8,20 @@ kept, as there, and the request is marked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from grath_utils.errors import ScoringError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TEXTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,25 @@ class Request:
     """Id of the item that it belongs to, for messages."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """Token ids of a request."""
 
-    prompt: tuple[int, ...]
+    prompt: np.ndarray
+    """(tokens,) int32; requests with the same prompt hold the same array."""
     completion: tuple[int, ...]
     straddles: bool
     """A token of the joint text spans the boundary, so the split is a convention."""
 
     @property
-    def inputs(self) -> tuple[int, ...]:
-        """What the model reads: all but the last token, which is only predicted."""
-        return (self.prompt + self.completion)[:-1]
+    def length(self) -> int:
+        """Number of tokens that the model reads: all but the last, which is only predicted."""
+        return len(self.prompt) + len(self.completion) - 1
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """(length,) int32: what the model reads."""
+        return np.concatenate([self.prompt, np.array(self.completion[:-1], dtype=np.int32)])
 
 
 def encode_requests(
@@ -65,33 +77,42 @@ def encode_requests(
             "prompt ends cannot be told; use a model with a fast tokenizer (tokenizer.json)"
         )
     pairs = [_move_spaces(request) for request in requests]
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs if prompt))
+    heads = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
     start = _start_token(tokenizer)
-    texts = dict.fromkeys(prompt for prompt, _ in pairs if prompt)
-    texts |= dict.fromkeys(prompt + completion for prompt, completion in pairs)
-    ids = dict(zip(texts, encode_texts(tokenizer, list(texts)), strict=True))
+    if start is not None:  # what an empty prompt is conditioned on: the start of a text
+        heads[""] = np.array([start], dtype=np.int32)
 
-    encoded = []
-    for request, (prompt, completion) in zip(requests, pairs, strict=True):
-        whole = ids[prompt + completion]
-        if prompt:
-            head = ids[prompt]
-            tail = whole[len(head) :]
-        else:  # nothing to condition on but the start of a text
-            head = (start,)
-            tail = whole[1:] if whole[:1] == head else whole
-        if not tail:
-            raise ScoringError(
-                f"item {request.item}: the completion {request.completion!r} holds no token of "
-                "its own, so it has no probability"
-            )
-        if len(head) + len(tail) - 1 > max_length:
-            raise ScoringError(
-                f"item {request.item}: prompt and completion are {len(head) + len(tail) - 1} "
-                f"tokens, and the model takes {max_length}; fewer shots, or a model with a longer "
-                "context, are needed (nothing is cut off silently)"
-            )
-        encoded.append(Encoded(head, tail, straddles=bool(prompt) and whole[: len(head)] != head))
-    return encoded
+    distinct = list(dict.fromkeys(pairs))
+    wholes = encode_texts(tokenizer, (prompt + completion for prompt, completion in distinct))
+    encoded = {
+        pair: _split(heads[pair[0]], whole, bool(pair[0]))
+        for pair, whole in zip(distinct, wholes, strict=True)
+    }
+    for request, pair in zip(requests, pairs, strict=True):
+        _check(request, encoded[pair], max_length)
+    return [encoded[pair] for pair in pairs]
+
+
+def _split(head: np.ndarray, whole: np.ndarray, has_prompt: bool) -> Encoded:
+    """Take from a joint encoding what lies beyond the prompt's own."""
+    same = np.array_equal(whole[: len(head)], head)
+    tail = whole[len(head) :] if has_prompt or same else whole
+    return Encoded(head, tuple(tail.tolist()), straddles=has_prompt and not same)
+
+
+def _check(request: Request, encoded: Encoded, max_length: int) -> None:
+    if not encoded.completion:
+        raise ScoringError(
+            f"item {request.item}: the completion {request.completion!r} holds no token of its "
+            "own, so it has no probability"
+        )
+    if encoded.length > max_length:
+        raise ScoringError(
+            f"item {request.item}: prompt and completion are {encoded.length} tokens, and the "
+            f"model takes {max_length}; fewer shots, or a model with a longer context, are needed "
+            "(nothing is cut off silently)"
+        )
 
 
 def _move_spaces(request: Request) -> tuple[str, str]:
@@ -101,20 +122,33 @@ def _move_spaces(request: Request) -> tuple[str, str]:
     return prompt, request.prompt[len(prompt) :] + request.completion
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     start = tokenizer.bos_token_id
     return tokenizer.eos_token_id if start is None else start
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[int, ...]]:
-    """Encode texts; one that already begins with the BOS text gets no second BOS."""
-    start_text = tokenizer.decode([_start_token(tokenizer)])
-    ids: dict[str, tuple[int, ...]] = {}
-    for given in (True, False):
-        group = [text for text in texts if text.startswith(start_text) == given]
-        if group:
-            encodings = tokenizer(
-                group, add_special_tokens=not given, return_attention_mask=False, verbose=False
-            )["input_ids"]
-            ids |= {text: tuple(e) for text, e in zip(group, encodings, strict=True)}
-    return [ids[text] for text in texts]
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield each text's token ids (int32); one that begins with the BOS text gets no second BOS.
+
+    A few texts are encoded at a time: lists of Python integers take ten times the memory.
+    """
+    start = _start_token(tokenizer)
+    bos = None if start is None else tokenizer.decode([start])
+    for batch in batched(texts, TEXTS_AT_ONCE):
+        ids: dict[str, np.ndarray] = {}
+        for given in (True, False):
+            group = [text for text in batch if (bos is not None and text.startswith(bos)) == given]
+            if group:
+                encodings = tokenizer(
+                    group, add_special_tokens=not given, return_attention_mask=False, verbose=False
+                )["input_ids"]
+                arrays = (np.array(ids_, dtype=np.int32) for ids_ in encodings)
+                ids |= zip(group, arrays, strict=True)
+        yield from (ids[text] for text in batch)
+
+
+def batched(values: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    """Yield tuples of at most ``size`` values (itertools.batched, which needs Python 3.12)."""
+    rest = iter(values)
+    while batch := tuple(islice(rest, size)):
+        yield batch

@@ -167,7 +167,7 @@ def _evaluate_choices(
             benchmark.fingerprint,
             protocol.name,
             [[block.first, block.last] for block in plan.blocks],
-            [list(e.inputs[-8:]) for e in plan.encoded],
+            [e.inputs[-8:].tolist() for e in plan.encoded],
         ]
     )
     partial = PartialResult(out, identity)

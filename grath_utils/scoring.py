@@ -81,7 +81,7 @@ class Plan:
     @property
     def work(self) -> Work:
         return Work(
-            naive=sum(len(e.inputs) for e in self.encoded),
+            naive=sum(e.length for e in self.encoded),
             distinct=len(self.trie),
             computed=sum(len(block.nodes) for block in self.blocks),
         )
@@ -123,7 +123,7 @@ def plan_requests(
 ) -> Plan:
     """Encode the requests and decide on the forward passes, without running any of them."""
     encoded = encode_requests(policy.tokenizer, requests, policy.max_length)
-    longest = max((len(e.inputs) for e in encoded), default=0)
+    longest = max((e.length for e in encoded), default=0)
     budget = min(batch_tokens, CPU_ROW_TOKENS) if policy.device.type == "cpu" else batch_tokens
     if method == "auto":
         method = "tree" if can_run_trees(policy, longest) else "plain"
@@ -361,10 +361,14 @@ def _trial_plan(policy: Policy, method: str) -> Plan:
     """A primer and three branches, in rows so short that primer, row and cut all occur."""
     size = policy.model.get_input_embeddings().num_embeddings
     token = [(7 + 13 * i) % size for i in range(48)]
-    primer = token[:20]
+    primer = np.array(token[:20], dtype=np.int32)
     branches = [token[20:27], token[20:23] + token[30:36], token[36:48]]
     encoded = [
-        Encoded(tuple(primer + branch[:2]), tuple(branch[2:]), straddles=False)
+        Encoded(
+            np.append(primer, np.array(branch[:2], dtype=np.int32)),
+            tuple(branch[2:]),
+            straddles=False,
+        )
         for branch in branches
     ]
     return _plan(encoded, method, budget=10)

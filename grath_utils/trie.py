@@ -57,27 +57,31 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[Trie, list[np.ndarra
     Returns:
         The trie, and for each sequence, in the order given, the nodes of its tokens.
     """
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(sequences)
+    # Big-endian bytes sort as the numbers do, and much faster than lists of them.
+    keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in sequences]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    none = np.empty(0, dtype=np.int64)
+    paths = [none] * len(sequences)
     tokens, depths, parents = [], [], []
-    before, before_path, count = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
+    before, before_path, count = none, none, 0
     for index in order:
         ids = np.asarray(sequences[index], dtype=np.int64)
         shared = _common_prefix(before, ids)
-        new = np.arange(count, count + len(ids) - shared)
-        path = np.concatenate([before_path[:shared], new])
-        tokens.append(ids[shared:])
-        depths.append(np.arange(shared, len(ids)))
-        parents.append(np.concatenate([[-1], path])[shared:-1])
-        paths[index] = path
-        before, before_path, count = ids, path, count + len(new)
-    empty = np.empty(0, dtype=np.int64)
-    depth = np.concatenate([empty, *depths])
+        if shared < len(ids):
+            new = np.arange(count, count + len(ids) - shared)
+            path = np.concatenate([before_path[:shared], new])
+            tokens.append(ids[shared:])
+            depths.append(np.arange(shared, len(ids)))
+            parents.append(np.concatenate([[-1], path])[shared:-1])
+            before, before_path, count = ids, path, count + len(new)
+        # In this order, a sequence that brings no token is the one before it, once more.
+        paths[index] = before_path
+    depth = np.concatenate([none, *depths])
     trie = Trie(
-        token=np.concatenate([empty, *tokens]),
+        token=np.concatenate([none, *tokens]),
         depth=depth,
         end=_subtree_ends(depth),
-        parent=np.concatenate([empty, *parents]).astype(np.int64),
+        parent=np.concatenate([none, *parents]).astype(np.int64),
     )
     return trie, paths
 
