@@ -20,8 +20,8 @@ PACKAGE = ROOT / "grath_utils"
 ORDER = """
 errors paths artifacts config runs
 questions hub_files benchmarks mirror controls
-models prompts parsing encoding trie scoring shared_prefix generation
-writers pairs audit
+texts models prompts parsing encoding trie scoring shared_prefix generation
+audit writers pairs
 preferences trainer dpo
 statistics metrics protocols partial answers evaluation
 loop plots report notebooks cli
