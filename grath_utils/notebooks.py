@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import os
 import sys
 import time
@@ -35,6 +36,8 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
         seed: replaces the profile's seed.
         overrides: such as ``"dpo.beta=0.05 loop.iterations=3"``.
     """
+    # On import, bitsandbytes complains that an optional CPU kernel package is absent: not needed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     config = load_config(profile, overrides, seed=seed)
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()

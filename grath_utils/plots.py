@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -45,9 +46,20 @@ def new_axes(
     rows: int = 1, columns: int = 1, *, width: float = 7.2, height: float = 3.4
 ) -> tuple[Figure, Any]:
     """Return a figure in the course's style with its axes."""
+    _load_backend()
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
     return figure, axes
+
+
+@cache
+def _load_backend() -> None:
+    """Load matplotlib's backend now.
+
+    Loaded inside ``rc_context``, its switch to interactive mode would be undone with the context,
+    and a notebook would show the first figure only.
+    """
+    plt.switch_backend(plt.get_backend())
 
 
 # --- drawings ------------------------------------------------------------------------------------
@@ -167,7 +179,7 @@ def draw_dpo_step() -> Figure:
         _arrow(axes, (4.9, y), (5.9, 2.2 if y > 2 else 1.8))
     _arrow(axes, (8.2, 2.0), (9.1, 2.0))
     _arrow(axes, (9.9, 2.5), (4.0, 3.4), bend=0.3)
-    axes.text(7.6, 3.1, "gradient, to the adapter only", fontsize=9.5, style="italic", ha="center")
+    axes.text(7.0, 3.1, "gradient, to the adapter only", fontsize=9.5, style="italic", ha="center")
     return figure
 
 
