@@ -21,7 +21,7 @@ ORDER = """
 errors paths artifacts config runs
 questions hub_files benchmarks mirror controls
 texts models prompts parsing encoding trie scoring shared_prefix generation
-audit writers pairs
+writers pairs audit
 preferences trainer dpo
 statistics metrics protocols partial answers evaluation
 loop plots report notebooks cli
