@@ -83,6 +83,13 @@ def encode_requests(
     if start is not None:  # what an empty prompt is conditioned on: the start of a text
         heads[""] = np.array([start], dtype=np.int32)
 
+    for request, (prompt, _) in zip(requests, pairs, strict=True):
+        if prompt not in heads:
+            raise ScoringError(
+                f"item {request.item}: the prompt is empty, and the tokenizer has no token for the "
+                "start of a text to put in its place"
+            )
+
     distinct = list(dict.fromkeys(pairs))
     wholes = encode_texts(tokenizer, (prompt + completion for prompt, completion in distinct))
     encoded = {

@@ -8,8 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from grath_utils.artifacts import write_jsonl
+from grath_utils.artifacts import read_jsonl, write_jsonl
 from grath_utils.hub_files import ARC_TEST, ARC_TRAIN, HELLASWAG, HELLASWAG_TRAIN, MULTIPLE_CHOICE
+from grath_utils.paths import data_dir
 
 
 def sample_rows(mirror: Path, name: str, count: int | None, seed: int = 7) -> list[dict[str, Any]]:
@@ -34,6 +35,48 @@ def small_mirror(mirror: Path, folder: Path, sizes: dict[str, int | None]) -> Pa
             rows = [row for row in rows if row["ind"] not in tested][:count]
         else:
             rows = sample_rows(mirror, name, count)
+        write_jsonl(folder / name, rows)
+    return folder
+
+
+def own_mirror(folder: Path, subjects: tuple[str, ...]) -> Path:
+    """Write a mirror whose rows are our own probe and retention items in the benchmarks' schemas.
+
+    With it the comparison needs no benchmark at all: formats, shots and scores are the same code.
+    """
+    probe = read_jsonl(data_dir() / "probe.jsonl")
+    facts = read_jsonl(data_dir() / "retention.jsonl")
+    arc = [
+        {
+            "id": row["id"],
+            "question": row["question"],
+            "choices": {"text": row["choices"], "label": list("ABCD")},
+            "answerKey": "ABCD"[row["answer"]],
+        }
+        for row in facts
+    ]
+    swag = [
+        {
+            "ind": n,
+            "activity_label": row["category"],
+            "ctx_a": f"[header] {row['question']} [title] Someone answers.",
+            "ctx_b": "they say",
+            "endings": [f"{choice} [substeps] and leave." for choice in row["choices"]],
+            "label": str(row["answer"]),
+        }
+        for n, row in enumerate(facts)
+    ]
+    files = {
+        MULTIPLE_CHOICE.path: probe[:3],
+        ARC_TEST.path: arc[:3],
+        ARC_TRAIN.path: arc[3:120],
+        HELLASWAG.path: swag[:3],
+        HELLASWAG_TRAIN.path: swag[3:120],
+    }
+    for n, subject in enumerate(subjects):
+        rows = facts[20 * n : 20 * n + 8]
+        files |= {f"mmlu/{subject}/dev.jsonl": rows[:5], f"mmlu/{subject}/test.jsonl": rows[5:]}
+    for name, rows in files.items():
         write_jsonl(folder / name, rows)
     return folder
 

@@ -19,6 +19,7 @@ from grath_utils.errors import ScoringError
 from grath_utils.evaluation import evaluate
 from grath_utils.metrics import truthfulqa_metrics
 from grath_utils.models import Policy
+from grath_utils.paths import mirror_dir
 
 pytest.importorskip("lm_eval", reason="lm-eval is a development extra")
 
@@ -36,9 +37,13 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def small(mirror: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mirror with a few items of each benchmark."""
-    return harness.small_mirror(mirror, tmp_path_factory.mktemp("mirror"), SIZES)
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few items of each benchmark; of our own sets in their schemas where there is no mirror."""
+    folder = tmp_path_factory.mktemp("mirror")
+    mirror = mirror_dir()
+    if mirror is None:
+        return harness.own_mirror(folder, SUBJECTS)
+    return harness.small_mirror(mirror, folder, SIZES)
 
 
 @pytest.fixture
