@@ -33,7 +33,7 @@ from grath_utils.shared_prefix import (
 if TYPE_CHECKING:
     from grath_utils.models import Policy
 
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 1024
 """Prompt tokens computed in one pass; more would only need more memory."""
 
 METHODS = ("auto", "shared", "plain")
@@ -100,6 +100,7 @@ def generate(
     top_k: int = 50,
     seed: int = 0,
     keys: Sequence[str] | None = None,
+    drafts: Sequence[str] | Sequence[Sequence[int]] | None = None,
     method: str = "auto",
     progress: bool = False,
 ) -> list[Completion]:
@@ -115,6 +116,8 @@ def generate(
         do_sample, temperature, top_p, top_k: greedy unless ``do_sample``.
         seed, keys: each sequence draws from its own stream, named by the seed and its key (its
             position if none is given): who else is in the batch does not matter.
+        drafts: greedy only: for each prompt, how its completion may well begin. A right guess is
+            computed at once, like a prompt; a wrong one changes nothing but the time.
         method: ``shared``, ``plain``, or ``auto`` (shared where the model can).
         progress: show a bar.
 
@@ -130,11 +133,20 @@ def generate(
     if not encoded:
         return []
     keys = [str(i) for i in range(len(encoded))] if keys is None else keys
+    if drafts is not None and do_sample:
+        raise UsageError("drafts are for greedy decoding")
+    guesses = [[]] * len(encoded) if drafts is None else [_encode(policy, d) for d in drafts]
     ends = end_token_ids(policy)
     options = _Options(policy, max_new_tokens, stop, sampling, ends, batch_size)
     sequences = [
-        _Sequence(i, ids, options, _stream(seed, key, max_new_tokens) if do_sample else None)
-        for i, (ids, key) in enumerate(zip(encoded, keys, strict=True))
+        _Sequence(
+            i,
+            ids,
+            options,
+            _stream(seed, key, max_new_tokens) if do_sample else None,
+            guess[: max_new_tokens - 1],
+        )
+        for i, (ids, key, guess) in enumerate(zip(encoded, keys, guesses, strict=True))
     ]
     if method != "plain":
         longest = max(map(len, encoded)) + max_new_tokens
@@ -251,9 +263,12 @@ class _Options:
 class _Sequence:
     """A prompt and what has been written after it so far."""
 
-    def __init__(self, index: int, prompt: list[int], options: _Options, stream: Any):
+    def __init__(
+        self, index: int, prompt: list[int], options: _Options, stream: Any, draft: list[int]
+    ):
         self.index = index
         self.prompt = prompt
+        self.draft = draft
         self.options = options
         self.stream = stream
         self.written: list[int] = []
@@ -267,6 +282,10 @@ class _Sequence:
     def draw(self) -> float:
         return float(self.stream[len(self.written)])
 
+    def begins_as(self, other: _Sequence) -> bool:
+        """Tell whether both have the same prompt and draft, so that one pass serves both."""
+        return self.prompt == other.prompt and self.draft == other.draft
+
     def push(self, token: int) -> bool:
         """Take the next token; return whether the sequence is finished."""
         options = self.options
@@ -279,6 +298,12 @@ class _Sequence:
         elif len(self.written) == options.max_new_tokens:
             self.finished = "length"
         return bool(self.finished)
+
+    def accept(self, predicted: Sequence[int]) -> None:
+        """Take the model's own tokens for as long as the draft had guessed the one before."""
+        for position, token in enumerate(predicted):
+            if self.push(token) or self.draft[position : position + 1] != [token]:
+                return
 
     def completion(self) -> Completion:
         return Completion(self.options.decode(self.written), tuple(self.written), self.finished)
@@ -330,8 +355,10 @@ def _run_shared(
     """Yield the sequences as they finish."""
     shared = len(prefix.token_ids)
     # Neighbours in the queue are prefilled together: by length, so that little is padding.
-    queue = deque(sorted(sequences, key=lambda s: (-len(s.prompt), s.prompt, s.index)))
-    room = len(queue[0].prompt) - shared + options.max_new_tokens
+    queue = deque(
+        sorted(sequences, key=lambda s: (-len(s.prompt) - len(s.draft), s.prompt, s.index))
+    )
+    room = max(len(s.prompt) for s in queue) - shared + options.max_new_tokens
     slots = min(options.batch_size, len(queue))
     cache = SharedPrefixCache(prefix.layers, slots, room)
     active: list[_Sequence] = []  # a sequence's place in the list is its slot
@@ -344,38 +371,42 @@ def _run_shared(
                 new = [queue.popleft() for _ in range(min(free, len(queue)))]
                 _prefill(options, cache, new, len(active), shared)
                 active += new
+                yield from _retire(cache, active, shared)  # a draft can hold the whole answer
+                if not active:
+                    continue
             reach = max(len(s.prompt) - shared + len(s.written) for s in active)
             cache.select(0, len(active), 1, reach)
             logits = _forward(options, cache, [[s.last] for s in active])
             cache.advance(1)
-            finished = _push_all(logits[:, -1], active)
-            for slot in reversed([i for i, is_done in enumerate(finished) if is_done]):
-                yield active[slot]
-                moved = active.pop()
-                if slot < len(active):
-                    length = len(moved.prompt) - shared + len(moved.written) - 1
-                    cache.move(len(active), slot, length)
-                    active[slot] = moved
+            _push_all(logits[:, -1], active)
+            yield from _retire(cache, active, shared)
+
+
+def _retire(cache: SharedPrefixCache, active: list[_Sequence], shared: int) -> Iterator[_Sequence]:
+    """Yield and remove the finished sequences; the last active one moves into a freed slot."""
+    for slot in reversed(range(len(active))):
+        if active[slot].finished:
+            yield active[slot]
+            moved = active.pop()
+            if slot < len(active):
+                length = len(moved.prompt) - shared + len(moved.written) - 1
+                cache.move(len(active), slot, length)
+                active[slot] = moved
 
 
 def _prefill(
     options: _Options, cache: SharedPrefixCache, new: Sequence[_Sequence], start: int, shared: int
 ) -> None:
-    """Store all prompt tokens but the last: that one is the input of the first decoding step.
-
-    Sequences with the same prompt (samples of one question) follow each other: the first is
-    computed, the others get a copy.
-    """
+    """Store the prompts of ``new`` in the slots from ``start`` on, in groups of a bounded size."""
     cache.lengths[start : start + len(new)] = 0
     position = 0
     while position < len(new):
-        width = len(new[position].prompt) - shared - 1  # the longest of those that follow
-        if width == 0:
-            return
+        # The first is the longest of those that follow.
+        width = len(new[position].prompt) + len(new[position].draft) - shared
         end = position
         different = 0
         while end < len(new):
-            different += end == position or new[end].prompt != new[end - 1].prompt
+            different += end == position or not new[end].begins_as(new[end - 1])
             if different * width > max(PREFILL_TOKENS, width):
                 break
             end += 1
@@ -386,34 +417,55 @@ def _prefill(
 def _prefill_group(
     options: _Options, cache: SharedPrefixCache, group: Sequence[_Sequence], start: int, shared: int
 ) -> None:
-    """Prefill slots ``start …``: the different prompts in one pass, then the copies."""
-    own: list[list[int]] = []
-    which: list[int] = []  # for each sequence, the prompt that is its own
-    for sequence in group:
-        ids = sequence.prompt[shared:-1]
-        if not own or own[-1] != ids:
-            own.append(ids)
-        which.append(len(own) - 1)
-    width = len(own[0])
-    cache.select(start, len(own), width, width)
-    _forward(options, cache, [ids + [0] * (width - len(ids)) for ids in own])
-    cache.advance(torch.tensor([len(ids) for ids in own], device=cache.device))
-    # From the back: a prompt never lies behind its sequence, so nothing is overwritten too early.
+    """Prefill slots ``start …``: the different prompts in one pass, then the copies.
+
+    Without drafts all prompt tokens but the last are stored: that one is the input of the first
+    decoding step. With drafts the whole prompt and its draft are fed; the draft's tokens stay as
+    long as each is what the model itself would have written (speculative decoding with a given
+    draft, arXiv 2211.17192, in the greedy case: the completion is the same).
+    """
+    guessing = any(sequence.draft for sequence in group)
+    rows: list[list[int]] = []
+    which: list[int] = []  # for each sequence, the row that is its own
+    for i, sequence in enumerate(group):
+        if i == 0 or not sequence.begins_as(group[i - 1]):
+            ids = sequence.prompt[shared:]
+            rows.append(ids + sequence.draft if guessing else ids[:-1])
+        which.append(len(rows) - 1)
+    width = len(rows[0])
+    if width == 0:
+        return
+    cache.select(start, len(rows), width, width)
+    padded = [ids + [0] * (width - len(ids)) for ids in rows]
+    # Logits are wanted from the earliest last prompt token on.
+    earliest = min(len(s.prompt) for s in group) - shared - 1
+    logits = _forward(options, cache, padded, width - earliest if guessing else 1)
+    stored = [len(ids) for ids in rows]
+    if guessing:
+        predicted = choose(logits.flatten(0, 1), Sampling(), ())
+        span = width - earliest
+        for sequence, row in zip(group, which, strict=True):
+            first = row * span + len(sequence.prompt) - shared - 1 - earliest
+            sequence.accept(predicted[first : first + len(sequence.draft) + 1])
+            # The last token pushed has not been through the model yet.
+            stored[row] = len(sequence.prompt) - shared + len(sequence.written) - 1
+    cache.advance(torch.tensor(stored, device=cache.device))
+    # From the back: a row never lies behind its sequence, so nothing is overwritten too early.
     for offset in reversed(range(len(group))):
         if which[offset] != offset:
-            cache.move(start + which[offset], start + offset, len(own[which[offset]]))
+            cache.move(start + which[offset], start + offset, stored[which[offset]])
 
 
 def _forward(
-    options: _Options, cache: SharedPrefixCache, ids: Sequence[Sequence[int]]
+    options: _Options, cache: SharedPrefixCache, ids: Sequence[Sequence[int]], keep: int = 1
 ) -> torch.Tensor:
-    """Return the logits after the last input token, (batch, 1, vocabulary)."""
+    """Return the logits after the last ``keep`` input tokens, (batch, keep, vocabulary)."""
     return options.policy.model(
         input_ids=torch.tensor(ids, device=cache.device),
         position_ids=cache.position_ids,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=keep,
     ).logits
 
 

@@ -124,13 +124,14 @@ def pair_messages(
     messages = []
     for shot in shots:
         messages.append(_turn("user", pair_request(shot.question)))
-        lines = [
-            f"{QUESTION_LABEL} {shot.question}",
-            f"{CORRECT_LABEL} {shot.correct}",
-            f"{INCORRECT_LABEL} {shot.incorrect}",
-        ]
-        messages.append(_turn("assistant", "\n".join(lines)))
+        answer = f"{restated(shot.question)} {shot.correct}\n{INCORRECT_LABEL} {shot.incorrect}"
+        messages.append(_turn("assistant", answer))
     return [*messages, _turn("user", pair_request(question, candidates))]
+
+
+def restated(question: str) -> str:
+    """Return how the answer to a pair request begins: the question again, and the first label."""
+    return f"{QUESTION_LABEL} {question}\n{CORRECT_LABEL}"
 
 
 def pair_request(question: str, candidates: Sequence[str] = ()) -> str:

@@ -39,6 +39,7 @@ from grath_utils.prompts import (
     demonstrations,
     pair_messages,
     render_chat,
+    restated,
     token_ids,
     training_completion,
     training_prompt,
@@ -173,6 +174,8 @@ class _Writer:
             top_p=TOP_P,
             seed=self.seed,
             keys=keys,
+            # As a rule a completion begins by restating the question, as in the demonstrations.
+            drafts=[restated(question.text) for question in questions] if pair else None,
         )
 
     def shown_answers(self, kind: str) -> list[str]:

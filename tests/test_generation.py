@@ -174,6 +174,44 @@ def test_copies_of_a_prompt_are_like_prompts_of_their_own(tiny_policy):
     assert [list(c.token_ids) for c in done] == [reference(tiny_policy, p, 9) for p in prompts]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_drafts_change_nothing_but_the_time(tiny_policy, expected_tokens, batch_size, monkeypatch):
+    """Right, half right, wrong, too long and empty guesses, for prompts that come twice too."""
+    wrong = tiny_policy.tokenizer("of course not")["input_ids"]
+    guesses = [tokens[:9] for tokens in expected_tokens]
+    guesses[1] = expected_tokens[1][:3] + wrong
+    guesses[2] = wrong
+    guesses[3] = expected_tokens[3] + wrong * 5
+    guesses[4] = []
+    prompts, drafts = PROMPTS + PROMPTS[:3], [*guesses, *guesses[:2], expected_tokens[2]]
+    expected = expected_tokens + expected_tokens[:3]
+    passes = []
+    forward = generation._forward
+    monkeypatch.setattr(generation, "_forward", lambda *args: passes.append(1) or forward(*args))
+    options = {"max_new_tokens": 12, "batch_size": batch_size}
+    done = generate(tiny_policy, prompts, drafts=drafts, **options)
+    assert [list(c.token_ids) for c in done] == expected
+    with_drafts = len(passes)
+    passes.clear()
+    assert generate(tiny_policy, prompts, **options) == done
+    if batch_size == 1:
+        assert with_drafts < len(passes) - 10  # the right guesses were not decoded one by one
+
+
+def test_drafts_stop_where_decoding_would(tiny_policy, expected_tokens):
+    decode = tiny_policy.tokenizer.decode
+    stop = Stop.at(decode(expected_tokens[0][3:4]))
+    plain = generate(tiny_policy, PROMPTS[:2], max_new_tokens=12, stop=stop)
+    drafts = expected_tokens[:2]
+    assert plain[0].finished == "stop"
+    assert generate(tiny_policy, PROMPTS[:2], max_new_tokens=12, stop=stop, drafts=drafts) == plain
+
+
+def test_drafts_are_for_greedy_decoding(tiny_policy):
+    with pytest.raises(UsageError, match="greedy"):
+        sampled(tiny_policy, PROMPTS[:1], drafts=["x"])
+
+
 def test_choose_draws_by_probability():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(1000, 1)
     draws = [(i + 0.5) / 1000 for i in range(1000)]
