@@ -178,11 +178,7 @@ def fed_by_lm_eval(policy: Policy, theirs: dict[str, Any]) -> int:
     """Return the tokens of all its requests (those that differ in the last token count once)."""
     seen = {}
     for name, samples in theirs["samples"].items():
-        texts = [
-            (arguments["arg_0"], arguments["arg_1"])
-            for sample in samples
-            for arguments in sample["arguments"].values()
-        ]
+        texts = [pair for sample in samples for pair in sample["arguments"]]
         encoded = policy.tokenizer([a + b for a, b in texts])["input_ids"]
         for ids in encoded:
             seen[name, tuple(ids[:-1])] = len(ids) - 1
