@@ -33,10 +33,12 @@ from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
 from grath_utils.errors import DataError, TrainingError
 from grath_utils.models import (
     ADAPTER_RECORD,
+    TRAINING_BLOCK,
     Policy,
     adapter_fingerprint,
     apply_adapters,
     base_weights_fingerprint,
+    keep_freed_memory,
     load_base,
     merged_before,
     quiet_transformers,
@@ -330,6 +332,7 @@ def train_round(
     )
     gc.collect()
     policy = _make_trainable(policy, start, trains_on, lora, seed)
+    keep_freed_memory(policy.config.device, TRAINING_BLOCK)
     rows = _training_rows(both, chosen, rejected)
     split = len(data.examples)
     # TRL takes seconds to import: only training pays for it.
@@ -338,6 +341,7 @@ def train_round(
     log = run_trainer(
         policy, rows[:split], rows[split:], folder / "checkpoints", dpo, seed, progress=progress
     )
+    keep_freed_memory(policy.config.device)
     write_jsonl(folder / "training_log.jsonl", log)
     merged = start.adapters[:-1] if trains_on else start.adapters
     _save_adapter(policy, folder / "adapter", base, merged)  # last: its presence means "done"
@@ -405,7 +409,8 @@ def _save_adapter(policy: Policy, folder: Path, base: ModelConfig, merged: Seque
     with atomic_path(folder) as partial, quiet_transformers():
         settings = policy.model.peft_config["default"]
         settings.base_model_name_or_path = base.name  # a name, not this machine's cache path
-        policy.model.save_pretrained(partial)
+        # Never the embeddings: they are not trained, and peft would ask the Hub about them.
+        policy.model.save_pretrained(partial, save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card
         write_json(
             partial / ADAPTER_RECORD,

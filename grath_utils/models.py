@@ -473,11 +473,17 @@ def _resolve_run(name: str) -> tuple[ModelConfig, list[Path]]:
 # --- the machine ---------------------------------------------------------------------------------
 
 
-def keep_freed_memory(device: str) -> bool:
-    """Ask glibc to keep big freed blocks instead of handing them back to the system at once.
+INFERENCE_BLOCK = 64 << 20
+TRAINING_BLOCK = 1 << 30
+
+
+def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
+    """Ask glibc to keep freed blocks up to ``largest`` bytes instead of giving them back at once.
 
     On a CPU every training step frees and takes again the same hundreds of megabytes; giving them
-    back each time costs page faults for more than half of a step. Linux with glibc only.
+    back each time costs page faults for more than half of a step. Decoding, where sizes change from
+    step to step, would only fill the memory with pieces: it keeps smaller blocks. Linux with glibc
+    only; a user who has set the variables ``MALLOC_..._THRESHOLD_`` has decided.
 
     Returns:
         Whether the setting took effect.
@@ -485,13 +491,14 @@ def keep_freed_memory(device: str) -> bool:
     if device != "cpu" or not sys.platform.startswith("linux"):
         return False
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        return False  # the user has decided
-    m_trim_threshold, m_mmap_threshold, limit = -1, -3, 2**31 - 1
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")
-        return bool(
-            libc.mallopt(m_mmap_threshold, 1 << 30) and libc.mallopt(m_trim_threshold, limit)
-        )
+        kept = min(4 * largest, 2**31 - 1)
+        done = libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, kept)
+        libc.malloc_trim(0)
+        return bool(done)
     except (OSError, AttributeError):  # another C library, such as musl
         return False
 
