@@ -2,16 +2,19 @@
 
 Data flows one way through the modules, and none imports one further down the line::
 
-    errors, paths, artifacts, config            what everything stands on
-    questions, benchmarks, controls             data in
-    models                                      policy = base + quantization + adapter
-    prompts, scoring                            text in, log-probabilities out
-    pairs                                       the model's own correct and incorrect answers
-    preferences, trainer, dpo                   token ids, reference, one round of training
-    statistics, evaluation                      numbers with intervals
-    loop                                        the gradual iterations over a run directory
-    plots, report                               pictures and the page that holds them
-    notebooks, cli                              the two front ends
+    errors, paths, artifacts, config, runs       what everything stands on
+    questions, hub_files, benchmarks, mirror     data in
+    controls                                     rules that never read the question
+    texts, models, prompts, parsing              words; policy = base + quantization + adapter
+    encoding, trie, scoring                      log-probabilities, each distinct prefix once
+    shared_prefix, generation                    completions over one shared prefix
+    writers, pairs, audit                        the model's own correct and incorrect answers
+    preferences, trainer, dpo                    token ids, reference, one round of training
+    statistics, metrics, protocols               numbers with intervals, and how they are asked for
+    partial, answers, evaluation                 results that can be resumed
+    loop                                         the gradual iterations over a run directory
+    plots, report                                pictures and the page that holds them
+    notebooks, cli                               the two front ends
 
 Importing the package itself is cheap: torch and its friends load only with the modules that use
 them.
