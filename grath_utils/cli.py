@@ -286,6 +286,7 @@ def _pairs(options: argparse.Namespace) -> None:
         seed=config.seed,
         out=options.out,
         rejects=options.out.with_suffix(".rejects.jsonl"),
+        skip_long=config.questions.skip_bad,
     )
     print(report)
     print(f"Pairs: {options.out}")

@@ -140,6 +140,7 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
             "out": run.pairs(iteration),
             "rejects": run.rejects(iteration),
             "progress": progress,
+            "skip_long": run.config.questions.skip_bad,
         }
         questions = run_questions(run)
         if iteration == 0:
