@@ -511,8 +511,7 @@ def quiet_transformers() -> Iterator[None]:
     level = settings.get_verbosity()
     settings.set_verbosity_error()
     settings.disable_progress_bar()
-    # On import, bitsandbytes complains that an optional CPU kernel package is absent: not needed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
@@ -520,3 +519,8 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         settings.set_verbosity(level)
         settings.enable_progress_bar()
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep bitsandbytes from complaining, on import, of an optional CPU kernel that is absent."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -18,6 +18,7 @@ from grath_utils.artifacts import atomic_path
 from grath_utils.config import load_config
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
 from grath_utils.loop import start_run
+from grath_utils.models import quiet_bitsandbytes
 from grath_utils.paths import notebooks_dir
 from grath_utils.runs import Run, lock_run
 
@@ -36,8 +37,7 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
         seed: replaces the profile's seed.
         overrides: such as ``"dpo.beta=0.05 loop.iterations=3"``.
     """
-    # On import, bitsandbytes complains that an optional CPU kernel package is absent: not needed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     config = load_config(profile, overrides, seed=seed)
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()
@@ -159,19 +159,13 @@ def run_parameters(run: Run) -> dict[str, Any]:
         if value != plain[key] and key not in ("seed", "profile")
     }
     # JSON values are YAML values, and quoting keeps spaces together.
-    overrides = " ".join(_quoted(f"{key}={json.dumps(value)}") for key, value in changed.items())
+    parts = (f"{key}={json.dumps(value)}" for key, value in changed.items())
     return {
         "PROFILE": config.profile,
         "RUN_DIR": str(run.path),
         "SEED": config.seed,
-        "OVERRIDES": overrides,
+        "OVERRIDES": shlex.join(parts),
     }
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
 
 
 def execute_notebook(path: Path, target: Path, parameters: Mapping[str, Any]) -> None:
