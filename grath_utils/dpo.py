@@ -12,9 +12,9 @@ training, and the reference model is then gone from memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
-import math
 import os
 import random
 import shutil
@@ -28,9 +28,11 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from grath_utils import __version__
 from grath_utils.artifacts import atomic_path, fingerprint, read_json, write_json, write_jsonl
 from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
-from grath_utils.errors import DataError, TrainingError
+from grath_utils.encoding import Encoded, Request
+from grath_utils.errors import DataError, RunError, TrainingError
 from grath_utils.models import (
     ADAPTER_RECORD,
     TRAINING_BLOCK,
@@ -44,7 +46,9 @@ from grath_utils.models import (
     quiet_transformers,
 )
 from grath_utils.pairs import Pair
-from grath_utils.preferences import PreferenceData, PreferenceExample, collate, tokenize_pairs
+from grath_utils.paths import cache_dir
+from grath_utils.preferences import PreferenceData, PreferenceExample, tokenize_pairs
+from grath_utils.scoring import plan_encoded, run_plan
 
 # --- the mathematics -----------------------------------------------------------------------------
 
@@ -154,14 +158,11 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
         TrainingError: a target name matches no linear layer; the names that exist are listed.
     """
     from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
     all_linear = lora.targets == ("all-linear",)
     if not all_linear:
         _check_targets(policy.model, lora.targets)
-    model = policy.model
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     settings = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -172,7 +173,7 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
     )
     set_seed(seed)  # LoRA's A matrices are drawn here
     with quiet_transformers():
-        return replace(policy, model=get_peft_model(model, settings))
+        return replace(policy, model=get_peft_model(policy.model, settings))
 
 
 def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
@@ -198,65 +199,51 @@ def set_seed(seed: int) -> None:
 # --- reference log-probabilities -----------------------------------------------------------------
 
 
-@torch.no_grad()
 def reference_log_probs(
-    policy: Policy, examples: Sequence[PreferenceExample], *, batch_size: int, progress: bool = True
+    policy: Policy, examples: Sequence[PreferenceExample], *, progress: bool = True
 ) -> tuple[list[float], list[float]]:
     """Return the summed log-probabilities of all chosen and all rejected answers, in order.
 
     Raises:
-        TrainingError: one of them is not finite; the pair is named.
+        ScoringError: one of them is not finite; the pair is named.
     """
-    # Like lengths together: less padding. The results go back to the order that was given.
-    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
-    chosen, rejected = [0.0] * len(examples), [0.0] * len(examples)
-    pad = policy.tokenizer.pad_token_id
-    policy.model.eval()
-    bar = tqdm(
-        total=len(order), desc="Reference log-probabilities", unit="pair", disable=not progress
-    )
-    with bar:
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            batch = collate([examples[i] for i in rows], pad, policy.device)
-            sums = completion_log_probs(policy.model, batch).tolist()
-            for k, i in enumerate(rows):
-                chosen[i], rejected[i] = sums[k], sums[len(rows) + k]
-                if not (math.isfinite(chosen[i]) and math.isfinite(rejected[i])):
-                    raise TrainingError(
-                        f"pair {examples[i].id}: the reference gives a log-probability that is not "
-                        "finite; the reference model is damaged, or float16 overflows (try "
-                        "model.dtype=bfloat16 or float32)"
-                    )
-            bar.update(len(rows))
-    return chosen, rejected
+    sides = [(e, ids) for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
+    encoded = [
+        Encoded(np.array(e.prompt_ids, dtype=np.int32), ids, straddles=False) for e, ids in sides
+    ]
+    named = [Request("", policy.tokenizer.decode(ids), f"pair {e.id}") for e, ids in sides]
+    plan = plan_encoded(policy, encoded)
+    with tqdm(
+        total=plan.work.computed, desc="Reference", unit="token", disable=not progress
+    ) as bar:
+        scores = run_plan(policy, named, plan, on_batch=lambda _n, _v, tokens: bar.update(tokens))
+    values = [score.logprob for score in scores]
+    return values[::2], values[1::2]
 
 
 def _reference_table(
-    weights: Weights,
-    data: PreferenceData,
-    batch_size: int,
-    cache: Path,
-    *,
-    loaded: Policy | None,
-    progress: bool,
+    policy: Policy, data: PreferenceData, weights: Weights, *, progress: bool
 ) -> tuple[list[float], list[float]]:
-    """Return the reference log-probabilities, from the cache where the same ones were computed."""
+    """Return the reference log-probabilities, from the cache where the same ones were computed.
+
+    The whole table is the unit: in bfloat16 the last digits depend on what was computed together,
+    so a table put together from pieces would make a result depend on what ran before it.
+    """
     key = fingerprint(
         [
             weights.fingerprint(),
+            [policy.device.type, torch.__version__, __version__],
             [[e.prompt_ids, e.chosen_ids, e.rejected_ids] for e in data.examples],
         ]
     )
-    if cache.is_file():
+    cache = cache_dir() / "reference" / f"{key}.json"
+    with contextlib.suppress(DataError, KeyError, TypeError):  # damaged: computed again
         stored = read_json(cache)
-        if stored.get("key") == key:
+        if len(stored["chosen"]) == len(stored["rejected"]) == len(data.examples):
             return stored["chosen"], stored["rejected"]
-    policy = loaded or weights.load()
-    chosen, rejected = reference_log_probs(
-        policy, data.examples, batch_size=batch_size, progress=progress
-    )
-    write_json(cache, {"key": key, "chosen": chosen, "rejected": rejected})
+    chosen, rejected = reference_log_probs(policy, data.examples, progress=progress)
+    with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
+        write_json(cache, {"chosen": chosen, "rejected": rejected})
     return chosen, rejected
 
 
@@ -312,7 +299,7 @@ def train_round(
         raise DataError("no pair to train on: every question was rejected or held out")
     start, trains_on = start_of_round(base, previous, dpo.chain)
     reference = reference_of_round(base, previous, dpo.reference)
-    policy = start.load()
+    policy = reference.load()
     limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": dpo.max_length}
     tokenize = {"prompt_format": dpo.prompt_format, **limits}
     data = tokenize_pairs(policy.tokenizer, pairs, **tokenize)
@@ -322,18 +309,17 @@ def train_round(
         else PreferenceData((), ())
     )
     both = PreferenceData(data.examples + held.examples, ())
-    chosen, rejected = _reference_table(
-        reference,
-        both,
-        dpo.micro_batch_size,
-        folder / "checkpoints" / "reference.json",
-        loaded=policy if reference == start else None,
-        progress=progress,
-    )
-    gc.collect()
+    if reference != start:
+        table = _reference_table(policy, both, reference, progress=progress)
+        del policy  # one model in memory at a time
+        gc.collect()
+        policy = start.load()
     policy = _make_trainable(policy, start, trains_on, lora, seed)
+    if reference == start:  # measured on the very policy that trains: the margin starts at 0
+        table = _reference_table(policy, both, reference, progress=progress)
+    gc.collect()
     keep_freed_memory(policy.config.device, TRAINING_BLOCK)
-    rows = _training_rows(both, chosen, rejected)
+    rows = _training_rows(both, *table)
     split = len(data.examples)
     # TRL takes seconds to import: only training pays for it.
     from grath_utils.trainer import run_trainer

@@ -123,6 +123,13 @@ def plan_requests(
 ) -> Plan:
     """Encode the requests and decide on the forward passes, without running any of them."""
     encoded = encode_requests(policy.tokenizer, requests, policy.max_length)
+    return plan_encoded(policy, encoded, batch_tokens=batch_tokens, method=method)
+
+
+def plan_encoded(
+    policy: Policy, encoded: list[Encoded], *, batch_tokens: int = 4096, method: str = "auto"
+) -> Plan:
+    """Decide on the forward passes for prompts and completions that are token ids already."""
     longest = max((e.length for e in encoded), default=0)
     budget = min(batch_tokens, CPU_ROW_TOKENS) if policy.device.type == "cpu" else batch_tokens
     if method == "auto":

@@ -1,8 +1,9 @@
 """The bridge to TRL: one round of its ``DPOTrainer`` on token ids that are ready.
 
 TRL computes the loss, steps the optimiser and writes checkpoints. What is ours: the token ids and
-the reference log-probabilities come in with the data, a checkpoint counts only when it is whole,
-and a loss that is not finite stops the round.
+the reference log-probabilities come in with the data, a batch is computed without repeating what
+its sequences share, a checkpoint counts only when it is whole, and a loss that is not finite stops
+the round.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from grath_utils.artifacts import explained_write_errors, write_json
 from grath_utils.config import DPOConfig
 from grath_utils.errors import ConfigError, TrainingError
 from grath_utils.models import Policy, quiet_transformers
+from grath_utils.packing import PackedCollator, packed_forward, row_limit
+from grath_utils.scoring import accepts, can_run_trees
 
 COMPLETE = "complete.json"  # written into a checkpoint after everything else
 
@@ -47,6 +51,14 @@ LOGGED = {
 
 class ReadyDataTrainer(DPOTrainer):
     """``DPOTrainer`` for rows that already hold token ids and reference log-probabilities."""
+
+    selects = True  # the model's forward takes `logits_to_keep`
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if "rows" in inputs:  # packed: every loss of TRL's, on log-probabilities computed our way
+            dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
+            model = packed_forward(model, dtype, selects=self.selects)
+        return super()._compute_loss(model, inputs, return_outputs)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -96,6 +108,9 @@ def run_trainer(
     if not any(p.requires_grad for p in policy.model.parameters()):
         raise TrainingError("nothing to train: no parameter of the adapter requires a gradient")
     folder.mkdir(parents=True, exist_ok=True)
+    collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
+    if can_run_trees(policy, _longest([*train_rows, *held_out_rows])):
+        collator = PackedCollator(collator, row_limit(policy.device))
     with _quiet():
         trainer = ReadyDataTrainer(
             model=policy.model,
@@ -103,7 +118,9 @@ def run_trainer(
             train_dataset=Dataset.from_list(list(train_rows)),
             eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
             processing_class=policy.tokenizer,
+            data_collator=collator,
         )
+        trainer.selects = accepts(policy.model, "logits_to_keep")
         trainer.use_given_reference()
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
@@ -111,6 +128,12 @@ def run_trainer(
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
+
+
+def _longest(rows: Sequence[dict[str, Any]]) -> int:
+    return max(
+        len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows
+    )
 
 
 def _arguments(
@@ -138,7 +161,8 @@ def _arguments(
             max_length=None,  # the pairs were measured and chosen already
             # The weights are in the compute type already; autocast would only convert them again.
             bf16=False,
-            fp16=False,
+            # float16 loses small gradients unless the loss is scaled, which comes with autocast.
+            fp16=policy.config.dtype == "float16" and not on_cpu,
             use_cpu=on_cpu,
             seed=seed,
             data_seed=seed,

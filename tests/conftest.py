@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from grath_utils.config import ModelConfig
+from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
 from grath_utils.models import Policy, load_base
+from grath_utils.pairs import Pair
 
 # Tests never ask a hub for anything; the default model comes from the package index.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,34 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+# A few pairs and a short round, for what is about training.
+PAIRS = [
+    Pair(f"q{i}", f"What is the {thing}?", f"It is the {right}.", f"The {wrong} in the air.", 0)
+    for i, (thing, right, wrong) in enumerate(
+        [
+            ("sun", "star", "stone"),
+            ("moon", "satellite", "lantern"),
+            ("rain", "water", "sand"),
+            ("wind", "moving air", "moving light"),
+            ("ice", "solid water", "solid wood"),
+            ("coal", "old plants", "old iron"),
+        ]
+    )
+]
+DPO = DPOConfig(
+    learning_rate=5e-3,
+    warmup_steps=0,
+    batch_size=4,
+    micro_batch_size=2,
+    steps=4,
+    max_prompt_length=200,
+    max_length=300,
+    log_every=1,
+    evaluate_every=2,
+    save_every=2,
+)
+LORA = LoraConfig(r=4, alpha=8)
 
 
 def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:

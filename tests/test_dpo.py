@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import DPO, LORA, PAIRS
 from safetensors.torch import load_file
 
 from grath_utils.artifacts import read_json, read_jsonl
-from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
+from grath_utils.config import DPOConfig, ModelConfig
 from grath_utils.dpo import (
     Weights,
     add_adapter,
@@ -28,33 +28,6 @@ from grath_utils.errors import ConfigError, DataError, ModelError, TrainingError
 from grath_utils.models import Policy, load_base, load_policy
 from grath_utils.pairs import Pair
 from grath_utils.preferences import collate, tokenize_pair, tokenize_pairs
-
-PAIRS = [
-    Pair(f"q{i}", f"What is the {thing}?", f"It is the {right}.", f"The {wrong} in the air.", 0)
-    for i, (thing, right, wrong) in enumerate(
-        [
-            ("sun", "star", "stone"),
-            ("moon", "satellite", "lantern"),
-            ("rain", "water", "sand"),
-            ("wind", "moving air", "moving light"),
-            ("ice", "solid water", "solid wood"),
-            ("coal", "old plants", "old iron"),
-        ]
-    )
-]
-DPO = DPOConfig(
-    learning_rate=5e-3,
-    warmup_steps=0,
-    batch_size=4,
-    micro_batch_size=2,
-    steps=4,
-    max_prompt_length=200,
-    max_length=300,
-    log_every=1,
-    evaluate_every=2,
-    save_every=2,
-)
-LORA = LoraConfig(r=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
@@ -235,40 +208,6 @@ def test_the_first_round_is_the_same_however_rounds_are_chained(two_rounds) -> N
     ]
     for other in weights[1:]:
         assert all(torch.equal(weights[0][key], other[key]) for key in weights[0])
-
-
-@pytest.mark.parametrize(
-    ("reference", "chain"),
-    list(itertools.product(("current", "base"), ("continue", "merge", "fresh"))),
-)
-def test_step_zero_of_the_second_round(
-    base: ModelConfig, two_rounds, tmp_path: Path, reference: str, chain: str
-) -> None:
-    """The first measurement of round 1 is that of exactly the intended policy and reference."""
-    previous = two_rounds[f"{chain} 0"]
-    pristine, trained = log_probs(load_base(base)), log_probs(model_after(base, previous).load())
-    assert not torch.allclose(pristine, trained, atol=0.1)  # round 0 did move the policy
-    starts_at = pristine if chain == "fresh" else trained
-    compared_with = pristine if reference == "base" else trained
-
-    report = one_round(base, tmp_path / "next", previous, reference=reference, chain=chain)
-    first = next(row for row in report.log if row["split"] == "held_out")
-    assert first["step"] == 0
-
-    def held_out(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen, rejected = values.chunk(2)
-        return chosen[4:], rejected[4:]
-
-    losses, margins = preference_loss(*held_out(starts_at), *held_out(compared_with), beta=0.1)
-    assert first["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
-    assert first["margin"] == pytest.approx(margins.mean().item(), abs=1e-5)
-    assert first["logp_chosen"] == pytest.approx(held_out(starts_at)[0].mean().item(), abs=1e-3)
-    coincide = (reference == "base") == (chain == "fresh")
-    if coincide:
-        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert first["margin"] == pytest.approx(0, abs=1e-6)
-    else:
-        assert abs(first["margin"]) > 1e-3
 
 
 def test_recipes_of_weights(base: ModelConfig, two_rounds) -> None:
