@@ -7,7 +7,7 @@ Data flows one way through the modules, and none imports one further down the li
     controls                                     rules that never read the question
     texts, models, prompts, parsing              words; policy = base + quantization + adapter
     encoding, trie, scoring                      log-probabilities, each distinct prefix once
-    shared_prefix, generation                    completions over one shared prefix
+    shared_prefix, generation, vllm_backend      completions over one shared prefix
     writers, pairs, audit                        the model's own correct and incorrect answers
     preferences, packing, trainer, dpo           token ids, reference, one round of training
     statistics, metrics, protocols               numbers with intervals, and how they are asked for
@@ -24,5 +24,6 @@ import os
 
 # No network access that the user did not ask for: the libraries below report usage by default.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 __version__ = "0.1.0"

@@ -89,6 +89,11 @@ class PairsConfig:
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
     max_new_tokens: int = option(100, "longest completion, in tokens", minimum=8)
     batch_size: int = option(64, "completions decoded together", minimum=1)
+    backend: str = option(
+        "own",
+        "what computes the completions: our own decoder, or vLLM (to be installed; NVIDIA GPU)",
+        choices=("own", "vllm"),
+    )
     retry_failed: bool = option(True, "later iterations try again the questions that failed")
     candidates: int = option(
         4, "mode default: completions for each of the two answers", minimum=1, maximum=64

@@ -57,11 +57,14 @@ class Stop:
     reached: Callable[[str], bool]
     trigger: str = ""
     """Ask only after a token that contains this (such as a newline): asking each time costs."""
+    strings: tuple[str, ...] = ()
+    """The strings that end it, where that is the whole condition: other engines know no other."""
 
     @classmethod
     def at(cls, *strings: str) -> Stop:
         """Stop as soon as one of the strings has been written; it stays in the text."""
-        return cls(lambda text: any(s in text for s in strings), "\n" if strings == ("\n",) else "")
+        trigger = "\n" if strings == ("\n",) else ""
+        return cls(lambda text: any(s in text for s in strings), trigger, strings)
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,7 @@ def generate(
     if method not in METHODS:
         raise UsageError(f'unknown method "{method}"; valid ones are: {", ".join(METHODS)}')
     sampling = Sampling(temperature if do_sample else 0.0, top_p, top_k)
-    encoded = [_encode(policy, prompt) for prompt in prompts]
-    _check_room(policy, encoded, max_new_tokens)
+    encoded = encode_prompts(policy, prompts, max_new_tokens)
     if not encoded:
         return []
     keys = [str(i) for i in range(len(encoded))] if keys is None else keys
@@ -198,20 +200,65 @@ def end_token_ids(policy: Policy) -> frozenset[int]:
     return frozenset(i for i in [*ids, policy.tokenizer.eos_token_id] if i is not None)
 
 
+def sequence_seed(seed: int, key: str) -> int:
+    """Return the 64-bit number that one sequence draws by, made of the seed and its key alone."""
+    return int(fingerprint([seed, key]), 16)
+
+
+def encode_prompts(
+    policy: Policy,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    context: int | None = None,
+) -> list[list[int]]:
+    """Return prompts as token ids (text without special tokens), each with room for its completion.
+
+    Args:
+        context: longest sequence, where that is not what the model was made for.
+
+    Raises:
+        UsageError: an empty prompt, or one that leaves no room.
+    """
+    encoded = [_encode(policy, prompt) for prompt in prompts]
+    _check_room(encoded, max_new_tokens, policy.max_length if context is None else context)
+    return encoded
+
+
+def replay(
+    policy: Policy,
+    written: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Stop | None = None,
+) -> list[Completion]:
+    """Return what tokens that another engine wrote come to, cut where :func:`generate` would end.
+
+    ``finished`` is empty where :func:`generate` would have gone on.
+    """
+    ends = end_token_ids(policy)
+    options = _Options(policy, max_new_tokens, stop, Sampling(), ends, len(written))
+    done = []
+    for i, tokens in enumerate(written):
+        sequence = _Sequence(i, [], options, None, [])
+        any(sequence.push(token) for token in tokens)  # up to the one that finishes it
+        done.append(sequence.completion())
+    return done
+
+
 def _encode(policy: Policy, prompt: str | Sequence[int]) -> list[int]:
     if isinstance(prompt, str):
         return policy.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return list(prompt)
 
 
-def _check_room(policy: Policy, encoded: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check_room(encoded: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
     for number, ids in enumerate(encoded):
         if not ids:
             raise UsageError(f"prompt {number} is empty")
-        if len(ids) + max_new_tokens > policy.max_length:
+        if len(ids) + max_new_tokens > context:
             raise UsageError(
                 f"prompt {number} has {len(ids)} tokens; with {max_new_tokens} new ones it would "
-                f"not fit into the context of {policy.max_length} tokens"
+                f"not fit into the context of {context} tokens"
             )
 
 
@@ -224,7 +271,7 @@ def _check_prefix(prefix: Prefix, encoded: Sequence[Sequence[int]]) -> None:
 
 def _stream(seed: int, key: str, count: int) -> np.ndarray:
     """Return the uniform numbers in [0, 1) that one sequence draws its tokens with."""
-    return np.random.default_rng(int(fingerprint([seed, key]), 16)).random(count)
+    return np.random.default_rng(sequence_seed(seed, key)).random(count)
 
 
 def _bar(total: int, progress: bool) -> Any:

@@ -62,6 +62,8 @@ class Policy:
     """The base model and its quantization, dtype and device, resolved (no ``auto``)."""
     fingerprint: str
     """Changes whenever weights, quantization, dtype or adapter do."""
+    adapters: tuple[Path, ...] = ()
+    """The adapters applied to the base, in order: all but the last are merged into it."""
 
     @property
     def device(self) -> torch.device:
@@ -385,7 +387,8 @@ def apply_adapters(policy: Policy, adapters: list[Path], *, trainable: bool = Fa
     if not trainable:
         model.eval()
     identity = [policy.fingerprint, *(adapter_fingerprint(folder) for folder in adapters)]
-    return replace(policy, model=model, fingerprint=fingerprint(identity))
+    applied = (*policy.adapters, *adapters)
+    return replace(policy, model=model, fingerprint=fingerprint(identity), adapters=applied)
 
 
 def adapter_fingerprint(folder: Path) -> str:

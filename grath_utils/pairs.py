@@ -11,6 +11,7 @@ the final files are the same byte for byte.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -243,9 +244,10 @@ def _make(
     done = journal.read()
     resumed = sum(len(done[n]) for n in range(len(chunks)) if n in done)
     outcomes: dict[int, Outcome] = {}
-    with tqdm(
+    bar = tqdm(
         total=len(order), disable=not progress, desc="pairs", unit="question", file=sys.stderr
-    ) as bar:
+    )
+    with contextlib.closing(writer), bar:
         for number, chunk in enumerate(chunks):
             if number not in done:
                 written = writer.write([tasks[i] for i in chunk])

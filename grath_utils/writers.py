@@ -47,6 +47,7 @@ from grath_utils.prompts import (
 from grath_utils.questions import Question
 from grath_utils.scoring import score_completions
 from grath_utils.texts import length_ratio, negated, ngram_f1, words
+from grath_utils.vllm_backend import VllmBackend
 
 if TYPE_CHECKING:
     from grath_utils.models import Policy
@@ -107,11 +108,18 @@ class _Writer:
         self.seed = seed
         self.filters = frozenset(config.filters) if config.filters != ("none",) else frozenset()
         self.prefixes: dict[str, Prefix] = {}
+        self.vllm = VllmBackend(policy, seed) if config.backend == "vllm" else None
         single = "pair" if config.mode == "paper" else "single"
         self.shots = {
             kind: demonstrations(config.mode, "pair" if kind == "pair" else single, config.shots)
             for kind in self.kinds
         }
+
+    def close(self) -> None:
+        """Free what the writing alone needed."""
+        self.prefixes.clear()
+        if self.vllm is not None:
+            self.vllm.close()
 
     def messages(self, question: Question, kind: str) -> list[Message]:
         """Return the chat of one question for one kind of prompt."""
@@ -158,6 +166,17 @@ class _Writer:
         stop = Stop(pair_is_complete, "\n") if pair else Stop.at("\n")
         limit = self.config.max_new_tokens
         prompts = [token_ids(self.policy.tokenizer, self.prompt(q, kind)) for q in questions]
+        options = {
+            "max_new_tokens": limit if pair else min(ANSWER_TOKENS, limit),
+            "stop": None if self.config.legacy else stop,
+            "do_sample": temperature > 0,
+            "temperature": temperature or 1.0,
+            "top_p": TOP_P,
+            "seed": self.seed,
+            "keys": keys,
+        }
+        if self.vllm is not None:
+            return self.vllm.generate(prompts, **options)
         prefix = self.prefix(kind)
         # A tokenizer may merge a question's odd first letter into what stands before it.
         count = len(prefix.token_ids)
@@ -166,16 +185,10 @@ class _Writer:
             self.policy,
             prompts,
             prefix=prefix if fits else None,
-            max_new_tokens=limit if pair else min(ANSWER_TOKENS, limit),
-            stop=None if self.config.legacy else stop,
             batch_size=self.config.batch_size,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_p=TOP_P,
-            seed=self.seed,
-            keys=keys,
             # As a rule a completion begins by restating the question, as in the demonstrations.
             drafts=[restated(question.text) for question in questions] if pair else None,
+            **options,
         )
 
     def shown_answers(self, kind: str) -> list[str]:
@@ -475,6 +488,7 @@ def make_writer(
 
     Raises:
         ConfigError: an unknown filter.
+        UsageError: ``pairs.backend=vllm``, and it cannot run this policy here.
     """
     valid = [*FILTERS, "none"]
     for name in config.filters:
