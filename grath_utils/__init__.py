@@ -14,6 +14,7 @@ Data flows one way through the modules, and none imports one further down the li
     partial, answers, evaluation                 results that can be resumed
     loop                                         the gradual iterations over a run directory
     plots, report                                pictures and the page that holds them
+    grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
     notebooks, cli                               the two front ends
 
 Importing the package itself is cheap: torch and its friends load only with the modules that use

@@ -26,7 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     # Piped output would hold the progress lines back until the end.
     sys.stdout.reconfigure(line_buffering=True)
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = given[: given.index("--")] if "--" in given else given
+    options = parser.parse_args(own)
+    if "passed_on" in options:
+        options.passed_on = given[len(own) + 1 :]
+    elif len(own) < len(given):
+        parser.error('only the command "sweep" takes arguments after --')
     try:
         options.work(options)
     except GrathError as error:
@@ -54,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_run,
         _add_status,
         _add_report,
+        _add_sweep,
         _add_pairs,
         _add_train,
         _add_evaluate,
@@ -204,6 +212,58 @@ def _report(options: argparse.Namespace) -> None:
     write_report(run)
     print(f"Report: {run.report}\n")
     print(summary_table(run))
+
+
+# --- sweep ---------------------------------------------------------------------------------------
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "sweep",
+        _sweep,
+        "run a grid of settings and seeds, sharing what the runs have in common; ends in a table "
+        "and a figure",
+        "sweep smoke_2x2x2 --out runs/sweep --jobs 2\n"
+        "  python -m grath_utils sweep grid.yaml --out runs/sweep -- --executor slurm --jobs 20",
+    )
+    parser.add_argument(
+        "grid", metavar="GRID", help="a YAML file, or an example in grath_utils/sweep"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, type=Path)
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="points at a time; each takes the memory of a run (default: 1)",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="check the grid, write points.json and stop"
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help="write table, figure and report of what is there"
+    )
+    # Arguments after -- go to Snakemake; main() puts them here.
+    parser.set_defaults(passed_on=[])
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    _at_least(options.jobs, 1, "--jobs")
+    from grath_utils import sweeps
+
+    if options.plan or options.collect:
+        plan = sweeps.plan_sweep(options.grid, options.out)
+        print(sweeps.describe_plan(plan))
+        for point in plan["points"] if options.plan else []:
+            print(f"  {point['name']}")
+        if options.collect:
+            print(sweeps.counts(sweeps.collect(options.out)))
+    else:
+        sweeps.sweep(options.grid, options.out, jobs=options.jobs, extra=options.passed_on)
+    if not options.plan:
+        print(f"\n{(options.out / 'report.md').read_text(encoding='utf-8')}")
+        print(f"Table, summary and figure: {options.out}")
 
 
 # --- single steps --------------------------------------------------------------------------------

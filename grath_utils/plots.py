@@ -574,6 +574,55 @@ def plot_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
     return figure
 
 
+def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Show the change in every cell of a sweep: each seed, their mean, its interval over seeds.
+
+    Args:
+        panels: (title, cells), one panel for each metric; a cell has ``name``, ``seeds`` (a value
+            for each seed), ``mean`` and ``ci95`` (None for fewer than two). All panels have the
+            same cells in the same order.
+    """
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    cells = len(panels[0][1])
+    figure, axes = new_axes(
+        rows, columns, width=5.4 * columns, height=rows * (1.1 + 0.34 * cells)
+    )  # fmt: skip
+    grid = list(getattr(axes, "flat", [axes]))
+    for place, (drawn, (title, rows_of_panel)) in enumerate(zip(grid, panels, strict=False)):
+        for i, cell in enumerate(rows_of_panel):
+            seeds = [100 * value for value in cell["seeds"]]
+            drawn.plot(seeds, [i + 0.22] * len(seeds), "|", color=ORANGE, markersize=9)
+            if cell["ci95"] is None:  # one seed, or none in this panel
+                drawn.plot(seeds, [i] * len(seeds), "o", mfc="white", color=GREY)
+                continue
+            low, high = cell["ci95"]
+            clear = low > 0 or high < 0
+            drawn.errorbar(
+                [100 * cell["mean"]],
+                [i],
+                xerr=[[100 * (cell["mean"] - low)], [100 * (high - cell["mean"])]],
+                fmt="D" if clear else "o",
+                color=BLUE if clear else GREY,
+                capsize=3,
+            )
+        drawn.axvline(0, color="black", linewidth=1)
+        names = [cell["name"] if place % columns == 0 else "" for cell in rows_of_panel]
+        drawn.set_yticks(range(cells), names)
+        drawn.set_ylim(cells - 0.4, -0.6)
+        reach = max(map(abs, drawn.get_xlim()))
+        drawn.set_xlim(-max(reach, 1), max(reach, 1))
+        drawn.set_title(title, fontsize=10.5)
+    for spare in grid[len(panels) :]:
+        spare.set_axis_off()
+    figure.supxlabel(
+        "change from the base model, in points (ticks: seeds; marker: their mean, with 95 %\n"
+        "interval over seeds; diamond: interval without 0; hollow: one seed, so no interval)",
+        fontsize=9.5,
+    )
+    return figure
+
+
 def plot_controls(
     results: Mapping[str, Mapping[str, Any]], metric: str = "mc1", rules: Sequence[str] = ()
 ) -> Figure:

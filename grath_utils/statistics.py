@@ -56,6 +56,45 @@ def summarize(values: Sequence[float], resamples: int, seed: int) -> dict[str, A
     return {"value": float(array.mean()), "ci95": interval(means), "n": len(array)}
 
 
+def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+    """Return Student's interval of a mean over a few independent runs, or None for one run.
+
+    Over seeds there are too few values for a bootstrap, which would give a far too narrow
+    interval; this one holds for any number from two on, where the values are about normal.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) < 2:
+        return None
+    reach = t_quantile(len(array) - 1, level) * array.std(ddof=1) / math.sqrt(len(array))
+    return [float(array.mean() - reach), float(array.mean() + reach)]
+
+
+def t_quantile(freedom: int, level: float = 0.95) -> float:
+    """Return the ``t`` that Student's distribution lies within, ``-t`` to ``t``, with ``level``.
+
+    By bisection on the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3
+    and 26.7.4), in the angle whose tangent is ``t / sqrt(freedom)``.
+    """
+    if freedom < 1:
+        raise UsageError(f"{freedom} degrees of freedom; at least 1 is needed")
+
+    def inside(angle: float) -> float:
+        cosine, first = math.cos(angle), freedom % 2
+        term, total = (cosine, 0.0) if first else (1.0, 0.0)
+        for k in range(2 + first, freedom + 1, 2):
+            total += term
+            term *= cosine**2 * (k - 1) / k
+        if first:
+            return 2 / math.pi * (angle + math.sin(angle) * total)
+        return math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
 # --- before and after ----------------------------------------------------------------------------
 
 

@@ -57,6 +57,10 @@ def test_requirements_environment_and_pyproject_agree() -> None:
     assert dev.keys() == pinned_dev.keys()
     for package, (version, _) in pinned_dev.items():
         assert version in dev[package]
+    extra = {
+        r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["sweep"])
+    }
+    assert extra.items() <= dev.items(), "what `sweep` needs is tested with what dev installs"
     assert SpecifierSet(project["requires-python"]).contains("3.11")
 
 

@@ -24,6 +24,8 @@ from grath_utils.statistics import (
     sign_flip_test,
     smallest_detectable_effect,
     summarize,
+    t_interval,
+    t_quantile,
 )
 
 
@@ -195,3 +197,23 @@ def test_selective_accuracy() -> None:
     # Equal confidence: the order of the data does not decide.
     for right in ([1, 0, 0, 0], [0, 0, 0, 1]):
         assert selective_accuracy([0.5] * 4, right, coverages=(0.25,))[0]["accuracy"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"),
+    # From the printed table of Student's t, two-sided 5 %.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042)],
+)
+def test_students_quantiles(freedom: int, expected: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(expected, abs=5e-4)
+    assert t_quantile(freedom, 0.99) > t_quantile(freedom)
+
+
+def test_an_interval_over_few_runs_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    runs = rng.normal(0.3, 0.1, size=(4000, 3))
+    inside = [low <= 0.3 <= high for low, high in map(t_interval, runs)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+    assert t_interval([0.3]) is None
+    with pytest.raises(UsageError, match="at least 1"):
+        t_quantile(0)
