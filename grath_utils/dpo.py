@@ -35,8 +35,10 @@ from grath_utils.encoding import Encoded, Request
 from grath_utils.errors import DataError, RunError, TrainingError
 from grath_utils.models import (
     ADAPTER_RECORD,
+    TOP,
     TRAINING_BLOCK,
     Policy,
+    activate_adapters,
     adapter_fingerprint,
     apply_adapters,
     base_weights_fingerprint,
@@ -110,10 +112,12 @@ class Weights:
     base: ModelConfig
     adapters: tuple[Path, ...] = ()
 
-    def load(self) -> Policy:
-        """Load them; all adapters but the last are merged, the last stays an adapter."""
+    def load(self, *, fold_last: bool = False) -> Policy:
+        """Load them; all adapters but the last are folded in, the last stays on top if wanted."""
         policy = load_base(self.base)
-        return apply_adapters(policy, list(self.adapters)) if self.adapters else policy
+        if not self.adapters:
+            return policy
+        return apply_adapters(policy, list(self.adapters), fold_last=fold_last)
 
     def fingerprint(self) -> str:
         """Identify the weights without loading them."""
@@ -173,7 +177,13 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
     )
     set_seed(seed)  # LoRA's A matrices are drawn here
     with quiet_transformers():
-        return replace(policy, model=get_peft_model(policy.model, settings))
+        if hasattr(policy.model, "peft_config"):  # beside the folded adapters of a quantized model
+            model = policy.model
+            model.add_adapter(TOP, settings)
+        else:
+            model = get_peft_model(policy.model, settings)
+        activate_adapters(model, trainable=True)
+    return replace(policy, model=model)
 
 
 def _check_targets(model: torch.nn.Module, targets: Sequence[str]) -> None:
@@ -299,7 +309,8 @@ def train_round(
         raise DataError("no pair to train on: every question was rejected or held out")
     start, trains_on = start_of_round(base, previous, dpo.chain)
     reference = reference_of_round(base, previous, dpo.reference)
-    policy = reference.load()
+    # Where no adapter trains on, the start is the base with all of its adapters folded in.
+    policy = reference.load(fold_last=reference == start and not trains_on)
     limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": dpo.max_length}
     tokenize = {"prompt_format": dpo.prompt_format, **limits}
     data = tokenize_pairs(policy.tokenizer, pairs, **tokenize)
@@ -313,8 +324,12 @@ def train_round(
         table = _reference_table(policy, both, reference, progress=progress)
         del policy  # one model in memory at a time
         gc.collect()
-        policy = start.load()
-    policy = _make_trainable(policy, start, trains_on, lora, seed)
+        policy = start.load(fold_last=not trains_on)
+    _refuse_cpu_linear4bit(policy.model)
+    if trains_on:
+        activate_adapters(policy.model, trainable=True)
+    else:
+        policy = add_adapter(policy, lora, seed)
     if reference == start:  # measured on the very policy that trains: the margin starts at 0
         table = _reference_table(policy, both, reference, progress=progress)
     gc.collect()
@@ -341,20 +356,6 @@ def train_round(
         steps=dpo.steps,
         log=tuple(log),
     )
-
-
-def _make_trainable(
-    policy: Policy, start: Weights, trains_on: bool, lora: LoraConfig, seed: int
-) -> Policy:
-    """Turn the loaded start of a round into a policy whose adapter, and nothing else, trains."""
-    _refuse_cpu_linear4bit(policy.model)
-    if not trains_on:
-        if start.adapters:  # chain=merge: fold the last adapter in too
-            policy = replace(policy, model=policy.model.merge_and_unload())
-        return add_adapter(policy, lora, seed)
-    for name, parameter in policy.model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return policy
 
 
 def _refuse_cpu_linear4bit(model: torch.nn.Module) -> None:
@@ -393,10 +394,10 @@ def _training_rows(
 def _save_adapter(policy: Policy, folder: Path, base: ModelConfig, merged: Sequence[Path]) -> None:
     """Save the adapter with a record of the base it belongs to and of what was merged before."""
     with atomic_path(folder) as partial, quiet_transformers():
-        settings = policy.model.peft_config["default"]
+        settings = policy.model.peft_config[TOP]
         settings.base_model_name_or_path = base.name  # a name, not this machine's cache path
         # Never the embeddings: they are not trained, and peft would ask the Hub about them.
-        policy.model.save_pretrained(partial, save_embedding_layers=False)
+        policy.model.save_pretrained(partial, selected_adapters=[TOP], save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card
         write_json(
             partial / ADAPTER_RECORD,

@@ -351,10 +351,11 @@ def round_weights(model: PreTrainedModel, quantization: str) -> int:
             codes, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
             rounded = bnb.int8_vectorwise_dequant(codes, scale)
         else:
+            # As one long row: bitsandbytes' CPU kernel misplaces blocks that cross the end of a row.
             codes, state = bnb.quantize_4bit(
-                weight.contiguous(), blocksize=64, quant_type=quantization, compress_statistics=True
+                weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
             )
-            rounded = bnb.dequantize_4bit(codes, state)
+            rounded = bnb.dequantize_4bit(codes, state).view_as(weight)
         weight.copy_(rounded.to(weight.dtype))
         count += 1
     return count
@@ -363,32 +364,64 @@ def round_weights(model: PreTrainedModel, quantization: str) -> int:
 # --- adapters ------------------------------------------------------------------------------------
 
 
-def apply_adapters(policy: Policy, adapters: list[Path], *, trainable: bool = False) -> Policy:
-    """Put adapters on a base policy: all but the last are merged into it, the last stays on top.
+TOP = "default"  # peft's name for an only adapter; TRL counts on it
+FOLDED = "folded_"
+
+
+def apply_adapters(
+    policy: Policy, adapters: list[Path], *, trainable: bool = False, fold_last: bool = False
+) -> Policy:
+    """Put adapters on a base policy: all but the last are folded into it, the last stays on top.
+
+    Folding adds an adapter's product to the weights. In a 4-bit or 8-bit layer that would round
+    the sum again, by steps larger than most of what was learned; there, a folded adapter stays
+    beside the weights, frozen: the same function, without the rounding.
+
+    Args:
+        policy: the base.
+        adapters: folders, in the order in which they were trained.
+        trainable: leave the last one trainable.
+        fold_last: fold the last one, too.
 
     Raises:
         ModelError: an adapter is missing or damaged, or was made for another base model.
     """
-    from peft import PeftModel
-
     model = policy.model
+    count = len(adapters) if fold_last else len(adapters) - 1
     for position, folder in enumerate(adapters):
         check_adapter(folder, policy)
-        last = position == len(adapters) - 1
         try:
             with quiet_transformers():
-                model = PeftModel.from_pretrained(
-                    model, str(folder), is_trainable=trainable and last
-                )
-                if not last:
+                name = f"{FOLDED}{position}" if position < count else TOP
+                model = _load_adapter(model, folder, name)
+                if position < count and not getattr(model, "is_quantized", False):
                     model = model.merge_and_unload()
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"cannot load the adapter in {folder}: {error}") from error
+    if hasattr(model, "peft_config"):
+        activate_adapters(model, trainable=trainable)
     if not trainable:
         model.eval()
     identity = [policy.fingerprint, *(adapter_fingerprint(folder) for folder in adapters)]
     applied = (*policy.adapters, *adapters)
     return replace(policy, model=model, fingerprint=fingerprint(identity), adapters=applied)
+
+
+def _load_adapter(model: Any, folder: Path, name: str) -> Any:
+    from peft import PeftModel
+
+    if hasattr(model, "peft_config"):  # on a quantized model, beside those that were folded
+        model.load_adapter(str(folder), adapter_name=name)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+
+
+def activate_adapters(model: Any, *, trainable: bool) -> None:
+    """Let every adapter of a model take part, and only the top one train, if any does."""
+    names = sorted(model.peft_config, key=lambda name: name != TOP)
+    model.base_model.set_adapter(names, inference_mode=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable and f".{TOP}." in name)
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -29,7 +29,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from grath_utils.artifacts import explained_write_errors, write_json
 from grath_utils.config import DPOConfig
 from grath_utils.errors import ConfigError, TrainingError
-from grath_utils.models import Policy, quiet_transformers
+from grath_utils.models import Policy, activate_adapters, quiet_transformers
 from grath_utils.packing import PackedCollator, packed_forward, row_limit
 from grath_utils.scoring import accepts, can_run_trees
 
@@ -73,6 +73,7 @@ class ReadyDataTrainer(DPOTrainer):
         peft_model = self.accelerator.unwrap_model(self.model)
         if "ref" in peft_model.peft_config:
             peft_model.delete_adapter("ref")
+        activate_adapters(peft_model, trainable=True)
 
 
 def run_trainer(
@@ -111,6 +112,7 @@ def run_trainer(
     collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
     if can_run_trees(policy, _longest([*train_rows, *held_out_rows])):
         collator = PackedCollator(collator, row_limit(policy.device))
+    adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     with _quiet():
         trainer = ReadyDataTrainer(
             model=policy.model,
@@ -122,6 +124,9 @@ def run_trainer(
         )
         trainer.selects = accepts(policy.model, "logits_to_keep")
         trainer.use_given_reference()
+        # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
+        for name, weights in adapter.items():
+            policy.model.get_parameter(name).data = weights
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(_Watch(config.steps, progress))
@@ -204,6 +209,8 @@ class _Watch(TrainerCallback):
         self.bar = tqdm(total=steps, desc="DPO", unit="step", disable=not progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if kwargs.get("model") is not None:  # reading a checkpoint leaves the top adapter alone
+            activate_adapters(kwargs["model"], trainable=True)
         self.bar.update(state.global_step - self.bar.n)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import DPO, LORA, PAIRS
 from peft import PeftModel
+from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
 
 from grath_utils.config import ModelConfig
@@ -40,11 +41,11 @@ class Kind:
 KINDS = [
     Kind("cpu", "none"),
     Kind("cpu", "nf4"),
-    Kind("cuda", "none"),
-    Kind("cuda", "nf4"),
-    Kind("cuda", "fp4"),
+    Kind("cuda", "none", exact=1e-4),
+    Kind("cuda", "nf4", exact=1e-4),
+    Kind("cuda", "fp4", exact=1e-4),
     # Its activations are rounded too, together with whatever else is in the batch.
-    Kind("cuda", "int8", "float16", 2e-2),
+    Kind("cuda", "int8", "float16", 3e-2),
 ]
 
 
@@ -63,8 +64,18 @@ def base(kind: Kind, tiny_llama: Path) -> ModelConfig:
 
 
 def plain_model(base: ModelConfig, adapters: list[Path]) -> torch.nn.Module:
-    """Return the base with all adapters but the last merged into it, by peft alone."""
+    """Return the base with all adapters but the last merged into it, by peft alone.
+
+    Quantized layers become plain ones that hold the same numbers, so that merging rounds nothing.
+    """
     model = load_base(base).model
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
+            plain.weight = torch.nn.Parameter(weight.to(getattr(torch, base.dtype)))
+            model.set_submodule(name, plain.to(weight.device))
+    model.is_quantized = False
     for folder in adapters[:-1]:
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     return PeftModel.from_pretrained(model, str(adapters[-1])) if adapters else model
@@ -104,7 +115,7 @@ def test_three_rounds(
         start = held_out_log_probs(base, before)
         compared = held_out_log_probs(base, [] if reference == "base" else wrote_pairs)
         losses, margins = preference_loss(*start, *compared, beta=DPO.beta)
-        first = report.log[0] if report.log[0]["split"] == "held_out" else report.log[1]
+        first = next(row for row in report.log if row["split"] == "held_out")
         assert first["step"] == 0
         assert first["loss"] == pytest.approx(losses.mean().item(), abs=kind.exact)
         assert first["margin"] == pytest.approx(margins.mean().item(), abs=kind.exact)
@@ -126,7 +137,7 @@ def test_three_rounds(
         with torch.no_grad():
             by_name = policy.model(tokens).logits
             by_hand = plain_model(base, stack).eval()(tokens).logits
-        assert torch.equal(by_name, by_hand)
+        assert torch.allclose(by_name, by_hand, rtol=0, atol=kind.exact)
     # The base never drifts: neither its file nor what is loaded from it.
     again = held_out_log_probs(base, [])
     assert all(torch.equal(a, b) for a, b in zip(pristine, again, strict=True))
