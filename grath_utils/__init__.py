@@ -9,7 +9,7 @@ Data flows one way through the modules, and none imports one further down the li
     encoding, trie, scoring                      log-probabilities, each distinct prefix once
     shared_prefix, generation, vllm_backend      completions over one shared prefix
     writers, pairs, audit                        the model's own correct and incorrect answers
-    preferences, packing, trainer, dpo           token ids, reference, one round of training
+    preferences, packing, trainer, dpo, drift    token ids, reference, one round of training
     statistics, metrics, protocols               numbers with intervals, and how they are asked for
     partial, answers, evaluation                 results that can be resumed
     loop                                         the gradual iterations over a run directory

@@ -135,12 +135,32 @@ class LoraConfig:
     )
 
 
+DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+"""What TRL's DPOTrainer computes by name; a test holds the list to the installed version."""
+
+
 @dataclass(frozen=True)
 class DPOConfig:
     """One round of direct preference optimisation (DPO, arXiv 2305.18290)."""
 
     beta: float = option(0.1, "strength of the pull to the reference (equation 7)", above=0)
-    loss: str = option("sigmoid", "any loss type of TRL's DPOTrainer")
+    loss: str = option("sigmoid", "a loss type of TRL's DPOTrainer", choices=DPO_LOSSES)
     label_smoothing: float = option(
         0.0, "cDPO: share of labels taken as flipped", minimum=0, maximum=0.5
     )

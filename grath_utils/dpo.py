@@ -396,6 +396,8 @@ def _save_adapter(policy: Policy, folder: Path, base: ModelConfig, merged: Seque
     with atomic_path(folder) as partial, quiet_transformers():
         settings = policy.model.peft_config[TOP]
         settings.base_model_name_or_path = base.name  # a name, not this machine's cache path
+        # A set is written in another order by each process; equal adapters should be equal files.
+        settings.target_modules = sorted(settings.target_modules)
         # Never the embeddings: they are not trained, and peft would ask the Hub about them.
         policy.model.save_pretrained(partial, selected_adapters=[TOP], save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card

@@ -351,7 +351,7 @@ def round_weights(model: PreTrainedModel, quantization: str) -> int:
             codes, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
             rounded = bnb.int8_vectorwise_dequant(codes, scale)
         else:
-            # As one long row: bitsandbytes' CPU kernel misplaces blocks that cross the end of a row.
+            # As one long row: on a CPU, blocks that cross the end of a row come back wrong.
             codes, state = bnb.quantize_4bit(
                 weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
             )

@@ -126,7 +126,12 @@ def packed_forward(
 
     def forward(*, input_ids: torch.Tensor, rows: list[dict[str, Any]], **_: Any) -> PerToken:
         shape = (input_ids.shape[0], input_ids.shape[1] - 1)
-        parts = [_row_outputs(model, row, dtype, selects) for row in rows]
+        parts = [
+            _target_outputs(
+                row_logits(model, row, dtype, selects=selects), row["which"], row["targets"]
+            )
+            for row in rows
+        ]
         place = [torch.cat([row[name] for row in rows]) for name in ("sequence", "column")]
 
         def grid(index: int) -> torch.Tensor:
@@ -138,13 +143,10 @@ def packed_forward(
     return forward
 
 
-def _row_outputs(
-    model: Callable[..., Any], row: dict[str, torch.Tensor], dtype: torch.dtype, selects: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probability, entropy, mean logit and "is the most probable" of a row's targets.
-
-    Each of shape (E,); only the first carries a gradient.
-    """
+def row_logits(
+    model: Callable[..., Any], row: dict[str, torch.Tensor], dtype: torch.dtype, *, selects: bool
+) -> torch.Tensor:
+    """Return the logits at the places of a row that predict an answer's token: (P, vocabulary)."""
     visible = row["visible"]
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     mask.masked_fill_(~visible, torch.finfo(dtype).min)
@@ -155,14 +157,16 @@ def _row_outputs(
         use_cache=False,
         **({"logits_to_keep": row["predictors"]} if selects else {}),
     ).logits[0]
-    if not selects:
-        logits = logits[row["predictors"]]
-    return _target_outputs(logits, row["which"], row["targets"])
+    return logits if selects else logits[row["predictors"]]
 
 
 def _target_outputs(
     logits: torch.Tensor, which: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log-probability, entropy, mean logit and "is the most probable" of a row's targets.
+
+    Each of shape (E,); only the first carries a gradient.
+    """
     totals, entropies, means, tops = [], [], [], []
     for rows in logits.split(LOGIT_ROWS):  # a float32 copy of some rows stays in the cache
         rows = rows.float()

@@ -324,8 +324,9 @@ def plot_dpo_loss(beta: float = 0.1) -> Figure:
 
 
 def plot_training(log: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Show a round's loss, margin and log-probabilities, for training and held-out pairs."""
-    figure, axes = new_axes(1, 3, width=10.5, height=3.1)
+    """Show a round's loss, margin, log-probabilities and gradient norm."""
+    figure, grid = new_axes(2, 2, width=8.5, height=6.2)
+    axes = grid.ravel()
     train = [row for row in log if row["split"] == "train"]
     held = [row for row in log if row["split"] == "held_out"]
     panels = ((axes[0], "loss", "DPO loss (nats)"), (axes[1], "margin", "reward margin (nats)"))
@@ -349,6 +350,9 @@ def plot_training(log: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     _lines(axes[2], shown, "logp_rejected", VERMILION, "--", "rejected", marker="s")
     axes[2].set_ylabel("log-probability of the answer (nats)")
     axes[2].set_title("held-out" if held else "training", fontsize=10)
+    _lines(axes[3], train, "grad_norm", BLUE, "-", "before clipping")
+    axes[3].set_ylabel("norm of the gradient")
+    axes[3].set_ylim(bottom=0)
     for axis in axes:
         axis.set_xlabel("optimiser step")
         axis.legend(fontsize=9)

@@ -13,7 +13,7 @@ from conftest import DPO, LORA, PAIRS
 from safetensors.torch import load_file
 
 from grath_utils.artifacts import read_json, read_jsonl
-from grath_utils.config import DPOConfig, ModelConfig
+from grath_utils.config import DPO_LOSSES, DPOConfig, ModelConfig
 from grath_utils.dpo import (
     Weights,
     add_adapter,
@@ -322,6 +322,7 @@ def test_the_adapter_names_its_base_and_no_path_of_this_machine(
     assert record["merged"] == []
     assert record["base"] == base.name
     settings = read_json(tmp_path / "adapter" / "adapter_config.json")
+    assert settings["target_modules"] == ["k_proj", "q_proj", "v_proj"]
     assert settings["base_model_name_or_path"] == base.name
 
 
@@ -360,6 +361,16 @@ def test_the_global_batch_is_what_is_configured() -> None:
 def test_an_unknown_loss_or_optimizer_is_a_config_error(base: ModelConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the trainer refuses"):
         one_round(base, tmp_path, optimizer="adamm")
+
+
+def test_the_losses_are_those_of_the_installed_trl() -> None:
+    import inspect
+    import re
+
+    from trl import DPOTrainer
+
+    code = inspect.getsource(DPOTrainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', code)) == set(DPO_LOSSES)
 
 
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "robust"])

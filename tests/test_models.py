@@ -259,3 +259,68 @@ def test_the_allocator_setting_respects_the_user(monkeypatch: pytest.MonkeyPatch
     assert models.keep_freed_memory("cpu") is False
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     assert models.keep_freed_memory("cuda") is False
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_rounding_is_right_where_rows_are_no_whole_number_of_blocks(quantization: str) -> None:
+    """On a CPU, bitsandbytes gives such a matrix back with blocks in the wrong places."""
+    from grath_utils.models import round_weights
+
+    torch.manual_seed(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(96, 128, bias=False)
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    model = Model()
+    torch.nn.init.normal_(model.layer.weight)
+    before = model.layer.weight.detach().clone()
+    assert round_weights(model, quantization) == 1
+    error = (model.layer.weight - before).norm() / before.norm()
+    assert 0.01 < error < (0.11 if quantization == "nf4" else 0.15)
+
+
+@pytest.mark.parametrize("fold_last", [False, True])
+def test_adapters_beside_quantized_weights_are_the_merged_ones(
+    tiny_llama: Path, tmp_path: Path, fold_last: bool
+) -> None:
+    """Where merging would round again, folded adapters stay beside the weights: same function."""
+    from dataclasses import replace
+
+    from conftest import DPO, LORA, PAIRS
+
+    from grath_utils.dpo import train_round
+    from grath_utils.models import apply_adapters, load_base
+
+    base = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
+    adapters: list[Path] = []
+    for t in range(2):
+        dpo = replace(DPO, chain="merge", steps=2)
+        previous = adapters[-1] if adapters else None
+        train_round(
+            base,
+            PAIRS,
+            [],
+            tmp_path / str(t),
+            dpo=dpo,
+            lora=LORA,
+            seed=t,
+            previous=previous,
+            progress=False,
+        )
+        adapters.append(tmp_path / str(t) / "adapter")
+    merged = apply_adapters(load_base(base), adapters, fold_last=fold_last)
+    quantized = load_base(base)
+    quantized.model.is_quantized = True  # what transformers sets where layers are 4-bit or 8-bit
+    beside = apply_adapters(quantized, adapters, fold_last=fold_last)
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        pristine = load_base(base).model(ids).logits
+        one, two = merged.model(ids).logits, beside.model(ids).logits
+    assert torch.allclose(one, two, atol=1e-5)
+    assert not torch.allclose(one, pristine, atol=1e-2)
+    assert not any(p.requires_grad for p in beside.model.parameters())
