@@ -38,9 +38,10 @@ format: setup-dev  ## format the code
 	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
 	@$(VENV_PYTHON) -m ruff format .
 
-bench: setup-dev  ## side by side with lm-eval and plain generation (slow)
+bench: setup-dev  ## side by side with lm-eval, plain generation and TRL (slow)
 	@$(VENV_PYTHON) tests/benchmarks/bench_scoring.py
 	@$(VENV_PYTHON) tests/benchmarks/bench_generation.py
+	@$(VENV_PYTHON) tests/benchmarks/bench_dpo.py
 
 clean:  ## remove .venv and what tools left (run directories and the model cache stay)
 	@$(PYTHON) -c "import shutil, pathlib; [shutil.rmtree(p, ignore_errors=True) for p in map(pathlib.Path, ['.venv', 'build', '.pytest_cache', '.ruff_cache', '.hypothesis', 'grath_tutorial.egg-info'])]"
