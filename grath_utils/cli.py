@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_pairs,
         _add_train,
         _add_evaluate,
+        _add_merge,
+        _add_chat,
         _add_mirror,
         _add_options,
     ):
@@ -139,6 +141,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="do the same stages in this process, without executing notebooks",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the stages and how much work each is; do none"
+    )
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +161,11 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     # Torch loads only after the settings are known to be right.
     config = load_config(options.profile, options.overrides, seed=options.seed)
+    if options.dry_run:
+        _show_plan(options, config)
+        return
+    from grath_utils.artifacts import write_text
+    from grath_utils.export import model_card
     from grath_utils.loop import run_stages, start_run
     from grath_utils.notebooks import numbered_notebooks, run_notebooks
     from grath_utils.report import summary_table, write_report
@@ -169,8 +179,22 @@ def _run(options: argparse.Namespace) -> None:
         run = start_run(folder, config)
         run_notebooks(run, notebooks)
     write_report(run)
+    last = config.loop.iterations - 1
+    write_text(run.iteration(last) / "MODEL_CARD.md", model_card(run, last))
     print(f"\nReport: {run.report}\n")
     print(summary_table(run))
+
+
+def _show_plan(options: argparse.Namespace, config: Config) -> None:
+    from grath_utils.loop import stages, workload
+    from grath_utils.runs import Run
+
+    run = Run(Path(options.run_dir or Path("runs") / Path(options.profile).stem), config)
+    print(f"{run.path} (profile {config.profile}, seed {config.seed}, model {config.model.name})")
+    for stage in stages(run):
+        print(f"  {'done   ' if stage.done else 'to do  '} {stage.name}")
+    for what, amount in workload(config).items():
+        print(f"{what}: {amount:,}")
 
 
 def _add_status(commands: argparse._SubParsersAction) -> None:
@@ -457,6 +481,74 @@ def _evaluate(options: argparse.Namespace) -> None:
     for note in result["notes"]:
         print(f"  note: {note}")
     print(f"Result: {options.out}")
+
+
+# --- merge, chat ---------------------------------------------------------------------------------
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        _merge,
+        "write a trained model as one that stands alone, with a model card",
+        "merge --model runs/cpu@1 --to merged",
+    )
+    parser.add_argument("--model", metavar="RUN_DIR@ITERATION", required=True)
+    parser.add_argument("--to", metavar="DIR", required=True, type=Path)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the written weights; 16 bits round away part of what was learned",
+    )
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from grath_utils.export import merge_model
+
+    difference = merge_model(options.model, options.to, dtype=options.dtype)
+    print(f"{options.to}: a model folder that loads like any other, with README.md as its card")
+    print(f"largest difference of a logit to {options.model}: {difference:.2g}")
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "chat",
+        _chat,
+        "ask the base model and the trained one the same questions, side by side",
+        'chat --run-dir runs/cpu --ask "Do goldfish forget within seconds?"',
+    )
+    parser.add_argument("--run-dir", metavar="DIR", required=True)
+    parser.add_argument(
+        "--ask",
+        metavar="QUESTION",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="questions; without any, they are read from the keyboard, one a line",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=60, metavar="N")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    limit = _at_least(options.max_new_tokens, 1, "--max-new-tokens") or 60
+    from grath_utils.export import ask_both
+    from grath_utils.runs import load_run
+
+    run = load_run(options.run_dir)
+    typed = (line.strip() for line in iter(_read_question, ""))
+    for question, before, after in ask_both(run, options.ask or typed, max_new_tokens=limit):
+        print(f"\n? {question}\n  base     {before}\n  trained  {after}\n")
+
+
+def _read_question() -> str:
+    """Return a typed question; an empty line or the end of the input ends the conversation."""
+    try:
+        return input("question (empty line to stop): ").strip()
+    except EOFError:
+        return ""
 
 
 def _add_mirror(commands: argparse._SubParsersAction) -> None:

@@ -204,3 +204,16 @@ def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: P
     )
     assert code == 2
     assert "exists already" in err
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "planned"
+    arguments = ["run", "--dry-run", "--profile", "smoke", "--run-dir", str(folder)]
+    assert main([*arguments, "--set", "loop.iterations=3", "pairs.candidates=2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("to do   train") == 3
+    assert "to do   evaluate iter_2 on retention" in shown
+    # 12 questions; the first iteration asks 1 + 2 x 2 times, the others not for incorrect answers.
+    assert "completions to write, at most: 132" in shown
+    assert "optimiser steps: 9" in shown
+    assert not folder.exists()

@@ -28,7 +28,8 @@ def test_every_profile_loads_and_round_trips(name: str) -> None:
 
 
 def test_the_documented_profiles_are_there() -> None:
-    assert profile_names() == ["colab-t4", "cpu", "paper-llama2", "paper-zephyr", "smoke"]
+    paper = ["paper-llama2", "paper-llama2-fixref", "paper-zephyr", "paper-zephyr-fixref"]
+    assert profile_names() == ["colab-t4", "cpu", *paper, "smoke"]
 
 
 def test_config_is_frozen() -> None:
@@ -138,3 +139,11 @@ def test_paper_presets_hold_the_official_numbers() -> None:
     assert llama.pairs.mode == "paper"
     different = {line.split(":")[0] for line in differing_keys(llama, zephyr.to_dict())}
     assert different == {"profile", "model.name", "dpo.steps"}
+
+
+@pytest.mark.parametrize("model", ["llama2", "zephyr"])
+def test_fix_ref_differs_from_the_headline_in_the_documented_values_only(model: str) -> None:
+    headline, fixed = load_config(f"paper-{model}"), load_config(f"paper-{model}-fixref")
+    different = {line.split(":")[0] for line in differing_keys(headline, fixed.to_dict())}
+    assert different == {"profile", "dpo.reference", "loop.iterations"}
+    assert (fixed.dpo.reference, fixed.loop.iterations) == ("base", 10)
