@@ -209,7 +209,7 @@ def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: P
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "planned"
     arguments = ["run", "--dry-run", "--profile", "smoke", "--run-dir", str(folder)]
-    assert main([*arguments, "--set", "loop.iterations=3", "pairs.candidates=2"]) == 0
+    assert cli.main([*arguments, "--set", "loop.iterations=3", "pairs.candidates=2"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("to do   train") == 3
     assert "to do   evaluate iter_2 on retention" in shown
