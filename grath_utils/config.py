@@ -193,6 +193,12 @@ class DPOConfig:
         "afresh from the base model",
         choices=("continue", "merge", "fresh"),
     )
+    max_displacement: float = option(
+        300.0,
+        "stop where the chosen answers have lost this many nats against the reference: they are "
+        "gone, whatever the margin says",
+        above=0,
+    )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     log_every: int = option(5, "steps between two lines of the training log", minimum=1)
     evaluate_every: int = option(

@@ -129,7 +129,7 @@ def run_trainer(
             policy.model.get_parameter(name).data = weights
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        trainer.add_callback(_Watch(config.steps, progress))
+        trainer.add_callback(_Watch(config, progress))
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
@@ -203,10 +203,11 @@ def accumulation_steps(config: DPOConfig, devices: int) -> int:
 
 
 class _Watch(TrainerCallback):
-    """Progress bar, checkpoint markers, and a stop at the first loss that is not finite."""
+    """Progress bar, checkpoint markers, and a stop where training has diverged or collapsed."""
 
-    def __init__(self, steps: int, progress: bool) -> None:
-        self.bar = tqdm(total=steps, desc="DPO", unit="step", disable=not progress)
+    def __init__(self, config: DPOConfig, progress: bool) -> None:
+        self.config = config
+        self.bar = tqdm(total=config.steps, desc="DPO", unit="step", disable=not progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if kwargs.get("model") is not None:  # reading a checkpoint leaves the top adapter alone
@@ -224,6 +225,15 @@ class _Watch(TrainerCallback):
                 raise TrainingError(
                     f"{key} is {value} at step {state.global_step}: training has diverged; lower "
                     "dpo.learning_rate, or raise dpo.warmup_steps"
+                )
+        for key in ("rewards/chosen", "eval_rewards/chosen"):
+            lost = -float(logs.get(key, 0.0)) / self.config.beta  # a reward is beta times nats
+            if lost > self.config.max_displacement:
+                raise TrainingError(
+                    f"at step {state.global_step} the chosen answers have lost {lost:.0f} nats on "
+                    "average: the model no longer writes anything like them (likelihood "
+                    "displacement). Raise dpo.beta, lower dpo.learning_rate or dpo.steps; "
+                    "dpo.max_displacement is the limit that was passed"
                 )
         if "loss" in logs:
             margin = float(logs.get("rewards/margins", 0.0))

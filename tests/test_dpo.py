@@ -394,3 +394,9 @@ def test_a_diverging_loss_stops_the_round(base: ModelConfig, tmp_path: Path) -> 
     with pytest.raises(TrainingError, match="training has diverged; lower dpo.learning_rate"):
         one_round(base, tmp_path, learning_rate=1e30, steps=4, max_grad_norm=1e30)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_collapse_stops_the_round_and_names_the_step(base: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"at step \d+ the chosen answers have lost .* Raise"):
+        one_round(base, tmp_path, learning_rate=0.5, steps=8, max_displacement=0.5)
+    assert not (tmp_path / "adapter").exists()
