@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from grath_utils.scoring import CPU_ROW_TOKENS, LOGIT_ROWS
+from grath_utils.scoring import CPU_ROW_TOKENS, LOGIT_ROWS, additive_mask
 from grath_utils.trie import attention_mask, build_trie
 
 GPU_ROW_TOKENS = 2048
@@ -147,13 +147,10 @@ def row_logits(
     model: Callable[..., Any], row: dict[str, torch.Tensor], dtype: torch.dtype, *, selects: bool
 ) -> torch.Tensor:
     """Return the logits at the places of a row that predict an answer's token: (P, vocabulary)."""
-    visible = row["visible"]
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    mask.masked_fill_(~visible, torch.finfo(dtype).min)
     logits = model(
         input_ids=row["ids"],
         position_ids=row["positions"],
-        attention_mask=mask[None, None],  # (1, 1, T, T), added to the attention scores
+        attention_mask=additive_mask(row["visible"], dtype),
         use_cache=False,
         **({"logits_to_keep": row["predictors"]} if selects else {}),
     ).logits[0]

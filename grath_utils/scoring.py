@@ -283,12 +283,7 @@ def forward(
     from transformers import DynamicCache
 
     past = before[0][0].shape[2] if before else 0
-    # Added to the attention scores: a boolean one would be turned into this in every layer.
-    hidden = torch.finfo(policy.model.dtype).min
-    mask = torch.zeros(
-        len(visible), past + len(visible), dtype=policy.model.dtype, device=visible.device
-    )
-    mask[:, past:].masked_fill_(~visible, hidden)
+    mask = additive_mask(visible, policy.model.dtype, past)
     cache = DynamicCache(before) if before else DynamicCache()
     options: dict[str, Any] = {}
     selects = accepts(policy.model, "logits_to_keep")
@@ -297,7 +292,7 @@ def forward(
     output = policy.model(
         input_ids=ids,
         position_ids=positions,
-        attention_mask=mask[None, None],  # (1, 1, row, past + row)
+        attention_mask=mask,
         past_key_values=cache,
         use_cache=True,
         **options,
@@ -309,6 +304,22 @@ def forward(
         logits = logits[:0]
     kept = [(layer.keys, layer.values) for layer in cache.layers] if keep else None
     return logits, kept
+
+
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype, past: int = 0) -> torch.Tensor:
+    """Return what is added to the attention scores, shape (1, 1, row, past + row).
+
+    A boolean mask would be turned into this in every layer.
+
+    Args:
+        visible: (row, row) boolean, query first.
+        dtype: of the hidden states.
+        past: tokens before the row, which all of it sees.
+    """
+    row = len(visible)
+    mask = torch.zeros(row, past + row, dtype=dtype, device=visible.device)
+    mask[:, past:].masked_fill_(~visible, torch.finfo(dtype).min)
+    return mask[None, None]
 
 
 def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
