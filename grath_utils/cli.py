@@ -136,7 +136,13 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/PROFILE")
     parser.add_argument("--seed", type=int, help="replaces the profile's seed")
     _add_set(parser)
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--all",
+        action="store_true",
+        help="execute every numbered notebook, also those after 04: experiments and scaling up",
+    )
+    which.add_argument(
         "--no-notebooks",
         action="store_true",
         help="do the same stages in this process, without executing notebooks",
@@ -167,7 +173,7 @@ def _run(options: argparse.Namespace) -> None:
     from grath_utils.artifacts import write_text
     from grath_utils.export import model_card
     from grath_utils.loop import run_stages, start_run
-    from grath_utils.notebooks import numbered_notebooks, run_notebooks
+    from grath_utils.notebooks import main_line, numbered_notebooks, run_notebooks
     from grath_utils.report import summary_table, write_report
 
     folder = options.run_dir or Path("runs") / Path(options.profile).stem
@@ -175,7 +181,7 @@ def _run(options: argparse.Namespace) -> None:
         run = start_run(folder, config)
         run_stages(run)
     else:
-        notebooks = numbered_notebooks()
+        notebooks = numbered_notebooks() if options.all else main_line()
         run = start_run(folder, config)
         run_notebooks(run, notebooks)
     write_report(run)

@@ -23,6 +23,7 @@ from grath_utils.paths import notebooks_dir
 from grath_utils.runs import Run, lock_run
 
 PARAMETERS = ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")
+LAST_OF_THE_MAIN_LINE = "04"
 
 
 # --- inside a notebook ---------------------------------------------------------------------------
@@ -119,6 +120,18 @@ def numbered_notebooks() -> list[Path]:
             "--no-notebooks to do the same work without them"
         )
     return found
+
+
+def main_line() -> list[Path]:
+    """Return the notebooks that make a whole run, pairs to evaluation, in order.
+
+    Those numbered higher stand on a run but add nothing to it: experiments beside it, and larger
+    machines.
+
+    Raises:
+        UsageError: see :func:`numbered_notebooks`.
+    """
+    return [path for path in numbered_notebooks() if path.name[:2] <= LAST_OF_THE_MAIN_LINE]
 
 
 def run_notebooks(

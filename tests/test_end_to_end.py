@@ -19,7 +19,7 @@ from grath_utils.artifacts import read_json, read_jsonl
 from grath_utils.config import load_config
 from grath_utils.loop import stages
 from grath_utils.models import load_policy
-from grath_utils.notebooks import numbered_notebooks
+from grath_utils.notebooks import main_line, numbered_notebooks
 from grath_utils.report import comparison_rows, percent
 from grath_utils.runs import Run, load_run
 
@@ -42,9 +42,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
-    """One smoke run through the notebooks, started from another working directory."""
+    """One smoke run through every notebook, started from another working directory."""
     folder = tmp_path_factory.mktemp("end-to-end")
-    process = start("run", "--profile", "smoke", "--run-dir", folder / "run", cwd=folder)
+    process = start("run", "--all", "--profile", "smoke", "--run-dir", folder / "run", cwd=folder)
     code, out, err = finish(process)
     assert code == 0, err
     return load_run(folder / "run"), out
@@ -54,13 +54,15 @@ def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> 
     run, out = smoke
     lines = out.splitlines()
     names = [path.stem for path in numbered_notebooks()]
-    assert names == [
+    assert [path.stem for path in main_line()] == names[:5]
+    assert names[:5] == [
         "00_start_here",
         "01_pair_generation",
         "02_qlora_dpo",
         "03_iterative_refinement",
         "04_evaluation",
     ]
+    assert len(lines) > len(names)
     for line, name in zip(lines, names, strict=False):
         assert re.fullmatch(rf"{name} +done in (\d+ min )?\d+ s", line)
     assert f"Report: {run.report}" in lines
@@ -167,12 +169,13 @@ def test_the_executed_notebooks_have_outputs_and_no_error(smoke) -> None:
         assert pictures, f"{source.name} shows no figure"
 
 
-def test_a_second_call_does_nothing_again(smoke) -> None:
+def test_a_second_call_does_nothing_again_and_takes_the_main_line_alone(smoke) -> None:
     run, _ = smoke
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*.json*")}
     code, out, err = finish(start("run", "--profile", "smoke", "--run-dir", run.path))
     assert code == 0, err
-    assert out.count("done before") == 5
+    assert out.count("done before") == len(main_line())
+    assert not re.search(r"^0[5-9]_", out, re.MULTILINE)
     assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*.json*")} == before
 
 

@@ -17,6 +17,7 @@ from grath_utils.notebooks import (
     PARAMETERS,
     default_run_dir,
     execute_notebook,
+    main_line,
     numbered_notebooks,
     run_notebooks,
     run_parameters,
@@ -125,6 +126,16 @@ def test_the_default_run_directory_does_not_depend_on_where_one_stands(
     monkeypatch.chdir(tmp_path)
     assert default_run_dir("cpu") == ROOT / "runs" / "cpu"
     assert default_run_dir("somewhere/mine.yaml") == ROOT / "runs" / "mine"
+
+
+def test_the_main_line_is_the_run_and_leaves_out_what_stands_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("00_a", "04_b", "05_c", "10_d"):
+        write(tmp_path / f"{name}.ipynb", 'PROFILE = "cpu"')
+    monkeypatch.setattr("grath_utils.notebooks.notebooks_dir", lambda: tmp_path)
+    assert [path.stem for path in numbered_notebooks()] == ["00_a", "04_b", "05_c", "10_d"]
+    assert [path.stem for path in main_line()] == ["00_a", "04_b"]
 
 
 # --- the form of the course's notebooks ----------------------------------------------------------
