@@ -7,9 +7,11 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from grath_utils.artifacts import atomic_path
 from grath_utils.config import load_config
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
-from grath_utils.loop import start_run
+from grath_utils.loop import stages, start_run
 from grath_utils.models import quiet_bitsandbytes
 from grath_utils.paths import notebooks_dir
 from grath_utils.runs import Run, lock_run
@@ -140,7 +142,7 @@ def run_notebooks(
     """Execute notebooks in order with the run's configuration; one line of progress for each.
 
     The executed copies land in ``RUN/notebooks/``. One that was executed before, from the same
-    source, is not executed again.
+    code, is not executed again.
 
     Raises:
         GrathError: a cell failed; the message names notebook and cell, and the notebook as far as
@@ -151,15 +153,25 @@ def run_notebooks(
         for path in notebooks:
             target = run.executed_notebooks / path.name
             executed.append(target)
-            if _is_current(target, path):
+            if is_current(target, path):
                 say(f"{path.stem:24} done before")
                 continue
             start = time.monotonic()
             _show(f"{path.stem:24} running ...")
-            execute_notebook(path, target, run_parameters(run))
+            before = _done(run)
+            execute_notebook(
+                path,
+                target,
+                run_parameters(run),
+                facts=lambda before=before: {"stages": sorted(_done(run) - before)},
+            )
             _show("")
             say(f"{path.stem:24} done in {_duration(time.monotonic() - start)}")
     return executed
+
+
+def _done(run: Run) -> set[str]:
+    return {stage.name for stage in stages(run) if stage.done}
 
 
 def run_parameters(run: Run) -> dict[str, Any]:
@@ -181,8 +193,23 @@ def run_parameters(run: Run) -> dict[str, Any]:
     }
 
 
-def execute_notebook(path: Path, target: Path, parameters: Mapping[str, Any]) -> None:
+def execute_notebook(
+    path: Path,
+    target: Path,
+    parameters: Mapping[str, Any],
+    *,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
     """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
+
+    What the execution took is kept in the copy's metadata, under ``grath_execution``: ``seconds``,
+    ``peak_memory_gib`` (highest resident size of the kernel and what it starts) and ``facts``.
+
+    Args:
+        path: the notebook.
+        target: where the executed copy goes.
+        parameters: values for its cell tagged ``parameters``.
+        facts: asked after the execution for what else to keep.
 
     Raises:
         UsageError: a parameter that the notebook does not have (papermill alone only warns).
@@ -199,7 +226,8 @@ def execute_notebook(path: Path, target: Path, parameters: Mapping[str, Any]) ->
             raise UsageError(f'{path.name} has no parameter "{name}"{did_you_mean(name, known)}')
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
-    with atomic_path(target) as partial, _importable():
+    start = time.monotonic()
+    with atomic_path(target) as partial, _importable(), _peak_memory() as peak:
         try:
             papermill.execute_notebook(
                 str(path), str(partial), dict(parameters), progress_bar=False, log_output=False,
@@ -217,10 +245,56 @@ def execute_notebook(path: Path, target: Path, parameters: Mapping[str, Any]) ->
                 f"{path.name}: the kernel died ({error}); most often memory ran out. Try smaller "
                 "batches (dpo.micro_batch_size, evaluation.batch_tokens) and run the same again"
             ) from error
+        executed = json.loads(partial.read_text(encoding="utf-8"))
+        executed["metadata"]["grath_execution"] = {
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_memory_gib": round(peak["bytes"] / 2**30, 2),
+            **facts(),
+        }
+        partial.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _is_current(target: Path, source: Path) -> bool:
-    """Tell whether an executed notebook was made from the source as it is now."""
+@contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Watch the processes that this one starts; ``bytes`` is the most that they ever held."""
+    import psutil
+
+    peak, over = {"bytes": 0}, threading.Event()
+    ours = psutil.Process()
+    before = {child.pid for child in ours.children(recursive=True)}
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            children = [c for c in ours.children(recursive=True) if c.pid not in before]
+            peak["bytes"] = max(peak["bytes"], sum(map(_highest_resident, children)))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _highest_resident(process: Any) -> int:
+    """Return the highest resident size of a process in bytes, as far as the system remembers it."""
+    import psutil
+
+    try:
+        # Linux and Windows keep the peak, so that nothing between two looks is missed.
+        status = Path(f"/proc/{process.pid}/status")
+        if status.is_file():
+            kept = [line.split() for line in status.read_text().splitlines() if "VmHWM" in line]
+            return int(kept[0][1]) * 1024 if kept else 0
+        info = process.memory_info()
+        return int(getattr(info, "peak_wset", info.rss))
+    except (psutil.Error, OSError):  # it has ended
+        return 0
+
+
+def is_current(target: Path, source: Path) -> bool:
+    """Tell whether an executed notebook was made from the code as it is now (prose may differ)."""
     if not target.is_file():
         return False
     ours = json.loads(source.read_text(encoding="utf-8"))["cells"]
@@ -230,7 +304,8 @@ def _is_current(target: Path, source: Path) -> bool:
         return [
             "".join(cell["source"])
             for cell in cells
-            if "injected-parameters" not in cell["metadata"].get("tags", [])
+            if cell["cell_type"] == "code"
+            and "injected-parameters" not in cell["metadata"].get("tags", [])
         ]
 
     return code(ours) == code(theirs)

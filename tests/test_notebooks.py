@@ -89,6 +89,10 @@ def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Pat
     run_notebooks(run, [source], say=lines.append)
     assert lines[1].endswith("done before")
     assert counter.read_text() == "x"
+    kept = read(executed).metadata["grath_execution"]
+    assert kept["seconds"] > 0
+    assert kept["peak_memory_gib"] > 0
+    assert kept["stages"] == []
     write(source, 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""', "print('changed')")
     run_notebooks(run, [source], say=lines.append)
     assert "changed" in json.dumps(read(executed).cells[-1]["outputs"])
