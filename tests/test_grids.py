@@ -20,6 +20,7 @@ from grath_utils.grids import (
     plan_of,
     planned_config,
     read_grid,
+    sweep_dir,
 )
 
 
@@ -207,6 +208,32 @@ def test_the_plan_holds_every_configuration() -> None:
         planned_config(plan, "beta")
 
 
+SHIPPED = {
+    "smoke_2x2x2": 8,
+    "what_matters_answers": 6,
+    "what_matters_chain": 9,
+    "what_matters_distance": 6,
+    "what_matters_domain": 6,
+    "what_matters_iterations": 24,
+    "what_matters_pairs": 12,
+    "what_matters_reference": 18,
+    "what_matters_shots": 9,
+}
+
+
 def test_the_example_grids_are_whole() -> None:
-    sizes = {name: len(expand(read_grid(name))) for name in grid_names()}
-    assert sizes == {"smoke_2x2x2": 8, "what_matters_reference": 18}
+    assert {name: len(expand(read_grid(name))) for name in grid_names()} == SHIPPED
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("what_matters")])
+def test_an_experiment_is_one_question_over_three_seeds(name: str) -> None:
+    """Its cells differ, hold the same seeds, and its points' names say what they are."""
+    points = expand(read_grid(name))
+    cells: dict[str, set[int]] = {}
+    for point in points:
+        cells.setdefault(label(point.cell), set()).add(point.config.seed)
+    assert len(cells) * 3 == len(points)
+    assert set(map(frozenset, cells.values())) == {frozenset({0, 1, 2})}
+    assert len({point.name for point in points}) == len(points)
+    text = (sweep_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# "), "a shipped grid says what it asks"
