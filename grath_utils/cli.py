@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_run,
         _add_status,
         _add_report,
+        _add_checkpoint,
         _add_sweep,
         _add_pairs,
         _add_train,
@@ -242,6 +243,55 @@ def _report(options: argparse.Namespace) -> None:
     write_report(run)
     print(f"Report: {run.report}\n")
     print(summary_table(run))
+
+
+# --- workshop ------------------------------------------------------------------------------------
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "checkpoint",
+        _checkpoint,
+        "make the state that a notebook starts from, to jump right into it",
+        "checkpoint --at 03 --profile cpu",
+    )
+    parser.add_argument("--at", metavar="NN", required=True, help="the notebook: 00, 01, ...")
+    parser.add_argument("--profile", help="default: that of --from, or cpu")
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="default: the notebooks' own, runs/PROFILE"
+    )
+    parser.add_argument("--seed", type=int, help="replaces the profile's seed")
+    _add_set(parser)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        help="copy from a finished run, or from a classroom folder, instead of computing",
+    )
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    from grath_utils import workshop
+    from grath_utils.loop import start_run
+    from grath_utils.notebooks import changed_parameters, default_run_dir
+
+    source = None
+    if options.source:
+        source = workshop.find_checkpoint(options.source, options.profile)
+    chosen = options.profile or options.overrides or options.seed is not None
+    if source and not chosen:
+        config = source.config
+    else:
+        config = load_config(options.profile or "cpu", options.overrides, seed=options.seed)
+    run = start_run(options.run_dir or default_run_dir(config.profile), config)
+    if source:
+        workshop.copy_state(run, options.at, source)
+    else:
+        workshop.make_state(run, options.at)
+    print(f"{run.path} is ready for notebook {options.at}")
+    for name, value in changed_parameters(run).items():
+        print(f"  in its parameters cell: {name} = {value!r}")
 
 
 # --- sweep ---------------------------------------------------------------------------------------

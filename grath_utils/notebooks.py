@@ -193,6 +193,13 @@ def run_parameters(run: Run) -> dict[str, Any]:
     }
 
 
+def changed_parameters(run: Run) -> dict[str, Any]:
+    """Return what a reader must change in a ``parameters`` cell as committed to open this run."""
+    plain = {"PROFILE": "cpu", "SEED": 0, "OVERRIDES": ""}
+    plain["RUN_DIR"] = str(default_run_dir(run.config.profile))
+    return {name: value for name, value in run_parameters(run).items() if value != plain[name]}
+
+
 def execute_notebook(
     path: Path,
     target: Path,

@@ -13,7 +13,18 @@ from grath_utils import cli
 from grath_utils.config import load_config
 from grath_utils.runs import open_run
 
-COMMANDS = ("env", "run", "status", "report", "pairs", "train", "evaluate", "mirror", "options")
+COMMANDS = (
+    "env",
+    "run",
+    "status",
+    "report",
+    "checkpoint",
+    "pairs",
+    "train",
+    "evaluate",
+    "mirror",
+    "options",
+)
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -1,0 +1,212 @@
+"""Jump to any notebook: what each of them leaves behind, and the state that one starts from.
+
+A learner who comes late, or whose machine is slow, needs what the notebooks before would have left.
+It is computed here, stage by stage, or copied from a finished run of the same settings (the
+checkpoint that an instructor's classroom folder carries).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePath
+
+from grath_utils.artifacts import (
+    atomic_path,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    write_json,
+)
+from grath_utils.config import differing_keys
+from grath_utils.errors import ConfigError, DataError, RunError, UsageError, did_you_mean
+from grath_utils.loop import Stage, stages
+from grath_utils.models import adapter_fingerprint
+from grath_utils.runs import Run, load_run, lock_run
+
+NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06")
+CHECKPOINTS = "checkpoints"
+"""The folder of finished runs in a classroom folder (:mod:`grath_utils.classroom`)."""
+MANIFEST = "manifest.json"
+"""Sizes and checksums of a classroom folder."""
+
+
+def notebook_of(path: PurePath) -> str:
+    """Return the number of the notebook whose work leaves a file in a run directory.
+
+    This is the one place that knows: what a notebook needs is what those before it leave.
+
+    Args:
+        path: relative to the run directory, such as ``iter_0/pairs.jsonl``.
+    """
+    if path.parts[0] == "evaluation":
+        return "04"
+    if path.parts[0] != "iter_0":
+        return "03"
+    return "01" if path.parts[1] in ("pairs.jsonl", "rejects.jsonl") else "02"
+
+
+def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
+    """Return the stages that must be done before a notebook can start, in order.
+
+    Args:
+        run: the run.
+        at: the notebook's number, ``"00"`` to ``"06"``.
+        progress: show bars while a stage works.
+
+    Raises:
+        UsageError: no such notebook.
+    """
+    if at not in NOTEBOOKS:
+        raise UsageError(f'there is no notebook "{at}"{did_you_mean(at, NOTEBOOKS)}')
+    return [
+        stage
+        for stage in stages(run, progress=progress)
+        if notebook_of(stage.output.relative_to(run.path)) < at
+    ]
+
+
+def make_state(
+    run: Run, at: str, *, progress: bool = True, say: Callable[[str], None] = print
+) -> None:
+    """Compute what a notebook needs and the run does not have yet; a second call goes on.
+
+    Raises:
+        UsageError: no such notebook.
+    """
+    with lock_run(run):
+        plan = needed_stages(run, at, progress=progress)
+        for number, stage in enumerate(plan, start=1):
+            if not stage.done:
+                say(f"[{number}/{len(plan)}] {stage.name}")
+                stage.work()
+
+
+# --- from somebody else's finished run -----------------------------------------------------------
+
+
+def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
+    """Open the finished run in ``folder``: a run directory, or a classroom folder with some.
+
+    Args:
+        folder: what the user named.
+        profile: which of several; may be left out where there is one.
+
+    Raises:
+        DataError: there is no run, or none of that profile, or it is not clear which is meant.
+    """
+    folder = Path(folder).expanduser().resolve()
+    if (folder / "run.json").is_file():
+        return load_run(folder)
+    found = {path.parent.name: path.parent for path in folder.glob(f"{CHECKPOINTS}/*/run.json")}
+    if not found:
+        raise DataError(
+            f"{folder} is neither a run directory nor a classroom folder with checkpoints "
+            "(made with `python -m grath_utils classroom --to DIR`)"
+        )
+    if profile is None and len(found) == 1:
+        return load_run(next(iter(found.values())))
+    if profile not in found:
+        raise DataError(
+            f"{folder} has checkpoints of {', '.join(sorted(found))}: name one with --profile"
+        )
+    return load_run(found[profile])
+
+
+def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = print) -> None:
+    """Copy what a notebook needs from a finished run, and note in ``run.json`` where it is from.
+
+    Model, questions and settings must be the same. The compute type need not be: a laptop without
+    bfloat16 may go on from what another machine made, and ``run.json`` says so.
+
+    Raises:
+        ConfigError: other settings, another model, other questions, or own results here that
+            what would be copied does not belong to.
+        RunError: the finished run is not finished, or a file does not match its checksum.
+    """
+    _check_same_origin(run, source)
+    lacking = [stage.name for stage in needed_stages(source, at) if not stage.done]
+    if lacking:
+        raise RunError(f"{source.path} is not finished; it lacks: {', '.join(lacking)}")
+    _check_same_results(run, at, source)
+    checksums = _checksums(source)
+    copied = 0
+    with lock_run(run):
+        for path in _parts(source):
+            relative = path.relative_to(source.path)
+            target = run.path / relative
+            if notebook_of(relative) >= at or target.exists():
+                continue
+            for file in [path] if path.is_file() else sorted(path.rglob("*")):
+                wanted = checksums.get(file.relative_to(source.path).as_posix())
+                if wanted and file.is_file() and sha256_file(file) != wanted:
+                    raise RunError(f"{file} is damaged (its checksum is wrong); copy it again")
+            with atomic_path(target) as partial:
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial)
+            copied += 1
+        if copied:
+            made = source.info()
+            origin = {"notebook": at, **{k: made.get(k) for k in ("created", "resolved", "device")}}
+            write_json(run.path / "run.json", {**run.info(), "checkpoint": origin})
+    say(f"{copied} files and folders from {source.path}")
+    here, there = (r.info()["resolved"]["dtype"] for r in (run, source))
+    if here != there:
+        say(f"They were computed in {there}; this machine computes in {here} (noted in run.json)")
+
+
+def _parts(run: Run) -> list[Path]:
+    """Return the files and folders that stages left, each stage's own output last."""
+    found = [*run.path.glob("iter_*/*"), *run.path.glob("evaluation/*/*.json")]
+    outputs = {stage.output for stage in stages(run)}
+    visible = [path for path in found if not path.name.startswith(".")]
+    return sorted(visible, key=lambda path: (path in outputs, path))
+
+
+def _check_same_origin(run: Run, source: Run) -> None:
+    lines = differing_keys(run.config, source.config.to_dict())
+    here, there = run.info(), source.info()
+    for section, key in (("model", "weights"), ("questions", "fingerprint")):
+        if here[section][key] != there[section][key]:
+            lines.append(
+                f"{section} ({key}): {here[section][key]} here, {there[section][key]} there"
+            )
+    if lines:
+        raise ConfigError(
+            f"the checkpoint {source.path} was made by something else than {run.path}:\n  "
+            + "\n  ".join(lines)
+            + "\nUse its settings (--profile, --seed, --set), or compute without --from"
+        )
+
+
+def _check_same_results(run: Run, at: str, source: Run) -> None:
+    """Refuse to lay later results beside own ones that they were not made from."""
+    for ours in (stage.output for stage in needed_stages(run, at) if stage.done):
+        relative = ours.relative_to(run.path)
+        theirs = source.path / relative
+        if ours.name == "pairs.jsonl":
+            same = fingerprint(read_jsonl(ours)) == fingerprint(read_jsonl(theirs))
+        elif ours.is_dir():
+            same = adapter_fingerprint(ours) == adapter_fingerprint(theirs)
+        else:
+            same = True  # a measurement: nothing is made from it
+        if not same:
+            raise ConfigError(
+                f"{run.path} has its own {relative.as_posix()}, other than the checkpoint's, and "
+                "what comes later would not belong to it. Put the checkpoint into another run "
+                "directory (--run-dir), or compute on from yours without --from"
+            )
+
+
+def _checksums(source: Run) -> dict[str, str]:
+    """Return the checksums of a packed run's files by relative path; empty for a plain run."""
+    folder = source.path.parent.parent
+    if source.path.parent.name != CHECKPOINTS or not (folder / MANIFEST).is_file():
+        return {}
+    prefix = f"{CHECKPOINTS}/{source.path.name}/"
+    files = read_json(folder / MANIFEST)["files"]
+    return {
+        name.removeprefix(prefix): entry["sha256"]
+        for name, entry in files.items()
+        if name.startswith(prefix)
+    }
