@@ -10,7 +10,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run lab test lint format bench clean
+.PHONY: help setup setup-dev run render lab test lint format bench clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -23,6 +23,9 @@ setup-dev:
 
 run: setup  ## the whole course on the default model, on a CPU: PROFILE=cpu RUN_DIR=runs/cpu
 	@$(VENV_PYTHON) -m grath_utils run --profile $(PROFILE) --run-dir $(RUN_DIR)
+
+render: setup  ## refresh the outputs that the notebooks are committed with, from RUN_DIR
+	@$(VENV_PYTHON) -m grath_utils render --profile $(PROFILE) --run-dir $(RUN_DIR)
 
 lab: setup  ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks

@@ -15,7 +15,7 @@ Data flows one way through the modules, and none imports one further down the li
     loop, workshop                               the gradual iterations over a run directory
     plots, report, export                        pictures, the page that holds them, the model
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
-    notebooks, cli                               the two front ends
+    notebooks, render, cli                       the front ends, and notebooks as they are read
 
 Importing the package itself is cheap: torch and its friends load only with the modules that use
 them.

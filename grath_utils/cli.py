@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_status,
         _add_report,
         _add_checkpoint,
+        _add_render,
         _add_sweep,
         _add_pairs,
         _add_train,
@@ -292,6 +293,34 @@ def _checkpoint(options: argparse.Namespace) -> None:
     print(f"{run.path} is ready for notebook {options.at}")
     for name, value in changed_parameters(run).items():
         print(f"  in its parameters cell: {name} = {value!r}")
+
+
+def _add_render(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "render",
+        _render,
+        "write the outputs of a run into the repository's notebooks, cleaned and stamped; execute "
+        "only what the run directory lacks",
+        "render --profile cpu notebooks/02_qlora_dpo.ipynb",
+    )
+    parser.add_argument("notebooks", metavar="NOTEBOOK", nargs="*", type=Path, help="default: all")
+    parser.add_argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
+    parser.add_argument("--run-dir", metavar="DIR", help="default: runs/PROFILE")
+    parser.add_argument("--seed", type=int, help="replaces the profile's seed")
+    parser.add_argument(
+        "--again", action="store_true", help="take outputs over also where they are up to date"
+    )
+
+
+def _render(options: argparse.Namespace) -> None:
+    config = load_config(options.profile, seed=options.seed)
+    from grath_utils.loop import start_run
+    from grath_utils.render import render
+
+    folder = options.run_dir or Path("runs") / Path(options.profile).stem
+    written = render(start_run(folder, config), options.notebooks, again=options.again)
+    print(f"{len(written)} notebooks written")
 
 
 # --- sweep ---------------------------------------------------------------------------------------
