@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
 from grath_utils.models import Policy, load_base
 from grath_utils.pairs import Pair
+from grath_utils.runs import Run, load_run
 
 # Tests never ask a hub for anything; the default model comes from the package index.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,6 +50,22 @@ DPO = DPOConfig(
     save_every=2,
 )
 LORA = LoraConfig(r=4, alpha=8)
+
+LIMIT = 900  # seconds; a smoke run takes two or three minutes
+
+
+def start(*arguments: object, **options) -> subprocess.Popen[str]:
+    """Start the command line in a process of its own."""
+    command = [sys.executable, "-m", "grath_utils", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a process; return its exit status, output and messages."""
+    out, err = process.communicate(timeout=LIMIT)
+    return process.returncode, out, err
 
 
 def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
@@ -120,3 +139,16 @@ def mirror() -> Path:
     if folder is None:
         pytest.skip("GRATH_MIRROR is not set: no benchmark data here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """One smoke run through every notebook, started from another working directory.
+
+    Returns the run, which tests may read but not change, and what the command printed.
+    """
+    folder = tmp_path_factory.mktemp("end-to-end")
+    process = start("run", "--all", "--profile", "smoke", "--run-dir", folder / "run", cwd=folder)
+    code, out, err = finish(process)
+    assert code == 0, err
+    return load_run(folder / "run"), out

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import finish, start
 from safetensors.torch import load_file
 
 from grath_utils.artifacts import read_json, read_jsonl
@@ -24,30 +23,6 @@ from grath_utils.report import comparison_rows, percent
 from grath_utils.runs import Run, load_run
 
 pytestmark = [pytest.mark.model, pytest.mark.notebook]
-
-LIMIT = 900  # seconds; a smoke run takes two or three minutes
-
-
-def start(*arguments: object, **options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "grath_utils", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=LIMIT)
-    return process.returncode, out, err
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
-    """One smoke run through every notebook, started from another working directory."""
-    folder = tmp_path_factory.mktemp("end-to-end")
-    process = start("run", "--all", "--profile", "smoke", "--run-dir", folder / "run", cwd=folder)
-    code, out, err = finish(process)
-    assert code == 0, err
-    return load_run(folder / "run"), out
 
 
 def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> None:
