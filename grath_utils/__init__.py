@@ -12,6 +12,7 @@ Data flows one way through the modules, and none imports one further down the li
     preferences, packing, trainer, dpo, drift    token ids, reference, one round of training
     statistics, metrics, protocols               numbers with intervals, and how they are asked for
     partial, answers, evaluation                 results that can be resumed
+    selection                                    signs of collapse, and which round to keep
     loop, workshop                               the gradual iterations over a run directory
     plots, report, export                        pictures, the page that holds them, the model
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can

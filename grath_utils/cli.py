@@ -174,7 +174,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     from grath_utils.artifacts import write_text
     from grath_utils.export import model_card
-    from grath_utils.loop import run_stages, start_run
+    from grath_utils.loop import final_iteration, run_stages, start_run
     from grath_utils.notebooks import main_line, numbered_notebooks, run_notebooks
     from grath_utils.report import summary_table, write_report
 
@@ -187,8 +187,8 @@ def _run(options: argparse.Namespace) -> None:
         run = start_run(folder, config)
         run_notebooks(run, notebooks)
     write_report(run)
-    last = config.loop.iterations - 1
-    write_text(run.iteration(last) / "MODEL_CARD.md", model_card(run, last))
+    chosen = final_iteration(run)
+    write_text(run.iteration(chosen) / "MODEL_CARD.md", model_card(run, chosen))
     print(f"\nReport: {run.report}\n")
     print(summary_table(run))
 
@@ -214,6 +214,7 @@ def _add_status(commands: argparse._SubParsersAction) -> None:
 
 def _status(options: argparse.Namespace) -> None:
     from grath_utils.loop import stages
+    from grath_utils.report import choice_line
     from grath_utils.runs import load_run
 
     run = load_run(options.run_dir)
@@ -223,6 +224,7 @@ def _status(options: argparse.Namespace) -> None:
         print(f"  {'done   ' if stage.done else 'to do  '} {stage.name}")
     done = sum(stage.done for stage in plan)
     print(f"{done} of {len(plan)} stages done")
+    print(choice_line(run))
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:

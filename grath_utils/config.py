@@ -211,7 +211,22 @@ class DPOConfig:
 class LoopConfig:
     """The gradual part."""
 
-    iterations: int = option(2, "DPO rounds; 2 is the paper's headline", minimum=1, maximum=100)
+    iterations: int = option(
+        2, "DPO rounds, at most; 2 is the paper's headline", minimum=1, maximum=100
+    )
+    keep: str = option(
+        "best",
+        "`best`: the round that held-out pairs and collapse signals choose; `last`: the last one",
+        choices=("best", "last"),
+    )
+    early_stop: bool = option(
+        True, "no further round after an alarm, or one that did not raise the held-out margin"
+    )
+    max_kl: float = option(
+        1.0,
+        "drift from the base, in nats a token on held-out pairs, that is an alarm",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)

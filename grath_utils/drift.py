@@ -41,10 +41,8 @@ def kl_per_token(
     """
     if not examples:
         raise UsageError("there are no pairs to measure the drift on")
-    longest = max(example.length for example in examples)
-    for model in (policy, base):
-        if not can_run_trees(model, longest):
-            raise UsageError(f"{model.name}: the drift cannot be measured on this architecture")
+    if not can_measure_drift(policy, base, examples):
+        raise UsageError(f"{policy.name}: the drift cannot be measured on this architecture")
     total, count = np.zeros(len(examples)), np.zeros(len(examples))
     for row in pack([vars(e) for e in examples], row_limit(policy.device)):
         kl = _kl(_logits(policy, row), _logits(base, row))  # (P,)
@@ -52,6 +50,12 @@ def kl_per_token(
         np.add.at(total, at, kl[row["which"].numpy()])
         np.add.at(count, at, 1)
     return (total / count).tolist()
+
+
+def can_measure_drift(policy: Policy, base: Policy, examples: Sequence[PreferenceExample]) -> bool:
+    """Tell whether both models honour tree masks, which :func:`kl_per_token` needs."""
+    longest = max(example.length for example in examples)
+    return all(can_run_trees(model, longest) for model in (policy, base))
 
 
 def _logits(policy: Policy, row: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -50,6 +50,10 @@ class TrainingError(GrathError):
     """Training cannot start or has gone wrong (no trainable parameter, a non-finite loss, ...)."""
 
 
+class CollapseError(TrainingError):
+    """A round was stopped because the model was losing the answers that it was trained on."""
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ``'; did you mean "x"?'`` for the nearest valid name, else the list of all of them."""
     valid = sorted(valid)

@@ -12,10 +12,10 @@ from grath_utils import __version__
 from grath_utils.artifacts import atomic_path, write_text
 from grath_utils.errors import ModelError, UsageError
 from grath_utils.generation import generate
-from grath_utils.loop import load_model
+from grath_utils.loop import final_iteration, load_model, planned_iterations
 from grath_utils.models import Policy, apply_adapters, load_base, quiet_transformers, resolve_name
 from grath_utils.prompts import PROMPT_OVERLAP, question_messages, render_chat
-from grath_utils.report import comparison_rows, metric_line
+from grath_utils.report import choice_line, comparison_rows, metric_line
 from grath_utils.runs import Run, load_run
 
 CHECK_PROMPT = "Q: What is made of milk?\nA:"
@@ -120,7 +120,7 @@ def model_card(run: Run, iteration: int) -> str:
         "",
         "## Recipe",
         "",
-        f"- {iteration + 1} of {config.loop.iterations} rounds of {dpo.steps} steps of "
+        f"- {iteration + 1} of {len(planned_iterations(run))} rounds of {dpo.steps} steps of "
         f"{dpo.batch_size} pairs; reference `{dpo.reference}`, chain `{dpo.chain}`",
         f"- loss `{dpo.loss}`, beta {dpo.beta:g}, peak learning rate {dpo.learning_rate:g} "
         f"({dpo.schedule}), prompt format `{dpo.prompt_format}`",
@@ -130,6 +130,8 @@ def model_card(run: Run, iteration: int) -> str:
         "## Results",
         "",
         *_result_lines(run, iteration),
+        "",
+        f"Round {iteration + 1} of this run is shown; {choice_line(run)}.",
         "",
         "## Limits",
         "",
@@ -169,7 +171,9 @@ def _result_lines(run: Run, iteration: int) -> list[str]:
 def ask_both(
     run: Run, questions: Iterable[str], *, max_new_tokens: int = 60
 ) -> Iterable[tuple[str, str, str]]:
-    """Yield (question, the base model's answer, the last trained model's), greedy.
+    """Yield (question, the base model's answer, the trained model's), greedy.
+
+    The trained model is the chosen round's; before the rounds are measured, the last one trained.
 
     Args:
         run: a run with at least one trained round.
@@ -182,7 +186,8 @@ def ask_both(
     trained = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
     if not trained:
         raise UsageError(f"{run.path}: no round has been trained yet, so there is one model only")
-    models = [load_model(run, None), load_model(run, trained[-1])]
+    shown = final_iteration(run)
+    models = [load_model(run, None), load_model(run, shown if shown in trained else trained[-1])]
     for question in questions:
         before, after = (_answer(policy, question, max_new_tokens) for policy in models)
         yield question, before, after

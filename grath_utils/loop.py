@@ -2,26 +2,29 @@
 
 Each step is a *stage* with one file or folder that says it is done. A stage that is done is left
 alone, so that every call can be repeated, and an interrupted run is continued by starting it again.
-Notebooks and command line call the same stages.
+Notebooks and command line call the same stages. After each round the model is measured on held-out
+pairs and free answers, and that alone decides when to stop and which round to keep.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grath_utils.artifacts import read_json, read_jsonl, write_jsonl
+from grath_utils import selection
+from grath_utils.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.benchmarks import BENCHMARKS
 from grath_utils.config import Config, ModelConfig
 from grath_utils.dpo import model_after, train_round
-from grath_utils.errors import ConfigError, RunError, did_you_mean
+from grath_utils.errors import CollapseError, ConfigError, DataError, RunError, did_you_mean
 from grath_utils.evaluation import evaluate
 from grath_utils.models import Policy, base_weights_fingerprint, resolve
 from grath_utils.pairs import Pair, generate_pairs, read_pairs, refine_pairs
 from grath_utils.questions import Question, load_questions, split_held_out
-from grath_utils.runs import Run, environment_facts, lock_run, open_run
+from grath_utils.runs import Run, environment_facts, lock_run, open_run, record_made
 
 BASE = "base"
 
@@ -69,6 +72,7 @@ def start_run(path: str | Path, config: Config) -> Run:
         rows += [{"split": "held_out", **q.to_row()} for q in held_out]
         with lock_run(run):
             write_jsonl(run.questions, rows)
+            record_made(run, run.questions)
     return run
 
 
@@ -150,25 +154,71 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
             refine_pairs(
                 policy, questions, previous, run.config.pairs, iteration=iteration, **common
             )
+        _record(run, iteration, run.pairs(iteration), run.rejects(iteration))
 
 
 def train_iteration(run: Run, iteration: int, *, progress: bool = True) -> None:
-    """Train one DPO round on the iteration's pairs; leaves ``adapter/`` and the log."""
-    if run.adapter(iteration).is_dir():
+    """Train one DPO round on the iteration's pairs; leaves ``adapter/`` and the log.
+
+    A later round that collapses leaves ``collapsed.json`` with the reason instead, and the loop
+    ends before it (unless ``loop.early_stop`` is off).
+
+    Raises:
+        CollapseError: the first round has collapsed: there is nothing to fall back on.
+    """
+    if round_is_over(run, iteration):
         return
     with lock_run(run):
         pairs, held_out = run_pairs(run, iteration)
-        train_round(
-            _base(run),
-            pairs,
-            held_out,
-            run.iteration(iteration),
-            dpo=run.config.dpo,
-            lora=run.config.lora,
-            seed=run.config.seed,
-            previous=run.adapter(iteration - 1) if iteration else None,
+        try:
+            train_round(
+                _base(run),
+                pairs,
+                held_out,
+                run.iteration(iteration),
+                dpo=run.config.dpo,
+                lora=run.config.lora,
+                seed=run.config.seed,
+                previous=run.adapter(iteration - 1) if iteration else None,
+                progress=progress,
+            )
+        except CollapseError as error:
+            if not (iteration and run.config.loop.early_stop):
+                raise
+            write_json(run.collapsed(iteration), {"reason": str(error)})
+            record_made(run, run.collapsed(iteration))
+        else:
+            _record(run, iteration, run.adapter(iteration), run.training_log(iteration))
+
+
+def round_is_over(run: Run, iteration: int) -> bool:
+    """Tell whether a round has been trained, or has been given up as collapsed."""
+    return run.adapter(iteration).is_dir() or run.collapsed(iteration).exists()
+
+
+def measure(run: Run, iteration: int | None, *, progress: bool = True) -> dict[str, Any]:
+    """Return the signals by which a round is chosen, measuring them where that was not done.
+
+    The base model is measured first: every signal is a change from it.
+    """
+    out = run.signals(model_label(iteration))
+    if out.exists():
+        return read_json(out)
+    with lock_run(run):
+        if iteration is not None:
+            measure(run, None, progress=progress)
+        base = load_model(run, None)
+        signals = selection.measure_signals(
+            base if iteration is None else load_model(run, iteration),
+            base,
+            run_pairs(run, 0)[1],
+            run_questions(run, "held_out"),
+            run.config.dpo,
             progress=progress,
         )
+        write_json(out, signals)
+        record_made(run, out)
+    return signals
 
 
 def evaluate_model(
@@ -180,7 +230,7 @@ def evaluate_model(
         return read_json(out)
     settings = run.config.evaluation
     with lock_run(run):
-        return evaluate(
+        result = evaluate(
             load_model(run, iteration),
             benchmark,
             limit=settings.limit,
@@ -189,6 +239,27 @@ def evaluate_model(
             bootstrap=settings.bootstrap,
             out=out,
             progress=progress,
+        )
+        record_made(run, out)
+    return result
+
+
+def _record(run: Run, iteration: int, *outputs: Path) -> None:
+    """Note what a stage of an iteration left, and that nothing made from an older one is left.
+
+    Raises:
+        RunError: an output was made a second time and is another; what no longer fits is named.
+    """
+    changed = [path for path in outputs if record_made(run, path)]
+    plan = [stage for stage in stages(run) if stage.iteration is not None]
+    places = [number for number, stage in enumerate(plan) if stage.output in changed]
+    later = plan[min(places) + 1 :] if places else []
+    left = [s.output for s in later if s.iteration >= iteration and s.done]
+    if left:
+        names = ", ".join(str(path.relative_to(run.path)) for path in left)
+        raise RunError(
+            f"{changed[0]} was made again and is not the same as before, so what was made from "
+            f"the old one no longer fits. Delete {names} in {run.path}, and run the same again"
         )
 
 
@@ -200,6 +271,8 @@ class Stage:
     """One step of a run: what it does, what it leaves, and how to do it."""
 
     name: str
+    iteration: int | None
+    """None: about the base model."""
     output: Path
     work: Callable[[], Any]
 
@@ -208,36 +281,110 @@ class Stage:
         return self.output.exists()
 
 
-def evaluated_iterations(config: Config) -> list[int | None]:
-    """Return which models are evaluated: base, the last, and those between if configured."""
-    last = config.loop.iterations - 1
-    between = list(range(last)) if config.evaluation.every_iteration else []
-    return [None, *between, last]
+def choice(run: Run) -> selection.Choice | None:
+    """Return which of the measured rounds is kept and whether to go on; None before the first.
+
+    With ``loop.keep=last`` that is the last one, whatever the signals say; they are still there to
+    be read.
+    """
+    settings = run.config.loop
+    base, measured = measured_rounds(run)
+    if not measured:
+        return None
+    try:
+        chosen = selection.choose(base, measured, max_kl=settings.max_kl, seed=run.config.seed)
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{run.signals(BASE).parent}: the signals are not as this program writes them; delete "
+            "the folder, and they are measured again"
+        ) from error
+    if settings.keep == "last":
+        last = len(measured) - 1
+        chosen = replace(chosen, iteration=last, why=f"round {last + 1}: the last (loop.keep=last)")
+    collapsed = run.collapsed(len(measured))
+    if collapsed.exists():
+        stop = f"round {len(measured) + 1} collapsed: {read_json(collapsed)['reason']}"
+        chosen = replace(chosen, stop=stop)
+    return chosen if settings.early_stop else replace(chosen, stop=None)
+
+
+def measured_rounds(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the signals of the base model and of the rounds so far; empty where there are none."""
+    if not run.signals(BASE).exists():
+        return {}, []
+    rounds = map(run.signals, map(model_label, range(run.config.loop.iterations)))
+    there = itertools.takewhile(Path.exists, rounds)
+    return read_json(run.signals(BASE)), [read_json(path) for path in there]
+
+
+def planned_iterations(run: Run) -> list[int]:
+    """Return the rounds that a run has, or will have as far as can be known now."""
+    found = choice(run)
+    stopped = found is not None and found.stop is not None
+    return list(range(len(measured_rounds(run)[1]) if stopped else run.config.loop.iterations))
+
+
+def final_iteration(run: Run) -> int:
+    """Return the round that is shown as the run's result: the chosen one.
+
+    Where no round was fit to be kept that is the last one, so that there is something to see; the
+    report says so. Before the rounds are measured: the last of the plan.
+    """
+    planned = planned_iterations(run)
+    found = choice(run)
+    whole = found is not None and run.signals(model_label(planned[-1])).exists()
+    return found.iteration if whole and found.iteration is not None else planned[-1]
+
+
+def evaluated_iterations(run: Run) -> list[int | None]:
+    """Return which models are evaluated: base, chosen, last, and all rounds if so configured."""
+    planned = planned_iterations(run)
+    shown = (
+        planned if run.config.evaluation.every_iteration else {final_iteration(run), planned[-1]}
+    )
+    return [None, *sorted(shown)]
 
 
 def stages(run: Run, *, progress: bool = True) -> list[Stage]:
-    """Return all stages of a run in order."""
+    """Return all stages of a run in order, as far as they can be known now.
+
+    A round that stops the loop takes the later ones off the plan.
+    """
     plan = []
-    for t in range(run.config.loop.iterations):
-        plan.append(
+    for t in planned_iterations(run):
+        plan += [
             Stage(
                 f"write pairs, iteration {t}",
+                t,
                 run.pairs(t),
                 lambda t=t: make_pairs(run, t, progress=progress),
-            )
-        )
-        plan.append(
+            ),
             Stage(
                 f"train, iteration {t}",
+                t,
                 run.adapter(t),
                 lambda t=t: train_iteration(run, t, progress=progress),
-            )
-        )
-    for t in evaluated_iterations(run.config):
+            ),
+            Stage(
+                f"measure on held-out pairs, iteration {t}",
+                t,
+                run.signals(model_label(t)),
+                lambda t=t: measure(run, t, progress=progress),
+            ),
+        ]
+    measured = Stage(
+        "measure base on held-out pairs",
+        None,
+        run.signals(BASE),
+        lambda: measure(run, None, progress=progress),
+    )
+    plan.insert(1, measured)  # as soon as there are pairs
+    for t in evaluated_iterations(run):
         for name in run.config.evaluation.benchmarks:
             plan.append(
                 Stage(
                     f"evaluate {model_label(t)} on {name}",
+                    t,
                     run.evaluation(model_label(t), name),
                     lambda t=t, name=name: evaluate_model(run, t, name, progress=progress),
                 )
@@ -255,7 +402,7 @@ def workload(config: Config) -> dict[str, int]:
     pairs, rounds = config.pairs, config.loop.iterations
     each = 1 if pairs.mode == "paper" else 1 + 2 * pairs.candidates
     later = each if pairs.mode == "paper" else 1 + pairs.candidates  # the correct answer alone
-    models = len(evaluated_iterations(config))
+    models = 1 + (rounds if config.evaluation.every_iteration else 1)
     return {
         "questions": questions,
         "completions to write, at most": questions * (each + later * (rounds - 1)),
@@ -268,18 +415,24 @@ def workload(config: Config) -> dict[str, int]:
 def run_stages(run: Run, *, progress: bool = True, say: Callable[[str], None] = print) -> None:
     """Do all stages that are not done yet, in order, holding the run directory throughout."""
     with lock_run(run):
-        plan = stages(run, progress=progress)
-        for number, stage in enumerate(plan, start=1):
-            if not stage.done:
-                say(f"[{number}/{len(plan)}] {stage.name}")
-                stage.work()
+        for stage in stages(run):  # a process may have been killed just before it noted its work
+            if stage.done:
+                record_made(run, stage.output)
+        # The plan is asked for anew after each stage: a round may have ended the loop.
+        while (number := _first_to_do(plan := stages(run, progress=progress))) is not None:
+            say(f"[{number + 1}/{len(plan)}] {plan[number].name}")
+            plan[number].work()
+
+
+def _first_to_do(plan: Sequence[Stage]) -> int | None:
+    return next((number for number, stage in enumerate(plan) if not stage.done), None)
 
 
 def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the finished evaluations as ``{benchmark: {model label: result}}``, base first."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name in run.config.evaluation.benchmarks:
-        for t in evaluated_iterations(run.config):
+        for t in evaluated_iterations(run):
             path = run.evaluation(model_label(t), name)
             if path.exists():
                 found.setdefault(name, {})[model_label(t)] = read_json(path)

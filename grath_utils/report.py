@@ -14,8 +14,19 @@ from matplotlib.figure import Figure
 from grath_utils import plots
 from grath_utils.artifacts import atomic_path, read_jsonl, write_text
 from grath_utils.evaluation import compare
-from grath_utils.loop import results, run_pairs
+from grath_utils.loop import (
+    BASE,
+    choice,
+    final_iteration,
+    measured_rounds,
+    model_label,
+    planned_iterations,
+    results,
+    run_pairs,
+)
 from grath_utils.runs import Run
+from grath_utils.selection import displacement, margins
+from grath_utils.statistics import summarize
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -50,16 +61,17 @@ def metric_line(metric: Mapping[str, Any]) -> str:
 
 
 def comparison_rows(run: Run) -> list[dict[str, Any]]:
-    """Return one row per benchmark and metric: base, last model, and the paired difference.
+    """Return one row per benchmark and metric: base, chosen model, and the paired difference.
 
-    Every number is taken from the evaluation files or computed from their items.
+    Every number is taken from the evaluation files or computed from their items. Which round was
+    chosen is decided by :func:`grath_utils.loop.choice`, which never sees these numbers.
     """
     rows = []
+    labels = (BASE, model_label(final_iteration(run)))
     for benchmark, models in results(run).items():
-        labels = list(models)
-        before, after = models[labels[0]], models[labels[-1]]
-        if len(labels) < 2:
+        if not set(labels) <= models.keys():
             continue
+        before, after = (models[label] for label in labels)
         differences = compare(
             before, after, seed=run.config.seed, bootstrap=run.config.evaluation.bootstrap
         )
@@ -72,7 +84,7 @@ def comparison_rows(run: Run) -> list[dict[str, Any]]:
                     "before": before["metrics"][metric],
                     "after": after["metrics"][metric],
                     "difference": differences["metrics"][metric],
-                    "labels": (labels[0], labels[-1]),
+                    "labels": labels,
                 }
             )
     return rows
@@ -101,7 +113,18 @@ def summary_table(run: Run) -> str:
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in [head, ["-" * w for w in widths], *body]
     ]
-    return "\n".join([*lines, "", "percent, with 95 % bootstrap intervals; change: paired"])
+    return "\n".join(
+        [*lines, "", "percent, with 95 % bootstrap intervals; change: paired", choice_line(run)]
+    )
+
+
+def choice_line(run: Run) -> str:
+    """Return which round was chosen and why, and why the loop stopped early if it did."""
+    found = choice(run)
+    if found is None:
+        return "no round has been measured yet"
+    line = f"chosen without looking at these numbers: {found.why}"
+    return line + (f"; stopped early, {found.stop}" if found.stop else "")
 
 
 def _interval(metric: Mapping[str, Any]) -> str:
@@ -120,6 +143,7 @@ def write_report(run: Run) -> Path:
         f"<h1>GRATH: {html.escape(run.path.name)}</h1>",
         _overview(run),
         _comparison(run),
+        _choice(run),
         _controls(run),
         _training(run),
         _pairs(run),
@@ -139,7 +163,8 @@ def _overview(run: Run) -> str:
         ("questions", f"{info['questions']['n']} from {info['questions']['source']}"),
         (
             "rounds",
-            f"{run.config.loop.iterations}; reference {run.config.dpo.reference}, "
+            f"{len(planned_iterations(run))} of at most {run.config.loop.iterations}; "
+            f"reference {run.config.dpo.reference}, "
             f"chain {run.config.dpo.chain}",
         ),
         (
@@ -181,10 +206,76 @@ def _comparison(run: Run) -> str:
     )
 
 
+def _choice(run: Run) -> str:
+    found = choice(run)
+    if found is None:
+        return ""
+    return (
+        "<h2>Which round, and why</h2><p>Decided by held-out pairs and signs of collapse; the "
+        f"benchmarks above were not looked at. <b>{html.escape(choice_line(run))}.</b></p>"
+        + _table(ROUND_COLUMNS, round_rows(run), numbers_from=1)
+    )
+
+
+ROUND_COLUMNS = (
+    "model",
+    "held-out margin (nats)",
+    "chosen (nats)",
+    "KL (nats a token)",
+    "words",
+    "distinct",
+    "circles",
+    "non-answers",
+    "alarms",
+)
+
+
+def round_rows(run: Run) -> list[tuple[str, ...]]:
+    """Return what each round was judged by, one row a model, in the order of ROUND_COLUMNS.
+
+    Margin, chosen and KL are means over the held-out pairs of iteration 0, against the base model,
+    with 95 % intervals; the rest is about free answers to held-out questions.
+    """
+    found = choice(run)
+    if found is None:
+        return []
+    base, rounds = measured_rounds(run)
+
+    def mean(values: Sequence[float] | None) -> str:
+        if values is None or not len(values):
+            return "not measured"
+        summary = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
+        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(summary["value"], *summary["ci95"])
+
+    rows = []
+    for label, after, warned in zip(
+        ("base", *(f"round {t + 1}" for t in range(len(rounds)))),
+        (base, *rounds),
+        ((), *found.alarms),
+        strict=True,
+    ):
+        health = after["health"]
+        rows.append(
+            (
+                label,
+                mean(margins(base, after)),
+                mean(displacement(base, after)),
+                mean(after["kl"]),
+                f"{health['words']:.1f}",
+                *(f"{health[key]:.0%}" for key in ("distinct", "repetition", "non_answers")),
+                "; ".join(warned) or "none",
+            )
+        )
+    return rows
+
+
 def _controls(run: Run) -> str:
     rows, notes = [], []
     for benchmark, models in results(run).items():
-        label, result = list(models.items())[-1]
+        label = model_label(final_iteration(run))
+        if label not in models:
+            continue
+        result = models[label]
         for rule, value in result.get("controls", {}).items():
             if isinstance(value, (int, float)):
                 rows.append((benchmark, rule.replace("_", " "), percent(value)))
@@ -202,7 +293,7 @@ def _controls(run: Run) -> str:
 
 def _training(run: Run) -> str:
     parts = []
-    for t in range(run.config.loop.iterations):
+    for t in planned_iterations(run):
         if run.training_log(t).exists():
             figure = plots.plot_training(read_jsonl(run.training_log(t)), f"Round {t + 1}")
             name = run.figures / f"training_{t}.png"
@@ -212,7 +303,7 @@ def _training(run: Run) -> str:
 
 def _pairs(run: Run) -> str:
     parts = []
-    for t in range(run.config.loop.iterations):
+    for t in planned_iterations(run):
         if not run.pairs(t).exists():
             continue
         train, held_out = run_pairs(run, t)

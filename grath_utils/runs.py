@@ -2,11 +2,13 @@
 
 ::
 
-    RUN/ run.json · questions.jsonl
+    RUN/ run.json · manifest.json · questions.jsonl
          iter_0/{pairs.jsonl, rejects.jsonl, training_log.jsonl, adapter/} · iter_1/…
-         evaluation/MODEL/BENCHMARK.json · figures/ · notebooks/ (executed) · report.html
+         signals/MODEL.json · evaluation/MODEL/BENCHMARK.json
+         figures/ · notebooks/ (executed) · report.html
 
 ``run.json`` says what made it. A run directory is continued only by the configuration that made it.
+``manifest.json`` holds a hash of each stage's output: what was changed by hand is noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from grath_utils.artifacts import read_json, sweep_partials, write_json
+from grath_utils.artifacts import (
+    fingerprint_folder,
+    read_json,
+    sha256_file,
+    sweep_partials,
+    write_json,
+)
 from grath_utils.config import Config, config_from_dict, differing_keys
 from grath_utils.errors import ConfigError, DataError, RunError
 
@@ -51,9 +59,21 @@ class Run:
     def training_log(self, t: int) -> Path:
         return self.iteration(t) / "training_log.jsonl"
 
+    def collapsed(self, t: int) -> Path:
+        """Return the note that stands in place of an adapter where a round collapsed."""
+        return self.iteration(t) / "collapsed.json"
+
+    def signals(self, model: str) -> Path:
+        """Return what a model (``base``, ``iter_0``, ...) was measured on to choose a round."""
+        return self.path / "signals" / f"{model}.json"
+
     def evaluation(self, model: str, benchmark: str) -> Path:
         """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
         return self.path / "evaluation" / model / f"{benchmark}.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
 
     @property
     def questions(self) -> Path:
@@ -87,12 +107,14 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     Raises:
         ConfigError: the directory was made by another configuration (the keys are named), or it
             is not a run directory and not empty.
-        RunError: ``run.json`` is damaged, or the place cannot be written to.
+        RunError: ``run.json`` is damaged, something in it was changed by hand, or the place cannot
+            be written to.
     """
     run = Run(Path(path).expanduser().resolve(), config)
     record = run.path / "run.json"
     if record.exists():
         _check_same(run, _read_record(record)["config"])
+        check_untouched(run)
         return run
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file; name a folder for the run")
@@ -121,7 +143,7 @@ def load_run(path: str | Path) -> Run:
 
     Raises:
         DataError: there is no run there.
-        RunError: its record is damaged.
+        RunError: its record is damaged, or something in it was changed by hand.
     """
     folder = Path(path).expanduser().resolve()
     if not (folder / "run.json").exists():
@@ -129,9 +151,11 @@ def load_run(path: str | Path) -> Run:
             f"{folder} holds no run (no run.json); make one with "
             "`python -m grath_utils run --profile cpu --run-dir DIR`"
         )
-    return Run(
+    run = Run(
         folder, config_from_dict(_read_record(folder / "run.json")["config"], where=str(folder))
     )
+    check_untouched(run)
+    return run
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -155,6 +179,53 @@ def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
             + "\n  ".join(lines)
             + "\nUse the same settings to continue it, or another run directory"
         )
+
+
+# --- what was made, as it was made ---------------------------------------------------------------
+
+
+def record_made(run: Run, output: Path) -> bool:
+    """Note the hash of a stage's output; tell whether another one was noted there before."""
+    made = _manifest(run)
+    name, value = output.relative_to(run.path).as_posix(), _hash(output)
+    if made.get(name) == value:
+        return False
+    write_json(run.manifest, {**made, name: value})
+    return name in made
+
+
+def check_untouched(run: Run) -> None:
+    """Make sure that what the stages left is still as they left it; what is missing is made again.
+
+    Raises:
+        RunError: a file or folder was changed; which, and the ways on.
+    """
+    for name, value in _manifest(run).items():
+        path = run.path / name
+        if path.exists() and _hash(path) != value:
+            raise RunError(
+                f"{path} is not as it was made: it was changed or cut short. Restore it, or delete "
+                "it, and the same command makes it again (to train on pairs that you have edited: "
+                "python -m grath_utils train --pairs FILE)"
+            )
+
+
+def _manifest(run: Run) -> dict[str, str]:
+    if not run.manifest.exists():
+        return {}
+    try:
+        made = read_json(run.manifest)
+        if not all(isinstance(value, str) for value in made.values()):
+            raise TypeError
+    except (DataError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"{run.manifest} is damaged. Delete it: what the run holds is then taken as it is"
+        ) from error
+    return made
+
+
+def _hash(path: Path) -> str:
+    return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
 
 
 LOCK_HOLDER = "GRATH_RUN_LOCK"

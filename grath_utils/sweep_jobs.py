@@ -119,7 +119,7 @@ def _check_same_ground(run: Run, shared: Run, *sections: str) -> None:
 
 
 def row_of(run: Run) -> dict[str, Any]:
-    """Return a finished run's numbers: base, last and the paired change of every metric."""
+    """Return a finished run's numbers: base, chosen round and the paired change of every metric."""
     return {
         "run": run.path.name,
         "metrics": [

@@ -28,7 +28,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from grath_utils.artifacts import explained_write_errors, write_json
 from grath_utils.config import DPOConfig
-from grath_utils.errors import ConfigError, TrainingError
+from grath_utils.errors import CollapseError, ConfigError, TrainingError
 from grath_utils.models import Policy, activate_adapters, quiet_transformers
 from grath_utils.packing import PackedCollator, packed_forward, row_limit
 from grath_utils.scoring import accepts, can_run_trees
@@ -229,7 +229,7 @@ class _Watch(TrainerCallback):
         for key in ("rewards/chosen", "eval_rewards/chosen"):
             lost = -float(logs.get(key, 0.0)) / self.config.beta  # a reward is beta times nats
             if lost > self.config.max_displacement:
-                raise TrainingError(
+                raise CollapseError(
                     f"at step {state.global_step} the chosen answers have lost {lost:.0f} nats on "
                     "average: the model no longer writes anything like them (likelihood "
                     "displacement). Raise dpo.beta, lower dpo.learning_rate or dpo.steps; "

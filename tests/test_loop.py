@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from grath_utils.artifacts import read_jsonl
-from grath_utils.config import Config, load_config
-from grath_utils.errors import ConfigError, RunError
+from grath_utils.artifacts import read_jsonl, write_json, write_jsonl
+from grath_utils.config import Config, LoopConfig, load_config
+from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
 from grath_utils.loop import (
     check_ready,
+    choice,
     evaluate_model,
     evaluated_iterations,
+    final_iteration,
     load_model,
+    model_label,
+    planned_iterations,
     run_pairs,
     run_questions,
     stages,
     start_run,
     train_iteration,
 )
+from grath_utils.runs import Run, load_run
 
 
 @pytest.fixture
@@ -110,9 +116,12 @@ def test_the_plan_in_order(tmp_path: Path, tiny_llama, questions) -> None:
     run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
     assert [stage.name for stage in stages(run)] == [
         "write pairs, iteration 0",
+        "measure base on held-out pairs",
         "train, iteration 0",
+        "measure on held-out pairs, iteration 0",
         "write pairs, iteration 1",
         "train, iteration 1",
+        "measure on held-out pairs, iteration 1",
         "evaluate base on probe",
         "evaluate base on retention",
         "evaluate iter_0 on probe",
@@ -122,8 +131,151 @@ def test_the_plan_in_order(tmp_path: Path, tiny_llama, questions) -> None:
     ]
     assert not any(stage.done for stage in stages(run))
     config = load_config("smoke", "loop.iterations=4 evaluation.every_iteration=false")
-    assert evaluated_iterations(config) == [None, 3]
-    assert evaluated_iterations(load_config("smoke", "loop.iterations=1")) == [None, 0]
+    assert evaluated_iterations(Run(tmp_path / "none", config)) == [None, 3]
+    config = load_config("smoke", "loop.iterations=1")
+    assert evaluated_iterations(Run(tmp_path / "none", config)) == [None, 0]
+
+
+def write_signals(run, t: int | None, gain: float, **health: float) -> None:
+    """Leave the signals of a round that gained ``gain`` nats on each held-out pair."""
+    ids = [q.id for q in run_questions(run, "held_out")]
+    fine = {"words": 12.0, "distinct": 0.8, "repetition": 0.0, "non_answers": 0.0}
+    write_json(
+        run.signals(model_label(t)),
+        {
+            "pairs": ids,
+            "chosen": [-9.0 + gain] * len(ids),
+            "rejected": [-9.0] * len(ids),
+            "kl": [0.1] * len(ids),
+            "health": {**fine, **health},
+        },
+    )
+
+
+def four_rounds(tmp_path: Path, tiny_llama, questions, **more: object):
+    settings = {"loop.iterations": 4, "loop.keep": "best", "loop.early_stop": True, **more}
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions, **settings))
+    write_signals(run, None, 0.0)
+    return run
+
+
+def test_a_round_without_gain_ends_the_loop_and_the_best_is_kept(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    run = four_rounds(tmp_path, tiny_llama, questions)
+    assert choice(run) is None
+    for t, gain in enumerate([1.0, 3.0]):
+        write_signals(run, t, gain)
+        assert planned_iterations(run) == [0, 1, 2, 3]
+    write_signals(run, 2, 2.0)
+    assert planned_iterations(run) == [0, 1, 2]
+    assert final_iteration(run) == 1
+    assert evaluated_iterations(run) == [None, 0, 1, 2]
+    assert not any("iteration 3" in stage.name for stage in stages(run))
+    assert "did not raise" in choice(run).stop
+    fewer = replace(run.config, evaluation=replace(run.config.evaluation, every_iteration=False))
+    assert evaluated_iterations(replace(run, config=fewer)) == [None, 1, 2]
+
+
+def test_the_paper_s_rule_keeps_the_last_and_never_stops(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    run = four_rounds(
+        tmp_path, tiny_llama, questions, **{"loop.keep": "last", "loop.early_stop": False}
+    )
+    for t, gain in enumerate([3.0, 2.0, 1.0]):
+        write_signals(run, t, gain)
+    assert planned_iterations(run) == [0, 1, 2, 3]
+    assert final_iteration(run) == 3
+    write_signals(run, 3, 0.5, non_answers=0.9)
+    assert final_iteration(run) == 3
+    assert choice(run).alarms[3]
+    assert choice(run).stop is None
+
+
+def test_a_later_round_that_collapses_ends_the_loop_before_it(
+    tmp_path: Path, tiny_llama, questions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = four_rounds(tmp_path, tiny_llama, questions)
+    write_pairs(run, 0)
+    write_pairs(run, 1)
+    write_pairs(run, 2)
+
+    def collapses(*given: object, **named: object) -> None:
+        raise CollapseError("at step 7 the chosen answers have lost 400 nats")
+
+    monkeypatch.setattr("grath_utils.loop.train_round", collapses)
+    with pytest.raises(CollapseError):
+        train_iteration(run, 0, progress=False)  # nothing to fall back on
+    assert not run.collapsed(0).exists()
+    write_signals(run, 0, 1.0)
+    for _ in range(2):  # the second time it is left alone
+        train_iteration(run, 1, progress=False)
+    assert not run.adapter(1).exists()
+    assert planned_iterations(run) == [0]
+    assert final_iteration(run) == 0
+    assert choice(run).stop.startswith("round 2 collapsed: at step 7")
+    with pytest.raises(CollapseError):
+        never = replace(run.config, loop=LoopConfig(early_stop=False))
+        train_iteration(replace(run, config=never), 2, progress=False)
+
+
+def test_edited_signals_are_named(tmp_path: Path, tiny_llama, questions) -> None:
+    run = four_rounds(tmp_path, tiny_llama, questions)
+    write_json(run.signals("iter_0"), {"pairs": []})
+    with pytest.raises(DataError, match="delete the folder, and they are measured again"):
+        stages(run)
+
+
+# --- touched by hand -----------------------------------------------------------------------------
+
+
+def test_what_was_changed_by_hand_is_noticed(tmp_path: Path, tiny_llama, questions) -> None:
+    config = config_for(tiny_llama, questions)
+    run = start_run(tmp_path / "run", config)
+    write_pairs(run, 0)
+    train_iteration(run, 0, progress=False)
+    for path, change in (
+        (run.training_log(0), lambda p: p.write_text(p.read_text()[:-9])),
+        (run.adapter(0) / "adapter_model.safetensors", lambda p: p.write_bytes(b"")),
+        (run.adapter(0) / "grath.json", lambda p: p.unlink()),
+    ):
+        kept = path.read_bytes()
+        change(path)
+        for opened in (lambda: start_run(run.path, config), lambda: load_run(run.path)):
+            with pytest.raises(RunError, match="is not as it was made: .* Restore it, or delete"):
+                opened()
+        path.write_bytes(kept)
+        assert load_run(run.path) == run
+    run.manifest.write_text('{"iter_0/adapter": 3}')
+    with pytest.raises(RunError, match="manifest.json is damaged. Delete it"):
+        load_run(run.path)
+    run.manifest.unlink()
+    assert start_run(run.path, config) == run
+
+
+def test_what_was_deleted_is_made_again_the_same(tmp_path: Path, tiny_llama, questions) -> None:
+    config = config_for(tiny_llama, questions)
+    run = start_run(tmp_path / "run", config)
+    write_pairs(run, 0)
+    train_iteration(run, 0, progress=False)
+    made = run.manifest.read_bytes()
+    shutil.rmtree(run.adapter(0))
+    train_iteration(start_run(run.path, config), 0, progress=False)
+    assert run.manifest.read_bytes() == made
+
+
+def test_what_no_longer_fits_is_named(tmp_path: Path, tiny_llama, questions) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+    write_pairs(run, 0)
+    train_iteration(run, 0, progress=False)
+    write_pairs(run, 1)
+    shutil.rmtree(run.adapter(0))
+    # As if another machine, with other rounding, had made it anew.
+    rows = read_jsonl(run.pairs(0))
+    write_jsonl(run.pairs(0), [{**row, "correct": "It is another."} for row in rows])
+    with pytest.raises(RunError, match="was made again and is not the same.* Delete iter_1/pairs"):
+        train_iteration(run, 0, progress=False)
 
 
 def test_training_sees_no_held_out_question(tmp_path: Path, tiny_llama, questions) -> None:
