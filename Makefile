@@ -2,6 +2,7 @@
 PYTHON  ?= python3
 PROFILE ?= cpu
 RUN_DIR ?= runs/$(PROFILE)
+CLASSROOM ?= classroom
 
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := .venv/Scripts/python.exe
@@ -10,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render lab test lint format bench clean
+.PHONY: help setup setup-dev run render lab test lint format bench classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -40,6 +41,9 @@ lint: setup-dev
 format: setup-dev  ## format the code
 	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
 	@$(VENV_PYTHON) -m ruff format .
+
+classroom: setup  ## the course with a finished run in one folder that needs no network: CLASSROOM=DIR
+	@$(VENV_PYTHON) -m grath_utils classroom --to $(CLASSROOM) --profile $(PROFILE) --run-dir $(RUN_DIR)
 
 bench: setup-dev  ## side by side with lm-eval, plain generation and TRL (slow)
 	@$(VENV_PYTHON) tests/benchmarks/bench_scoring.py

@@ -2,7 +2,7 @@
 
 Standard library only, because nothing is installed yet when this runs::
 
-    python3 grath_utils/bootstrap.py [--dev]
+    python3 grath_utils/bootstrap.py [--dev] [--wheels DIR]
 
 A second call finds its stamp and does nothing. The one decision that takes thought is torch: on
 Linux, a plain ``pip install torch`` takes the CUDA build and several gigabytes of NVIDIA packages.
@@ -32,6 +32,9 @@ OLDEST_PYTHON = (3, 11)
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dev", action="store_true", help="install the test tools too")
+    parser.add_argument(
+        "--wheels", metavar="DIR", type=Path, help="take all packages from here, with no network"
+    )
     options = parser.parse_args(arguments)
     if sys.version_info < OLDEST_PYTHON:
         found = platform.python_version()
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             "Name a newer one: make PYTHON=python3.12 ..."
         )
     try:
-        set_up(dev=options.dev)
+        set_up(dev=options.dev, wheels=options.wheels)
     except subprocess.CalledProcessError as error:
         return fail(
             "installing failed (pip's own message is above). Check the network and the disk, then "
@@ -60,8 +63,9 @@ def fail(message: str) -> int:
     return 1
 
 
-def set_up(*, dev: bool) -> None:
+def set_up(*, dev: bool, wheels: Path | None = None) -> None:
     """Create the environment and install what is missing from it."""
+    offline = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
     lists = ["requirements.txt"] + (["requirements-dev.txt"] if dev else [])
     for name in lists:
         make_venv()
@@ -71,11 +75,12 @@ def set_up(*, dev: bool) -> None:
             continue
         print(f"Installing {name} into {VENV.name} (a few minutes the first time) ...", flush=True)
         if name == "requirements.txt":
-            pip("install", *torch_arguments())
-        pip("install", "--requirement", str(ROOT / name))
+            pip("install", *([*offline, torch_pin()] if wheels else torch_arguments()))
+        pip("install", *offline, "--requirement", str(ROOT / name))
         if name == "requirements.txt":
             # setuptools is there already (torch needs it), so nothing more has to be fetched.
-            pip("install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+            alone = ["--no-deps", "--no-build-isolation"]
+            pip("install", *offline, *alone, "--editable", str(ROOT))
         stamp.write_text(wanted, encoding="utf-8")
 
 
@@ -124,8 +129,11 @@ def torch_pin() -> str:
     return found.group()
 
 
-def torch_arguments() -> list[str]:
+def torch_arguments(python: Path | None = None, *, cpu: bool = False) -> list[str]:
     """Return what to ask pip for, so that the build of torch fits the machine.
+
+    ``python`` is the environment's (its pip is asked for the plan); ``cpu`` takes the CPU build
+    whatever this machine has.
 
     macOS and Windows: the plain package (CPU, and Metal on a Mac). Linux with an NVIDIA GPU: the
     plain package (CUDA). Linux without: the plain package where pip would not take NVIDIA packages
@@ -136,9 +144,12 @@ def torch_arguments() -> list[str]:
     chosen = os.environ.get("GRATH_TORCH_INDEX")
     if chosen:
         return [pin, "--index-url", chosen]
-    if platform.system() != "Linux" or has_nvidia_gpu() or not plan_has_cuda(pin):
+    if platform.system() != "Linux" or (has_nvidia_gpu() and not cpu):
         return [pin]
-    print("No NVIDIA GPU here: taking PyTorch's CPU build, a tenth of the size", flush=True)
+    if not plan_has_cuda(pin, python or python_of(VENV)):
+        return [pin]
+    reason = "The CPU is enough here" if cpu else "No NVIDIA GPU here"
+    print(f"{reason}: taking PyTorch's CPU build, a tenth of the size", flush=True)
     return [pin, "--index-url", CPU_INDEX]
 
 
@@ -151,10 +162,10 @@ def has_nvidia_gpu() -> bool:
     return done.returncode == 0 and "GPU" in done.stdout
 
 
-def plan_has_cuda(pin: str) -> bool:
+def plan_has_cuda(pin: str, python: Path) -> bool:
     """Tell whether ``pip install torch`` would bring NVIDIA packages, without downloading them."""
-    command = [str(python_of(VENV)), "-m", "pip", "--disable-pip-version-check", "install"]
-    command += ["--dry-run", "--quiet", "--report", "-", pin]
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "install"]
+    command += ["--dry-run", "--ignore-installed", "--quiet", "--report", "-", pin]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         return True  # the CPU index may still have it

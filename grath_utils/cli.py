@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_report,
         _add_checkpoint,
         _add_render,
+        _add_classroom,
         _add_sweep,
         _add_pairs,
         _add_train,
@@ -323,6 +324,56 @@ def _render(options: argparse.Namespace) -> None:
     folder = options.run_dir or Path("runs") / Path(options.profile).stem
     written = render(start_run(folder, config), options.notebooks, again=options.again)
     print(f"{len(written)} notebooks written")
+
+
+def _add_classroom(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "classroom",
+        _classroom,
+        "pack model, packages, notebooks and a finished run into a folder that needs no network",
+        "classroom --to classroom --platform win_amd64 macosx_14_0_arm64 --python-version 3.12",
+    )
+    parser.add_argument("--to", metavar="DIR", required=True, type=Path)
+    parser.add_argument("--profile", default="cpu", help="of the run to pack (default: cpu)")
+    parser.add_argument(
+        "--run-dir", metavar="DIR", help="default: runs/PROFILE; stages it lacks are done first"
+    )
+    parser.add_argument("--seed", type=int, help="replaces the profile's seed")
+    _add_set(parser)
+    parser.add_argument(
+        "--platform",
+        metavar="TAG",
+        nargs="+",
+        default=[],
+        help="pack packages for these, too: win_amd64, macosx_14_0_arm64, manylinux_2_28_x86_64",
+    )
+    parser.add_argument(
+        "--python-version", metavar="X.Y", nargs="+", default=[], help="for each of --platform"
+    )
+    parser.add_argument(
+        "--mirror", metavar="DIR", type=Path, help="pack this mirror (default: GRATH_MIRROR)"
+    )
+    parser.add_argument("--no-wheels", action="store_true", help="pack no packages")
+
+
+def _classroom(options: argparse.Namespace) -> None:
+    if options.python_version and not options.platform:
+        raise UsageError("--python-version goes with --platform; name both")
+    config = load_config(options.profile, options.overrides, seed=options.seed)
+    from grath_utils import classroom
+    from grath_utils.loop import start_run
+    from grath_utils.notebooks import default_run_dir
+    from grath_utils.paths import mirror_dir
+
+    versions = options.python_version or [classroom.this_machine().python]
+    targets = [classroom.find_target(tag, v) for tag in options.platform for v in versions]
+    run = start_run(options.run_dir or default_run_dir(config.profile), config)
+    mirror = options.mirror or mirror_dir()
+    folder = classroom.pack(
+        options.to, run, targets=targets, mirror=mirror, wheels=not options.no_wheels
+    )
+    print(f"Give learners the folder {folder}; they begin with START.md")
 
 
 # --- sweep ---------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ COMMANDS = (
     "status",
     "report",
     "checkpoint",
+    "classroom",
     "pairs",
     "train",
     "evaluate",

@@ -24,7 +24,12 @@ ORDER = [
     for line in re.findall(r"^    ([a-z_, ]+?)   *\S", grath_utils.__doc__ or "", re.MULTILINE)
     for name in line.split(", ")
 ]
-ALONE = {"bootstrap", "__init__", "__main__"}  # run before anything is installed; front doors
+ALONE = {
+    "bootstrap",
+    "classroom_install",
+    "__init__",
+    "__main__",
+}  # run before anything is installed; front doors
 
 
 def pins(name: str) -> dict[str, tuple[str, str]]:
