@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render lab test lint format bench classroom clean
+.PHONY: help setup setup-dev run render book lab test lint format bench classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -27,6 +27,10 @@ run: setup  ## the whole course on the default model, on a CPU: PROFILE=cpu RUN_
 
 render: setup  ## refresh the outputs that the notebooks are committed with, from RUN_DIR
 	@$(VENV_PYTHON) -m grath_utils render --profile $(PROFILE) --run-dir $(RUN_DIR)
+
+book: setup-dev  ## the whole course as an HTML book with search, in build/book
+	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -c notebooks/book -d build/book_doctrees . build/book
+	@echo "Book: build/book/index.html"
 
 lab: setup  ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks
