@@ -17,6 +17,7 @@ Data flows one way through the modules, and none imports one further down the li
     plots, report, export                        pictures, the page that holds them, the model
     classroom                                    the course in one folder, for no network
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
+    experiments                                  such grids beside a run, small
     notebooks, render, cli                       the front ends, and notebooks as they are read
 
 Importing the package itself is cheap: torch and its friends load only with the modules that use

@@ -401,6 +401,11 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:
         help="points at a time; each takes the memory of a run (default: 1)",
     )
     parser.add_argument(
+        "--here",
+        action="store_true",
+        help="without Snakemake: one point after the other, in this process",
+    )
+    parser.add_argument(
         "--plan", action="store_true", help="check the grid, write points.json and stop"
     )
     parser.add_argument(
@@ -421,6 +426,8 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"  {point['name']}")
         if options.collect:
             print(sweeps.counts(sweeps.collect(options.out)))
+    elif options.here:
+        sweeps.sweep_here(options.grid, options.out)
     else:
         sweeps.sweep(options.grid, options.out, jobs=options.jobs, extra=options.passed_on)
     if not options.plan:

@@ -349,6 +349,16 @@ def _read_profile(profile: str) -> dict[str, Any]:
     return tree
 
 
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings in which a configuration differs from its profile, the seed apart."""
+    plain = load_config(config.profile).flat()
+    return {
+        key: value
+        for key, value in config.flat().items()
+        if value != plain[key] and key not in ("seed", "profile")
+    }
+
+
 def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """Return ``{'dpo.beta': 0.05}`` for ``"dpo.beta=0.05"`` (values are read as YAML).
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.artifacts import atomic_path
-from grath_utils.config import load_config
+from grath_utils.config import changed_settings, load_config
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
 from grath_utils.loop import stages, start_run
 from grath_utils.models import quiet_bitsandbytes
@@ -177,14 +177,8 @@ def _done(run: Run) -> set[str]:
 def run_parameters(run: Run) -> dict[str, Any]:
     """Return the ``parameters`` that make a notebook use this run and its configuration."""
     config = run.config
-    plain = load_config(config.profile).flat()
-    changed = {
-        key: value
-        for key, value in config.flat().items()
-        if value != plain[key] and key not in ("seed", "profile")
-    }
     # JSON values are YAML values, and quoting keeps spaces together.
-    parts = (f"{key}={json.dumps(value)}" for key, value in changed.items())
+    parts = (f"{key}={json.dumps(value)}" for key, value in changed_settings(config).items())
     return {
         "PROFILE": config.profile,
         "RUN_DIR": str(run.path),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.artifacts import atomic_path, read_json, write_json
+from grath_utils.config import Config
 from grath_utils.errors import GrathError, RunError
 from grath_utils.grids import BASE, PAIRS, planned_config
 from grath_utils.loop import evaluate_model, make_pairs, model_label, run_stages, start_run
@@ -58,13 +59,31 @@ def make_shared(sweep: Path, name: str) -> None:
 def make_point(sweep: Path, name: str) -> None:
     """Do a whole run in ``runs/NAME``, and leave its numbers in ``rows/NAME.json``."""
     plan = read_json(sweep / "points.json")
-    run = start_run(sweep / "runs" / name, planned_config(plan, name))
-    point = next(point for point in plan["points"] if point["name"] == name)
-    with lock_run(run):
-        take_pairs(run, sweep / "shared" / point[PAIRS])
-        take_base(run, sweep / "shared" / point[BASE])
-        run_stages(run, progress=False, say=lambda line: print(line, flush=True))
-    write_json(sweep / "rows" / f"{name}.json", row_of(run))
+    row = row_of_twin(sweep, name, planned_config(plan, name))
+    if row is None:
+        run = start_run(sweep / "runs" / name, planned_config(plan, name))
+        point = next(point for point in plan["points"] if point["name"] == name)
+        with lock_run(run):
+            take_pairs(run, sweep / "shared" / point[PAIRS])
+            take_base(run, sweep / "shared" / point[BASE])
+            run_stages(run, progress=False, say=lambda line: print(line, flush=True))
+        row = row_of(run)
+    write_json(sweep / "rows" / f"{name}.json", row)
+
+
+def row_of_twin(sweep: Path, name: str, config: Config) -> dict[str, Any] | None:
+    """Return the numbers of a finished point with this very configuration, or None.
+
+    A name says what its grid varies, so the same point has another name in a grid with other keys;
+    the address at its end stays. The row's ``run`` tells where the run is.
+    """
+    address = name.rpartition("-")[2]
+    for path in sorted((sweep / "rows").glob(f"*-{address}.json")):
+        row = read_json(path)
+        if load_run(sweep / "runs" / row["run"]).config == config:
+            print(f"the same run as {row['run']}", flush=True)
+            return row
+    return None
 
 
 def take_pairs(run: Run, folder: Path) -> None:

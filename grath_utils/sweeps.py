@@ -13,17 +13,19 @@ fails does not stop the others.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from grath_utils.artifacts import fingerprint, write_json
+from grath_utils.artifacts import fingerprint, write_json, write_text
 from grath_utils.errors import ConfigError, GrathError, RunError, UsageError, did_you_mean
 from grath_utils.grids import (
     SHARED_SECTIONS,
@@ -31,10 +33,11 @@ from grath_utils.grids import (
     expand,
     label,
     plan_of,
+    planned_config,
     read_grid,
     sweep_dir,
 )
-from grath_utils.sweep_results import Outcome, cell_of, collect, counts
+from grath_utils.sweep_results import Outcome, cell_of, collect, counts, outcome_of
 
 OWN_SCHEDULING = ("-c", "--cores", "-j", "--jobs", "-e", "--executor", "--profile")
 """Arguments for Snakemake with which the user decides how many jobs run at a time, and where."""
@@ -151,8 +154,26 @@ def sweep(name: str, out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> 
             f"Snakemake ended with exit code {code} before it had begun "
             f"{len(bad)} of {len(outcomes)} points; its own message is above"
         )
-    first = bad[0]
-    raise GrathError(
+    raise _not_all_well(outcomes, out)
+
+
+def sweep_here(name: str, out: Path) -> list[Outcome]:
+    """Do as :func:`sweep`, but without Snakemake: see :func:`run_here`.
+
+    Raises:
+        ConfigError, DataError: the grid is refused; nothing has run.
+        GrathError: some points did not end well; the table holds the others.
+    """
+    run_here(name, out)
+    outcomes = collect(out)
+    if any(outcome.status != "done" for outcome in outcomes):
+        raise _not_all_well(outcomes, out)
+    return outcomes
+
+
+def _not_all_well(outcomes: Sequence[Outcome], out: Path) -> GrathError:
+    first = next(outcome for outcome in outcomes if outcome.status != "done")
+    return GrathError(
         f"{counts(outcomes)}. First: {first.name}: {first.error or first.status}\n"
         f"All are named in {out / 'report.md'}; the same command tries them again"
     )
@@ -191,6 +212,71 @@ def run_jobs(out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> int:
                 raise
 
 
+def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> list[Outcome]:
+    """Run a grid without Snakemake, one job after the other in this process; return its points.
+
+    The folder is that of :func:`sweep`, and either can go on with what the other began. Grids with
+    other keys may use the same folder: a point that has been done under another name is taken over.
+    Table and figure are :func:`~grath_utils.sweep_results.collect`'s.
+
+    Args:
+        name: a grid's file, or the name of an example.
+        out: the sweep's folder.
+        say: gets one line for each point.
+
+    Raises:
+        ConfigError, DataError: the grid is refused; nothing has run.
+        RunError: another sweep uses the folder.
+    """
+    plan = plan_sweep(name, out)
+    tried: set[str] = set()
+    with lock_sweep(out):
+        for point in plan["points"]:
+            if not (out / "rows" / f"{point['name']}.json").exists():
+                _point_here(plan, point, out, tried)
+            outcome = outcome_of(out, point)
+            reason = f": {outcome.error}" if outcome.error else ""
+            say(f"{outcome.status:10} {label(point['values'])}{reason}")
+    return [outcome_of(out, point) for point in plan["points"]]
+
+
+def _point_here(
+    plan: Mapping[str, Any], point: Mapping[str, Any], out: Path, tried: set[str]
+) -> None:
+    """Do a point and what it shares; a stage that has failed is not tried again for each point."""
+    from grath_utils.sweep_jobs import make_point, make_shared, row_of_twin
+
+    log = out / "logs" / f"{point['name']}.log"
+    log.unlink(missing_ok=True)  # a failure of an earlier call
+    with redirect_stdout(io.StringIO()):
+        twin = row_of_twin(out, point["name"], planned_config(plan, point["name"]))
+    for stage in [point[kind] for kind in SHARED_SECTIONS] if twin is None else []:
+        done = out / "shared" / f"{stage}.done"
+        if not done.exists():
+            if stage not in tried and _job_here(make_shared, out, stage):
+                write_text(done, "")
+            tried.add(stage)
+        if not done.exists():
+            return
+    _job_here(make_point, out, point["name"])
+
+
+def _job_here(work: Callable[[Path, str], None], out: Path, name: str) -> bool:
+    """Do one job, with its words in its log as under Snakemake; tell whether it ended well."""
+    path = out / "logs" / f"{name}.log"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            work(out, name)
+        except (GrathError, OSError) as error:
+            print(f"error: {error}")
+            return False
+        except Exception:  # a point may fail in any way, and the others go on
+            traceback.print_exc()
+            return False
+    return True
+
+
 def check_snakemake() -> None:
     """Raise an error that says how to install Snakemake, where it is not there.
 
@@ -201,7 +287,8 @@ def check_snakemake() -> None:
         raise UsageError(
             "a sweep needs Snakemake, which is not installed here: "
             f"{Path(sys.executable).name} -m pip install 'snakemake>=9,<10' (in a checkout, "
-            "requirements-dev.txt pins the version that is tested)"
+            "requirements-dev.txt pins the version that is tested). Without it: --here, one point "
+            "after the other"
         )
 
 

@@ -27,7 +27,7 @@ from grath_utils.notebooks import run_parameters
 from grath_utils.runs import load_run
 from grath_utils.sweep_jobs import row_of, take_base
 from grath_utils.sweep_results import Outcome, collect, panels, summarize_cells, verdict
-from grath_utils.sweeps import lock_sweep, plan_sweep, snakemake_command
+from grath_utils.sweeps import lock_sweep, plan_sweep, run_here, snakemake_command
 
 LIMIT = 900  # seconds
 FULL = {
@@ -280,6 +280,59 @@ def test_a_shared_stage_of_other_weights_is_not_taken(story: Story, tmp_path: Pa
     assert stage["kind"] == "base"
 
 
+# --- without Snakemake ---------------------------------------------------------------------------
+
+
+def test_without_snakemake_it_is_the_same_sweep(common, tmp_path: Path) -> None:
+    out, said = tmp_path / "sweep", []
+    grid = write_grid(tmp_path / "small.yaml", common, ONE_FAILS)
+    bad, good = run_here(str(grid), out, say=said.append)
+    assert [bad.status, good.status] == ["failed", "done"]
+    assert "absent_proj" in bad.error
+    assert "absent_proj" in said[0]
+    assert bad.log == f"logs/{bad.name}.log"
+    assert {row["metric"] for row in good.metrics} >= {"mc1", "mc2"}
+
+    # Again: what is done stays; the failure is tried again, and told again.
+    row = out / "rows" / f"{good.name}.json"
+    before = row.stat().st_mtime_ns
+    assert [o.status for o in run_here(str(grid), out, say=said.append)] == ["failed", "done"]
+    assert row.stat().st_mtime_ns == before
+
+    # A grid with other keys, the same folder: the point that both have is not run again.
+    other = {**common, "lora.targets": ["q_proj"]}
+    grid = write_grid(tmp_path / "other.yaml", other, {"dpo.beta": [0.05], "dpo.chain": ["merge"]})
+    (new,) = run_here(str(grid), out, say=said.append)
+    keys = {"dpo.beta": [0.05], "dpo.chain": ["continue"]}
+    (twin,) = run_here(str(write_grid(tmp_path / "twin.yaml", other, keys)), out, say=said.append)
+    assert new.status == twin.status == "done"
+    assert twin.metrics == good.metrics
+    assert read_json(out / "rows" / f"{twin.name}.json")["run"] == good.name
+    assert not (out / "runs" / twin.name).exists()
+    assert (out / "runs" / new.name).is_dir()
+
+
+def test_a_shared_stage_that_fails_is_tried_once_and_named(common, tmp_path: Path) -> None:
+    settings = {**common, "pairs.annotated": True}  # the questions have no candidates
+    grid = write_grid(tmp_path / "grid.yaml", settings, {"dpo.beta": [0.05, 0.1]})
+    outcomes = run_here(str(grid), tmp_path / "sweep", say=lambda line: None)
+    assert [outcome.status for outcome in outcomes] == ["failed", "failed"]
+    for outcome in outcomes:
+        assert "the shared stage pairs-" in outcome.error
+        assert "needs questions with candidates" in outcome.error
+
+
+def test_the_command_line_can_do_without_snakemake(capsys, common, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    grid = write_grid(tmp_path / "small.yaml", common, ONE_FAILS)
+    assert main(["sweep", str(grid), "--out", str(out), "--here"]) == 1
+    shown = capsys.readouterr()
+    assert "1 of 2 points done, 1 failed" in shown.err
+    assert "absent_proj" in shown.err
+    assert [row["status"] for row in table_of(out)] == ["failed", "done"]
+    assert (out / "figure.png").is_file()
+
+
 # --- the front end -------------------------------------------------------------------------------
 
 
@@ -309,6 +362,7 @@ def test_without_snakemake_it_says_how_to_install_it(capsys, tmp_path, monkeypat
     err = capsys.readouterr().err
     assert "needs Snakemake" in err
     assert "-m pip install 'snakemake" in err
+    assert "--here" in err
     assert not (tmp_path / "out").exists()
 
 
