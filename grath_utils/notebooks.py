@@ -25,6 +25,7 @@ from grath_utils.paths import notebooks_dir
 from grath_utils.runs import Run, lock_run
 
 PARAMETERS = ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")
+WIDGET = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
 LAST_OF_THE_MAIN_LINE = "04"
 
 
@@ -252,7 +253,19 @@ def execute_notebook(
             "peak_memory_gib": round(peak["bytes"] / 2**30, 2),
             **facts(),
         }
+        _drop_widgets(executed)
         partial.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _drop_widgets(notebook: dict[str, Any]) -> None:
+    """Take out what only lives with a kernel: progress bars would stay at 0 %, sliders dead.
+
+    What was printed or drawn beside them stays.
+    """
+    notebook["metadata"].pop("widgets", None)
+    for cell in notebook["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [out for out in cell["outputs"] if WIDGET not in out.get("data", {})]
 
 
 @contextmanager

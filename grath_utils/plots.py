@@ -452,7 +452,10 @@ def plot_levels(
     axes[1].grid(visible=False)
     axes[1].set_xlabel(f"first {len(before)} weights of a row")
     axes[1].set_title("each weight goes to its nearest level", fontsize=10)
-    axes[1].legend(fontsize=9, loc="upper right", frameon=True)
+    # Below the axes: wherever it stood inside, it could hide a weight.
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), fontsize=9, loc="outside lower right", ncols=2
+    )
     return figure
 
 
@@ -689,7 +692,7 @@ def plot_category_change(
     names = [f"{c} (n = {n})" for c, n in zip(categories, counts, strict=True)]
     axes.set_yticks(range(len(categories)), names, fontsize=9)
     axes.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, percent")
-    axes.legend(fontsize=9)
+    figure.legend(fontsize=9, loc="outside upper right", ncols=2)  # inside, it could hide a point
     return figure
 
 

@@ -29,7 +29,13 @@ import nbformat
 
 from grath_utils.artifacts import write_text
 from grath_utils.errors import GrathError, UsageError
-from grath_utils.notebooks import execute_notebook, is_current, numbered_notebooks, run_notebooks
+from grath_utils.notebooks import (
+    WIDGET,
+    execute_notebook,
+    is_current,
+    numbered_notebooks,
+    run_notebooks,
+)
 from grath_utils.paths import cache_dir, notebooks_dir
 from grath_utils.runs import Run, environment_facts, lock_run
 
@@ -38,7 +44,7 @@ LARGEST = 400_000
 """Bytes that a committed notebook may have: GitHub shows it at once, and a clone stays small."""
 
 COLOURS = 64  # of a figure: few enough for a small file, more than a figure here uses
-WIDGET = "application/vnd.jupyter.widget-view+json"
+
 PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
 DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
 

@@ -118,6 +118,20 @@ def test_a_dead_kernel_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.ipynb").exists()
 
 
+def test_executed_notebooks_keep_no_widgets(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "w.ipynb",
+        "X = 1",
+        "import ipywidgets\nfrom tqdm.auto import tqdm\n"
+        "for _ in tqdm(range(3)): pass\nprint('stays')\nipywidgets.IntSlider(value=7)",
+    )
+    execute_notebook(source, tmp_path / "out.ipynb", {"X": 2})
+    executed = read(tmp_path / "out.ipynb")
+    assert "widgets" not in executed.metadata
+    assert [out.output_type for out in executed.cells[-1].outputs] == ["stream"]
+    assert executed.cells[-1].outputs[0].text == "stays\n"
+
+
 def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "x.ipynb", "PROFILE = 'cpu'")
     with pytest.raises(UsageError, match='has no parameter "PROFIL"; did you mean "PROFILE"'):
