@@ -222,6 +222,11 @@ class LoopConfig:
     early_stop: bool = option(
         True, "no further round after an alarm, or one that did not raise the held-out margin"
     )
+    signals: bool = option(
+        True,
+        "measure every round on held-out pairs; only `keep=last` without early stopping can do "
+        "without",
+    )
     max_kl: float = option(
         1.0,
         "drift from the base, in nats a token on held-out pairs, that is an alarm",
@@ -477,6 +482,13 @@ def _check_together(config: Config, where: str) -> None:
         raise ConfigError(
             f'{where}: "dpo.max_prompt_length" ({dpo.max_prompt_length}) leaves no room for an '
             f'answer below "dpo.max_length" ({dpo.max_length})'
+        )
+    loop = config.loop
+    if not loop.signals and (loop.keep == "best" or loop.early_stop):
+        key, value = ("keep", "last") if loop.keep == "best" else ("early_stop", "false")
+        raise ConfigError(
+            f'{where}: "loop.signals" is false, and "loop.{key}" goes by them; set '
+            f"loop.{key}={value}, or leave the signals on"
         )
     if "all-linear" in config.lora.targets and len(config.lora.targets) > 1:
         raise ConfigError(

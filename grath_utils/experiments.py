@@ -19,7 +19,7 @@ from grath_utils.config import changed_settings
 from grath_utils.errors import DataError, FetchError, GrathError, UsageError, did_you_mean
 from grath_utils.evaluation import compare
 from grath_utils.grids import label, read_grid
-from grath_utils.loop import results
+from grath_utils.loop import BASE, final_iteration, model_label
 from grath_utils.questions import load_questions
 from grath_utils.runs import Run, load_run
 from grath_utils.sweep_results import Outcome
@@ -35,6 +35,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "dpo.micro_batch_size": 2,
         "dpo.warmup_steps": 0,
         "loop.iterations": 1,
+        "loop.keep": "last",
+        "loop.early_stop": False,
+        "loop.signals": False,
         "evaluation.limit": 8,
         "evaluation.every_iteration": False,
     },
@@ -45,6 +48,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "dpo.batch_size": 8,
         "dpo.warmup_steps": 2,
         "loop.iterations": 1,
+        "loop.keep": "last",
+        "loop.early_stop": False,
+        "loop.signals": False,
         "evaluation.limit": 80,
         "evaluation.every_iteration": False,
     },
@@ -65,9 +71,9 @@ class Trial:
     run: Run
 
     def result(self, benchmark: str, *, base: bool = False) -> dict[str, Any]:
-        """Return the evaluation of its last model, or of the base model."""
-        models = results(self.run)[benchmark]
-        return models["base"] if base else models[list(models)[-1]]
+        """Return the evaluation of its final model, or of the base model."""
+        label = BASE if base else model_label(final_iteration(self.run))
+        return read_json(self.run.evaluation(label, benchmark))
 
 
 # --- making one ----------------------------------------------------------------------------------

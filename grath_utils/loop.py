@@ -350,7 +350,7 @@ def stages(run: Run, *, progress: bool = True) -> list[Stage]:
 
     A round that stops the loop takes the later ones off the plan.
     """
-    plan = []
+    plan: list[Stage] = []
     for t in planned_iterations(run):
         plan += [
             Stage(
@@ -379,6 +379,8 @@ def stages(run: Run, *, progress: bool = True) -> list[Stage]:
         lambda: measure(run, None, progress=progress),
     )
     plan.insert(1, measured)  # as soon as there are pairs
+    if not run.config.loop.signals:
+        plan = [stage for stage in plan if stage.output.parent != run.signals(BASE).parent]
     for t in evaluated_iterations(run):
         for name in run.config.evaluation.benchmarks:
             plan.append(

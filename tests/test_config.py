@@ -85,6 +85,8 @@ def test_a_number_without_a_dot_is_a_number() -> None:
         ("profile=smoke", "choose the profile itself"),
         ("seed=-1", '"seed" is -1; the least is 0'),
         ("questions.held_out=0.9", "the most is 0.5"),
+        ("loop.signals=false", '"loop.keep" goes by them; set loop.keep=last'),
+        ("loop.signals=false loop.keep=last", '"loop.early_stop" goes by them'),
     ],
 )
 def test_wrong_overrides_are_named(overrides: str, message: str) -> None:

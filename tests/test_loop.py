@@ -193,6 +193,21 @@ def test_the_paper_s_rule_keeps_the_last_and_never_stops(
     assert choice(run).stop is None
 
 
+def test_without_signals_nothing_is_measured_and_the_last_round_stands(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    settings = {"loop.keep": "last", "loop.early_stop": False}
+    without = four_rounds(
+        tmp_path / "a", tiny_llama, questions, **settings, **{"loop.signals": False}
+    )
+    plain = four_rounds(tmp_path / "b", tiny_llama, questions, **settings)
+    names = [stage.name for stage in stages(without)]
+    assert names == [s.name for s in stages(plain) if not s.name.startswith("measure")]
+    assert len(names) == len(stages(plain)) - 5  # the base and four rounds
+    assert choice(without) is None
+    assert final_iteration(without) == 3
+
+
 def test_a_later_round_that_collapses_ends_the_loop_before_it(
     tmp_path: Path, tiny_llama, questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
