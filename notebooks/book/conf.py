@@ -149,7 +149,7 @@ def visit_math(translator, node: nodes.math) -> None:
 
 def visit_math_block(translator, node: nodes.math_block) -> None:
     # A formula that is wider than the page scrolls.
-    style = "margin: 1em 0; overflow-x: auto; text-align: center"
+    style = "margin: 1em 0; overflow: auto hidden; text-align: center"
     formula = mathml(node.astext(), "block")
     translator.body.append(f'<div class="formula" style="{style}">{formula}</div>')
     raise nodes.SkipNode
