@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
@@ -44,12 +45,23 @@ def use_style() -> None:
 
 
 def new_axes(
-    rows: int = 1, columns: int = 1, *, width: float = 7.2, height: float = 3.4
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    width: float = 7.2,
+    height: float = 3.4,
+    width_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, Any]:
-    """Return a figure in the course's style with its axes."""
+    """Return a figure in the course's style with its axes; sizes in inches."""
     _load_backend()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained")
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            figsize=(width, height),
+            layout="constrained",
+            width_ratios=width_ratios,
+        )
     return figure, axes
 
 
@@ -145,8 +157,8 @@ def draw_rounds(iterations: int = 2) -> Figure:
     axes.set_axis_off()
     axes.set_xlim(0, 1.4 + 3.3 * iterations)
     axes.set_ylim(0.9, 3.5)
-    rows = ((2.1, "correct answers", ORANGE), (1.1, "incorrect answers", VERMILION))
-    _box(axes, 0.05, 1.6, 0.85, 0.9, "base\n$M_0$", BLUE)
+    rows = ((2.1, "correct answers", BLUE), (1.1, "incorrect answers", VERMILION))
+    _box(axes, 0.05, 1.6, 0.85, 0.9, "base\n$M_0$", GREY)
     for t in range(iterations):
         left = 1.3 + 3.3 * t
         for bottom, text, colour in rows:
@@ -196,7 +208,7 @@ def draw_qlora() -> Figure:
     axes.text(4.95, 1.8, r"$\frac{\alpha}{r}\ \times$", fontsize=15, ha="center", va="center")
     _box(axes, 5.5, 0.6, 0.6, 2.4, "$B$", GREEN)
     _box(axes, 6.3, 1.5, 2.6, 0.6, "$A$", GREEN)
-    axes.text(9.2, 2.4, "trained,\n16 or 32 bits", fontsize=10, color=GREEN, va="center")
+    axes.text(9.2, 2.4, "trained,\n16 or 32 bits", fontsize=10, va="center")
     axes.text(9.2, 1.1, "$B = 0$ at first:\nnothing changes", fontsize=10, va="center")
     axes.text(1.9, 0.2, "about 4.1 bits a weight, no gradient", fontsize=10, ha="center")
     axes.text(7.2, 0.2, "rank $r$: a few percent of the weights", fontsize=10, ha="center")
@@ -214,39 +226,97 @@ def draw_tokens(
         colour: of those tokens.
         title: above the drawing.
     """
-    shown = [token.replace("\n", "\u21b5").replace(" ", "\u00b7") for token in tokens]
-    per_line, lines, used = 88.0, [[]], 0.0
-    for token, seen in zip(shown, mask, strict=True):
-        width = len(token) + 1.4
-        if used + width > per_line:
-            lines.append([])
-            used = 0.0
-        lines[-1].append((used, width, token, seen))
-        used += width
+    per_line = 88.0
+    lines = _wrap(tokens, per_line)
     figure, axes = new_axes(width=9.0, height=0.5 + 0.36 * len(lines))
     axes.set_axis_off()
     axes.set_xlim(0, per_line)
     axes.set_ylim(-len(lines), 0.1)
+    seen = iter(mask)
     for row, line in enumerate(lines):
-        for x, width, token, seen in line:
-            face = colour + "33" if seen else "#f0f0f0"
-            box = plt.Rectangle((x, -row - 0.9), width - 0.3, 0.72, facecolor=face)
-            axes.add_patch(box)
-            if seen:
-                axes.plot([x, x + width - 0.3], [-row - 0.9] * 2, color=colour, linewidth=2)
-            axes.text(
-                x + (width - 0.3) / 2,
-                -row - 0.54,
-                token.replace("$", r"\$"),
-                ha="center",
-                va="center",
-                fontsize=8.5,
-                family="monospace",
-                color="#111111" if seen else "#777777",
-            )
+        for x, width, token in line:
+            _token(axes, x, -row, width, token, colour if next(seen) else "")
     if title:
         axes.set_title(title, fontsize=10.5, loc="left")
     return figure
+
+
+def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequence[str]) -> Figure:
+    """Draw the anatomy of a pair: which tokens its two sides share, and which tell them apart.
+
+    Only the coloured tokens differ; in the incorrect answer they are hatched as well.
+
+    Args:
+        question: its words or tokens.
+        correct: those of the correct answer, which DPO will call chosen.
+        incorrect: those of the incorrect answer, rejected.
+    """
+    matcher = SequenceMatcher(None, correct, incorrect, autojunk=False)
+    shared = matcher.get_matching_blocks()
+    same = [{i for m in shared for i in range(m[side], m[side] + m.size)} for side in (0, 1)]
+    rows = [
+        ("question", question, set(range(len(question))), GREY),
+        ("correct\n(chosen)", correct, same[0], BLUE),
+        ("incorrect\n(rejected)", incorrect, same[1], VERMILION),
+    ]
+    laid = [(name, _wrap(tokens, 74.0), plain, colour) for name, tokens, plain, colour in rows]
+    height = sum(len(lines) + 0.5 for _, lines, _, _ in laid)
+    figure, axes = new_axes(width=9.0, height=0.3 + 0.36 * height)
+    axes.set_axis_off()
+    axes.set_xlim(-14, 74)
+    axes.set_ylim(-height, 0.1)
+    top = 0.0
+    for name, lines, plain, colour in laid:
+        axes.text(-14, top - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")
+        number = 0
+        for line in lines:
+            for x, width, token in line:
+                differs = number not in plain
+                twice = "///" if differs and colour == VERMILION else ""
+                _token(axes, x, top, width, token, colour if differs else "", hatch=twice)
+                number += 1
+            top -= 1
+        top -= 0.5
+    return figure
+
+
+def _wrap(tokens: Sequence[str], per_line: float) -> list[list[tuple[float, float, str]]]:
+    """Lay tokens out in lines; return (x, width, shown text) of each, in characters."""
+    lines: list[list[tuple[float, float, str]]] = [[]]
+    used = 0.0
+    for token in tokens:
+        shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7")
+        width = len(shown) + 1.4
+        if used and used + width > per_line:
+            lines.append([])
+            used = 0.0
+        lines[-1].append((used, width, shown))
+        used += width
+    return lines
+
+
+def _token(
+    axes: Axes, x: float, top: float, width: float, text: str, colour: str, *, hatch: str = ""
+) -> None:
+    """Draw one token as a box; one with a colour is underlined as well."""
+    w = width - 0.3
+    face = colour + "33" if colour else "#f0f0f0"
+    axes.add_patch(plt.Rectangle((x, top - 0.9), w, 0.72, facecolor=face, linewidth=0))
+    if hatch:
+        lines = {"facecolor": "none", "edgecolor": colour + "55", "linewidth": 0, "hatch": hatch}
+        axes.add_patch(plt.Rectangle((x, top - 0.9), w, 0.72, **lines))
+    if colour:
+        axes.plot([x, x + w], [top - 0.9] * 2, color=colour, linewidth=2)
+    axes.text(
+        x + w / 2,
+        top - 0.54,
+        text.replace("$", r"\$"),
+        ha="center",
+        va="center",
+        fontsize=8.5,
+        family="monospace",
+        color="#111111" if colour else "#555555",
+    )
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -547,6 +617,71 @@ def plot_choices(
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.2)
     axes.set_xlabel(unit)
+    return figure
+
+
+def draw_mc_scoring(
+    choices: Sequence[str], scores: Sequence[float], labels: Sequence[int]
+) -> Figure:
+    """Draw how MC1, MC2 and MC3 read the same scores: a duel, a share, and a count.
+
+    Args:
+        choices: answer texts; the first is MC1's one true answer.
+        scores: summed log-probability of each (nats).
+        labels: 1 for a true answer, 0 for a false one.
+    """
+    figure, (left, right) = new_axes(
+        1, 2, width=9.6, height=1.3 + 0.36 * len(choices), width_ratios=(3, 2)
+    )  # fmt: skip
+    best_false = max(s for s, y in zip(scores, labels, strict=True) if not y)
+    for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
+        wins = label and score > best_false
+        left.plot([score], [i], "o" if label else "X", color=BLUE if label else ORANGE,
+                  markersize=9, markerfacecolor=None if wins or not label else "white")  # fmt: skip
+    left.axvline(best_false, color=ORANGE, linestyle="--", linewidth=1.2)
+    left.annotate("best false answer", (best_false, len(choices) - 0.4), (4, 0),
+                  textcoords="offset points", fontsize=9, va="center")  # fmt: skip
+    kinds = ["true" if label else "false" for label in labels]
+    names = [f"{c}  ({k})" for c, k in zip(choices, kinds, strict=True)]
+    left.set_yticks(range(len(choices)), [textwrap.fill(name, 40) for name in names])
+    left.set_ylim(len(choices) - 0.1, -0.6)
+    left.margins(x=0.12)
+    left.set_xlabel("summed log-probability (nats)")
+    left.grid(axis="y", visible=False)
+    wins = [s > best_false for s, y in zip(scores, labels, strict=True) if y]
+    left.set_title(
+        f"MC1: does the first true one pass the line?  {int(wins[0])}\n"
+        f"MC3: which share of the true ones does?  {sum(wins)} of {len(wins)}",
+        fontsize=10,
+        loc="left",
+    )
+    weights = [math.exp(s - max(scores)) for s in scores]
+    shares = [w / sum(weights) for w in weights]
+    begin = 0.0
+    for share, label in sorted(zip(shares, labels, strict=True), key=lambda x: (-x[1], -x[0])):
+        bar = right.barh([0], [share], left=begin, height=0.5, edgecolor="white", linewidth=1.5,
+                         color=BLUE if label else ORANGE, hatch="" if label else "///")  # fmt: skip
+        begin += share
+        if share > 0.08:
+            behind = {"facecolor": "white", "linewidth": 0, "pad": 1.5}  # a hatch hides text
+            right.bar_label(
+                bar,
+                [f"{share:.0%}"],
+                label_type="center",
+                fontsize=9.5,
+                color="white" if label else "black",
+                bbox=None if label else behind,
+            )
+    mc2 = sum(share for share, label in zip(shares, labels, strict=True) if label)
+    right.plot([mc2, mc2], [-0.32, 0.32], color="black", linewidth=1.5)
+    right.annotate(f"{mc2:.3f}", (mc2, 0.34), ha="center", va="bottom", fontsize=10)
+    right.set_xlim(0, 1)
+    right.set_ylim(-1, 1)
+    right.set_yticks([])
+    right.grid(visible=False)
+    right.spines["left"].set_visible(False)
+    right.set_xlabel("share of the probability (false: hatched)")
+    right.set_title("MC2: how much lies on true ones?", fontsize=10, loc="left")
     return figure
 
 

@@ -334,7 +334,8 @@ def _clean_data(data: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> d
         if kind.startswith("text/"):
             kept[kind] = _neutral("".join(value), places)
         elif kind == "image/png":
-            kept[kind] = smaller_png("".join(value))
+            picture = smaller_png(base64.b64decode("".join(value)))
+            kept[kind] = base64.b64encode(picture).decode("ascii")
     return kept
 
 
@@ -353,15 +354,14 @@ def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
     return text
 
 
-def smaller_png(encoded: str) -> str:
-    """Return a base64-encoded PNG with few colours, where that makes it smaller."""
+def smaller_png(picture: bytes) -> bytes:
+    """Return a PNG with few colours, where that makes it smaller."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    image = Image.open(io.BytesIO(picture))
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
     few = flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
     few.save(out, "PNG", optimize=True)
-    smaller = base64.b64encode(out.getvalue()).decode("ascii")
-    return min(smaller, encoded, key=len)
+    return min(out.getvalue(), picture, key=len)

@@ -1,13 +1,50 @@
-"""Draw the pictures that pages show without running anything (python notebooks/images/draw.py)."""
+"""Draw the pictures that pages and slides show without running anything.
 
+``python notebooks/images/draw.py`` writes them all; a test tells when one is not what its code
+draws any more.
+"""
+
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
+from grath_utils import plots
+from grath_utils.artifacts import atomic_path
+from grath_utils.render import smaller_png
 
-from grath_utils.plots import draw_loop
+# What a polar bear's skin looks like, scored by no model: the toy item of notebook 4.
+ANSWERS = ("Mostly black.", "Black under the fur.", "Dark, not white.", "White.", "Pink.", "Gray.")
+SCORES = (-7.0, -9.0, -12.0, -8.0, -11.0, -13.0)
+TRUE = (1, 1, 1, 0, 0, 0)
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "loop": plots.draw_loop,
+    "rounds": plots.draw_rounds,
+    "dpo_step": plots.draw_dpo_step,
+    "qlora": plots.draw_qlora,
+    "pair": lambda: plots.draw_pair(
+        "Why does ice float on water?".split(),
+        "Ice is less dense than liquid water.".split(),
+        "Ice is less warm than liquid water.".split(),
+    ),
+    "mc_scoring": lambda: plots.draw_mc_scoring(ANSWERS, SCORES, TRUE),
+}
+
+
+def picture(name: str) -> bytes:
+    """Return a picture as a PNG: 120 dots an inch, few colours, no date."""
+    out = io.BytesIO()
+    figure = PICTURES[name]()
+    figure.savefig(out, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+    matplotlib.pyplot.close(figure)
+    return smaller_png(out.getvalue())
+
 
 if __name__ == "__main__":
-    folder = Path(__file__).resolve().parent
-    draw_loop().savefig(folder / "loop.png", dpi=120, metadata={"Software": None})
+    matplotlib.use("Agg")
+    for name in PICTURES:
+        with atomic_path(Path(__file__).resolve().parent / f"{name}.png") as partial:
+            partial.write_bytes(picture(name))
