@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from grath_utils import bootstrap, classroom_install
@@ -38,8 +39,9 @@ from grath_utils.loop import run_stages
 from grath_utils.models import CONVERSION, DEFAULT_MODEL, default_model_dir
 from grath_utils.paths import notebooks_dir
 from grath_utils.runs import Run
-from grath_utils.workshop import CHECKPOINTS, MANIFEST
+from grath_utils.workshop import CHECKPOINTS, PARTS
 
+MANIFEST = "manifest.json"
 LEFT_OUT = {".git", ".venv", ".cache", "runs", "build", "dist", "__pycache__", "classroom"}
 """Folders that are no part of the course, for a checkout that git does not know."""
 
@@ -75,7 +77,6 @@ class Target:
             "platform_machine": self.machine,
             "python_version": self.python,
             "python_full_version": f"{self.python}.0",
-            "extra": "",
         }
 
 
@@ -229,8 +230,9 @@ def _model() -> dict[str, Path]:
 
 def _checkpoint(run: Run) -> dict[str, Path]:
     """Return what a run's stages left; not its notebooks, which name places on this machine."""
-    found = [run.path / "run.json", run.questions, run.report]
-    found += [*run.path.glob("iter_*/**/*"), *run.path.glob("evaluation/*/*.json")]
+    found = [run.path / "run.json", run.manifest, run.questions, run.report]
+    for part in (path for kind in PARTS for path in run.path.glob(kind)):
+        found += [part, *part.rglob("*")]
     return {
         f"{CHECKPOINTS}/{Path(run.config.profile).stem}/{p.relative_to(run.path).as_posix()}": p
         for p in found
@@ -270,8 +272,9 @@ def pack_wheels(
 
     The record is ``NAME.json`` beside the wheels: system, machine, Python, the names of the
     wheels, and what could not be had (``missing``). For this machine pip builds what exists as
-    source only; for others it takes wheels alone, and conditions such as ``sys_platform ==
-    "win32"``, which pip evaluates for the machine that it runs on, are evaluated again for theirs.
+    source only. For others it takes wheels alone, and one by one: pip evaluates conditions such as
+    ``sys_platform == "win32"`` for the machine that it runs on, so here they are followed instead,
+    with the versions that pip chose for this machine wherever there are such wheels.
 
     Raises:
         FetchError: packages for this machine cannot be had.
@@ -322,45 +325,78 @@ def _fetch_here(scratch: Path, folder: Path, requirements: Path, target: Target)
 
 def _fetch_elsewhere(scratch: Path, folder: Path, requirements: Path, target: Target) -> list[str]:
     """Fetch wheels for another kind of machine; return what could not be had."""
-    options = ["--dest", str(scratch), "--find-links", str(folder), "--find-links", str(scratch)]
+    options = ["--no-deps", "--dest", str(scratch), "--find-links", str(folder)]
     options += ["--only-binary=:all:", "--implementation", "cp", "--python-version", target.python]
     for tag in target.tags:
         options += ["--platform", tag]
+    lines = (line.partition("#")[0].strip() for line in _lines(requirements))
+    roots = [Requirement(line) for line in lines if line]
+    known = _versions(folder / f"{this_machine().name}.json")
+    missing: dict[str, str] = {}
     if target.system == "Linux":  # the plain package would bring CUDA, several gigabytes
         index = os.environ.get("GRATH_TORCH_INDEX", bootstrap.CPU_INDEX)
-        _pip("download", *options, "--no-deps", bootstrap.torch_pin(), "--index-url", index)
-    missing = []
-    if _pip("download", *options, "--requirement", str(requirements)):
-        pins = [line.partition("#")[0].strip() for line in _lines(requirements)]
-        missing = [pin for pin in filter(None, pins) if _pip("download", *options, pin)]
-    tried: set[str] = set()
-    while lacking := set(lacking_requirements(scratch.glob("*.whl"), target)) - tried:
-        tried |= lacking
-        missing += [line for line in sorted(lacking) if _pip("download", *options, line)]
-    return sorted(set(missing))
+        if _pip("download", *options, bootstrap.torch_pin(), "--index-url", index):
+            missing["torch"] = bootstrap.torch_pin()
+    while True:
+        lacking = lacking_requirements(scratch.glob("*.whl"), target, roots)
+        asked = {name: text for name, text in lacking.items() if name not in missing}
+        if not asked:
+            return sorted(missing.values())
+        same = [f"{name}=={known[name]}" if name in known else asked[name] for name in asked]
+        if not _pip("download", *options, *same):
+            continue
+        for name, text in asked.items():
+            ways = [f"{name}=={known[name]}", text] if name in known else [text]
+            if all(_pip("download", *options, way) for way in ways):
+                missing[name] = text
 
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def lacking_requirements(wheels: Iterable[Path], target: Target) -> list[str]:
-    """Return what wheels require on a kind of machine and is not among them.
+def _versions(record: Path) -> dict[str, str]:
+    """Return the versions that were packed for a machine, without local parts such as ``+cpu``."""
+    wheels = read_json(record)["wheels"] if record.is_file() else []
+    return {name: version.public for name, version, *_ in map(parse_wheel_filename, wheels)}
+
+
+def lacking_requirements(
+    wheels: Iterable[Path], target: Target, roots: Iterable[Requirement]
+) -> dict[str, str]:
+    """Return what is needed on a kind of machine and is not among the wheels.
+
+    Args:
+        wheels: those that are there.
+        target: the kind of machine, whose values conditions are evaluated with.
+        roots: what is wanted to begin with.
+
+    Returns:
+        Names, and each with the versions that are asked for, such as ``{"a": "a>=1,<3"}``.
 
     Raises:
         DataError: a file is not a wheel.
     """
-    wheels = list(wheels)
-    present = {parse_wheel_filename(path.name)[0] for path in wheels}
-    lacking = set()
-    for path in wheels:
-        for line in _requires(path):
-            requirement = Requirement(line)
-            if requirement.marker and not requirement.marker.evaluate(target.markers()):
-                continue
-            if canonicalize_name(requirement.name) not in present:
-                lacking.add(f"{requirement.name}{requirement.specifier}")
-    return sorted(lacking)
+    present = {parse_wheel_filename(path.name)[0]: path for path in wheels}
+    requires: dict[str, list[Requirement]] = {}
+    lacking: dict[str, SpecifierSet] = {}
+    seen: set[tuple[str, str]] = set()
+    queue = list(roots)
+    while queue:
+        wanted = queue.pop()
+        name = canonicalize_name(wanted.name)
+        if name not in present:
+            lacking[name] = lacking.get(name, SpecifierSet()) & wanted.specifier
+            continue
+        if name not in requires:
+            requires[name] = [Requirement(line) for line in _requires(present[name])]
+        for extra in {"", *wanted.extras} - {e for n, e in seen if n == name}:
+            seen.add((name, extra))
+            environment = {**target.markers(), "extra": extra}
+            for line in requires[name]:
+                if line.marker is None or line.marker.evaluate(environment):
+                    queue.append(line)
+    return {name: f"{name}{specifier}" for name, specifier in lacking.items()}
 
 
 def _requires(wheel: Path) -> list[str]:
@@ -455,7 +491,9 @@ names another place.
 
 ## What is where
 
-`model/` is the model cache; the environment knows it as `GRATH_CACHE`. {benchmarks} The
-environment also sets `HF_HUB_OFFLINE=1`, so that nothing waits for a network; set it to 0 to use
-the Hugging Face Hub from here. If the folder moves, run `install.py` again.
+{benchmarks}
+
+`model/` is the model cache; the environment knows it as `GRATH_CACHE`. The environment also sets
+`HF_HUB_OFFLINE=1`, so that nothing waits for a network; set it to 0 to use the Hugging Face Hub from
+here. If the folder moves, run `install.py` again.
 """

@@ -11,25 +11,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePath
 
-from grath_utils.artifacts import (
-    atomic_path,
-    fingerprint,
-    read_json,
-    read_jsonl,
-    sha256_file,
-    write_json,
-)
+from grath_utils.artifacts import atomic_path, fingerprint, read_jsonl, write_json
 from grath_utils.config import differing_keys
 from grath_utils.errors import ConfigError, DataError, RunError, UsageError, did_you_mean
 from grath_utils.loop import Stage, stages
 from grath_utils.models import adapter_fingerprint
-from grath_utils.runs import Run, load_run, lock_run
+from grath_utils.runs import Run, load_run, lock_run, record_made
 
 NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06")
+PARTS = ("iter_*/*", "signals/*.json", "evaluation/*/*.json")
+"""What stages leave in a run directory, as patterns."""
 CHECKPOINTS = "checkpoints"
 """The folder of finished runs in a classroom folder (:mod:`grath_utils.classroom`)."""
-MANIFEST = "manifest.json"
-"""Sizes and checksums of a classroom folder."""
 
 
 def notebook_of(path: PurePath) -> str:
@@ -42,7 +35,7 @@ def notebook_of(path: PurePath) -> str:
     """
     if path.parts[0] == "evaluation":
         return "04"
-    if path.parts[0] != "iter_0":
+    if path.parts[0] != "iter_0":  # later rounds, and the signals by which a round is chosen
         return "03"
     return "01" if path.parts[1] in ("pairs.jsonl", "rejects.jsonl") else "02"
 
@@ -76,11 +69,10 @@ def make_state(
         UsageError: no such notebook.
     """
     with lock_run(run):
-        plan = needed_stages(run, at, progress=progress)
-        for number, stage in enumerate(plan, start=1):
-            if not stage.done:
-                say(f"[{number}/{len(plan)}] {stage.name}")
-                stage.work()
+        # The plan is asked for anew after each stage: a round may have ended the loop.
+        while todo := [s for s in needed_stages(run, at, progress=progress) if not s.done]:
+            say(f"{todo[0].name} ({len(todo)} to do)")
+            todo[0].work()
 
 
 # --- from somebody else's finished run -----------------------------------------------------------
@@ -95,6 +87,7 @@ def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
 
     Raises:
         DataError: there is no run, or none of that profile, or it is not clear which is meant.
+        RunError: a file of it is not as it was made.
     """
     folder = Path(folder).expanduser().resolve()
     if (folder / "run.json").is_file():
@@ -123,14 +116,13 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
     Raises:
         ConfigError: other settings, another model, other questions, or own results here that
             what would be copied does not belong to.
-        RunError: the finished run is not finished, or a file does not match its checksum.
+        RunError: the finished run is not finished.
     """
     _check_same_origin(run, source)
     lacking = [stage.name for stage in needed_stages(source, at) if not stage.done]
     if lacking:
         raise RunError(f"{source.path} is not finished; it lacks: {', '.join(lacking)}")
     _check_same_results(run, at, source)
-    checksums = _checksums(source)
     copied = 0
     with lock_run(run):
         for path in _parts(source):
@@ -138,13 +130,11 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
             target = run.path / relative
             if notebook_of(relative) >= at or target.exists():
                 continue
-            for file in [path] if path.is_file() else sorted(path.rglob("*")):
-                wanted = checksums.get(file.relative_to(source.path).as_posix())
-                if wanted and file.is_file() and sha256_file(file) != wanted:
-                    raise RunError(f"{file} is damaged (its checksum is wrong); copy it again")
             with atomic_path(target) as partial:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial)
             copied += 1
+        for stage in needed_stages(run, at):
+            record_made(run, stage.output)
         if copied:
             made = source.info()
             origin = {"notebook": at, **{k: made.get(k) for k in ("created", "resolved", "device")}}
@@ -157,7 +147,7 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
 
 def _parts(run: Run) -> list[Path]:
     """Return the files and folders that stages left, each stage's own output last."""
-    found = [*run.path.glob("iter_*/*"), *run.path.glob("evaluation/*/*.json")]
+    found = [path for kind in PARTS for path in run.path.glob(kind)]
     outputs = {stage.output for stage in stages(run)}
     visible = [path for path in found if not path.name.startswith(".")]
     return sorted(visible, key=lambda path: (path in outputs, path))
@@ -196,17 +186,3 @@ def _check_same_results(run: Run, at: str, source: Run) -> None:
                 "what comes later would not belong to it. Put the checkpoint into another run "
                 "directory (--run-dir), or compute on from yours without --from"
             )
-
-
-def _checksums(source: Run) -> dict[str, str]:
-    """Return the checksums of a packed run's files by relative path; empty for a plain run."""
-    folder = source.path.parent.parent
-    if source.path.parent.name != CHECKPOINTS or not (folder / MANIFEST).is_file():
-        return {}
-    prefix = f"{CHECKPOINTS}/{source.path.name}/"
-    files = read_json(folder / MANIFEST)["files"]
-    return {
-        name.removeprefix(prefix): entry["sha256"]
-        for name, entry in files.items()
-        if name.startswith(prefix)
-    }

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from grath_utils import classroom, classroom_install, workshop
 from grath_utils.artifacts import read_json, write_json
@@ -45,7 +46,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "index"
     make_wheel(folder, "torch", "0.1")
     windows = ('toy_console>=1; sys_platform == "win32"', 'toy_never; extra == "never"')
-    make_wheel(folder, "toy_lab", "1.0", windows)
+    make_wheel(folder, "toy_lab", "1.0", (*windows, 'toy_cuda; sys_platform != "win32"'))
+    make_wheel(folder, "toy_cuda", "2.0")
     make_wheel(folder, "toy_console", "1.2")
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
@@ -134,11 +136,15 @@ def test_platform_tags() -> None:
 
 
 def test_conditions_are_those_of_the_machine_they_are_packed_for(index: Path) -> None:
-    lab = [index / "toy_lab-1.0-py3-none-any.whl"]
-    assert lacking_requirements(lab, find_target("win_amd64", "3.12")) == ["toy_console>=1"]
-    assert lacking_requirements(lab, find_target("macosx_14_0_arm64", "3.12")) == []
+    lab, wanted = [index / "toy_lab-1.0-py3-none-any.whl"], [Requirement("toy_lab==1.0")]
+    windows, mac = find_target("win_amd64", "3.12"), find_target("macosx_14_0_arm64", "3.12")
+    assert lacking_requirements(lab, windows, wanted) == {"toy-console": "toy-console>=1"}
+    assert lacking_requirements(lab, mac, wanted) == {"toy-cuda": "toy-cuda"}
     both = [*lab, index / "toy_console-1.2-py3-none-any.whl"]
-    assert lacking_requirements(both, find_target("win_amd64", "3.12")) == []
+    assert lacking_requirements(both, windows, wanted) == {}
+    extra = [Requirement("toy_lab[never]"), Requirement("toy-never<3")]
+    assert lacking_requirements(both, windows, extra)["toy-never"] == "toy-never<3"
+    assert lacking_requirements([], mac, wanted) == {"toy-lab": "toy-lab==1.0"}
 
 
 # --- wheels --------------------------------------------------------------------------------------
@@ -147,6 +153,8 @@ def test_conditions_are_those_of_the_machine_they_are_packed_for(index: Path) ->
 def test_wheels_for_another_machine_bring_what_only_it_needs(
     tmp_path: Path, index: Path, course: Path
 ) -> None:
+    # Not to be had, and not needed there: as torch's CUDA packages are for Windows.
+    (index / "toy_cuda-2.0-py3-none-any.whl").unlink()
     windows = find_target("win_amd64", "3.12")
     record = pack_wheels(tmp_path / "wheels", course, windows, say=quiet)
     assert [name.split("-")[0] for name in record["wheels"]] == ["torch", "toy_console", "toy_lab"]
@@ -164,14 +172,14 @@ def test_what_cannot_be_had_is_listed(tmp_path: Path, index: Path, course: Path)
     lines: list[str] = []
     mac = find_target("macosx_14_0_arm64", "3.12")
     record = pack_wheels(tmp_path / "wheels", course, mac, say=lines.append)
-    assert record["missing"] == ["toy_absent==3.0"]
-    assert "NOT to be had for darwin-arm64-3.12: toy_absent==3.0" in lines[-1]
-    assert len(record["wheels"]) == 2
+    assert record["missing"] == ["toy-absent==3.0"]
+    assert "NOT to be had for darwin-arm64-3.12: toy-absent==3.0" in lines[-1]
+    assert [name.split("-")[0] for name in record["wheels"]] == ["torch", "toy_cuda", "toy_lab"]
     with pytest.raises(FetchError, match=r"packages for this machine cannot be had.*toy.absent"):
         pack_wheels(tmp_path / "wheels", course, classroom.this_machine(), say=quiet)
     assert not [p for p in (tmp_path / "wheels").iterdir() if p.name.startswith(".pip")]
     page = classroom.start_page([record], mirror=False)
-    assert "Python 3.12 on Darwin arm64 (**without** toy_absent==3.0)" in page
+    assert "Python 3.12 on Darwin arm64 (**without** toy-absent==3.0)" in page
 
 
 # --- the folder ----------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def test_each_notebook_needs_what_those_before_it_leave(tmp_path: Path, config: 
     assert outputs["02"] == {run.pairs(0)}
     assert {run.pairs(0), run.adapter(0)} <= outputs["03"]
     assert not {run.pairs(1), run.adapter(1)} & outputs["03"]
-    assert {run.pairs(1), run.adapter(1)} <= outputs["04"]
+    assert not any("signals" in path.parts for path in outputs["03"])
+    assert {run.pairs(1), run.adapter(1), run.signals("iter_1")} <= outputs["04"]
     assert not any("evaluation" in path.parts for path in outputs["04"])
     assert outputs["05"] == outputs["06"] == {stage.output for stage in stages(run)}
     with pytest.raises(UsageError, match='no notebook "3"; did you mean "03"'):
@@ -78,6 +79,7 @@ def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, confi
         ("iter_0/training_log.jsonl", "02"),
         ("iter_1/pairs.jsonl", "03"),
         ("iter_1/adapter", "03"),
+        ("signals/base.json", "03"),
         ("evaluation/base/probe.json", "04"),
     ],
 )
@@ -174,31 +176,19 @@ def test_another_compute_type_is_said_and_recorded(
     assert run.info()["checkpoint"]["resolved"]["dtype"] == "bfloat16"
 
 
-def packed(finished: Run, folder: Path) -> Path:
-    """Lay a run into a folder as a classroom folder has it, with checksums."""
-    target = folder / "checkpoints" / "smoke"
-    shutil.copytree(finished.path, target)
-    files = {
-        path.relative_to(folder).as_posix(): {"sha256": sha256_file(path)}
-        for path in target.rglob("*")
-        if path.is_file()
-    }
-    write_json(folder / "manifest.json", {"files": files})
-    return folder
-
-
 def test_a_classroom_folder_is_searched_and_its_checksums_count(
-    tmp_path: Path, config: Config, finished: Run
+    tmp_path: Path, finished: Run
 ) -> None:
-    folder = packed(finished, tmp_path / "classroom")
+    folder = tmp_path / "classroom"
+    shutil.copytree(finished.path, folder / "checkpoints" / "smoke")
     source = workshop.find_checkpoint(folder)
     assert source.path == folder / "checkpoints" / "smoke"
-    with open(source.pairs(0), "a", encoding="utf-8") as file:
-        file.write("\n")
-    run = start_run(tmp_path / "late", config)
-    with pytest.raises(RunError, match=r"pairs.jsonl is damaged \(its checksum is wrong\)"):
-        workshop.copy_state(run, "02", source)
-    assert not run.pairs(0).exists()
+    log = source.signals("base")
+    before = log.read_bytes()
+    log.write_bytes(before + b"\n")
+    with pytest.raises(RunError, match=r"signals/base.json is not as it was made"):
+        workshop.find_checkpoint(folder)
+    log.write_bytes(before)
     shutil.copytree(source.path, folder / "checkpoints" / "cpu")
     with pytest.raises(DataError, match="has checkpoints of cpu, smoke: name one with --profile"):
         workshop.find_checkpoint(folder)
