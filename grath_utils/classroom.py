@@ -494,6 +494,6 @@ names another place.
 {benchmarks}
 
 `model/` is the model cache; the environment knows it as `GRATH_CACHE`. The environment also sets
-`HF_HUB_OFFLINE=1`, so that nothing waits for a network; set it to 0 to use the Hugging Face Hub from
+`HF_HUB_OFFLINE=1`, so that nothing waits for a network; set it to 0 to use the Hub from
 here. If the folder moves, run `install.py` again.
 """

@@ -122,12 +122,6 @@ def test_it_has_the_parts_that_readers_look_for(path: Path) -> None:
 
 
 @each_notebook
-def test_links_inside_the_repository_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", prose(path)):
-        assert (path.parent / target).exists(), f"{path.name} links to {target}"
-
-
-@each_notebook
 def test_the_set_up_cell_is_the_course_s(path: Path) -> None:
     assert code_cells(path)[0].source == code_cells(numbered_notebooks()[0])[0].source
 

@@ -193,24 +193,6 @@ def test_every_notebook_has_the_parts_that_readers_look_for(path: Path) -> None:
     assert "TODO" not in text
 
 
-def name_of(path: Path) -> str:
-    return f"{path.parent.name}-{path.stem}"
-
-
-@pytest.mark.parametrize("path", [*COURSE, *SOLUTIONS], ids=name_of)
-def test_links_inside_the_repository_lead_somewhere(path: Path) -> None:
-    for cell in read(path).cells:
-        if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", cell.source):
-                assert (path.parent / target).exists(), f"{path.name} links to {target}"
-
-
-def test_the_readme_links_lead_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "data" / "README.md"):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
 def test_the_set_up_cell_is_the_same_everywhere() -> None:
     firsts = {code_of(read(path))[0] for path in COURSE}
     assert len(firsts) == 1
