@@ -157,3 +157,14 @@ def test_a_stamp_becomes_a_line_for_readers(conf: ModuleType) -> None:
         == "*Outputs of the `cpu` profile, 2026-01-02: 61 s, 2.2 GiB on 2 CPU cores, torch 2.9.*"
     )
     assert "one execution" in conf.origin({**stamp, "profile": None})
+
+
+def test_a_figure_has_its_caption_as_alt_text(conf: ModuleType) -> None:
+    shown = {"output_type": "display_data", "data": {"image/png": ""}, "metadata": {}}
+    code = {"cell_type": "code", "metadata": {}, "outputs": [shown], "source": ""}
+    caption = {"cell_type": "markdown", "metadata": {}, "source": "*The loss*\n\nAnd **more**."}
+    other = {"cell_type": "markdown", "metadata": {}, "source": "**No** caption."}
+    bare = {**code, "metadata": {}}
+    conf.describe_figures([code, caption, bare, other])
+    assert code["metadata"] == {"mystnb": {"image": {"alt": "The loss"}}}
+    assert bare["metadata"] == {}

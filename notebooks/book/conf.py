@@ -46,6 +46,8 @@ html_theme = "sphinx_book_theme"
 html_title = project
 html_math_renderer = "mathml"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
 html_theme_options = {
     "repository_url": REPOSITORY,
     "repository_branch": "main",
@@ -112,6 +114,22 @@ def origin(stamp: dict) -> str:
     return f"*Outputs of {by}, {cost['date']}: {took}{memory} on {where}, torch {torch}.*"
 
 
+def describe_figures(cells: list[dict]) -> None:
+    """Give figures the caption below them (a paragraph in italics) as their alt text."""
+    text = ""
+    for cell in reversed(cells):
+        shown = [kind for out in cell.get("outputs", []) for kind in out.get("data", {})]
+        if cell["cell_type"] == "code":
+            if text and "image/png" in shown:
+                cell["metadata"]["mystnb"] = {"image": {"alt": text}}
+            else:
+                text = ""
+        else:
+            start = "".join(cell["source"])
+            caption = re.match(r"\*([^*].*?[^*])\*(?:\n|$)", start, re.DOTALL)
+            text = re.sub(r"[*`$]", "", caption[1]).replace("\n", " ") if caption else ""
+
+
 def read_page(app: Sphinx, page: str, source: list[str]) -> None:
     """Turn a page as it stands in the repository into a page of the book."""
     folder = posixpath.dirname(page)
@@ -130,6 +148,7 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
     if code and "importlib.util.find_spec" in "".join(code[0]["source"]):
         # The same in every notebook, and of no use to a reader.
         code[0]["metadata"]["tags"] = ["hide-input"]
+    describe_figures(notebook["cells"])
     stamp = notebook["metadata"].get("grath")
     if stamp:
         notebook["cells"][0]["source"] += f"\n\n{origin(stamp)}\n"
