@@ -24,10 +24,13 @@ Importing the package itself is cheap: torch and its friends load only with the 
 them.
 """
 
+import logging
 import os
 
 # No network access that the user did not ask for: the libraries below report usage by default.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# On import, bitsandbytes complains of an optional CPU kernel that is absent; trl imports it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

@@ -95,6 +95,13 @@ def test_light_modules_do_not_load_torch(module: str) -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
+def test_importing_the_loop_says_nothing() -> None:
+    """A library's notice would stand at the top of every notebook and command."""
+    code = "import grath_utils.loop"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
 def tracked_text_files() -> list[Path]:
     done = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
