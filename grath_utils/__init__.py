@@ -2,14 +2,16 @@
 
 Data flows one way through the modules, and none imports one further down the line::
 
-    errors, paths, artifacts, config, runs       what everything stands on
+    errors, paths, processes, artifacts          what everything stands on
+    config, runs                                 settings, and the run directory
     questions, hub_files, benchmarks, mirror     data in
     controls                                     rules that never read the question
     texts, models, prompts, parsing              words; policy = base + quantization + adapter
     encoding, trie, scoring                      log-probabilities, each distinct prefix once
     shared_prefix, generation, vllm_backend      completions over one shared prefix
     writers, pairs, audit                        the model's own correct and incorrect answers
-    preferences, packing, trainer, dpo, drift    token ids, reference, one round of training
+    preferences, packing, global_batch           token ids in rows, over all processes
+    trainer, dpo, drift                          token ids, reference, one round of training
     statistics, metrics, protocols               numbers with intervals, and how they are asked for
     partial, answers, evaluation                 results that can be resumed
     selection                                    signs of collapse, and which round to keep

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grath_utils import processes
 from grath_utils.artifacts import fingerprint
 from grath_utils.benchmarks import Benchmark, Item
 from grath_utils.encoding import encode_texts
@@ -58,29 +59,32 @@ def evaluate_answers(
     texts = build_prompts(benchmark, protocol, policy.tokenizer)
     prompts = [ids.tolist() for ids in encode_texts(policy.tokenizer, texts)]
     identity = fingerprint([policy.fingerprint, benchmark.fingerprint, protocol.name, prompts])
-    partial = PartialResult(out, identity)
-    written: list[dict[str, Any]] = []
-    for number, start in enumerate(range(0, len(prompts), QUESTIONS_AT_ONCE)):
-        if number not in partial.done:
-            completions = generate(
-                policy,
-                prompts[start : start + QUESTIONS_AT_ONCE],
-                max_new_tokens=MAX_NEW_TOKENS,
-                stop=Stop.at(*protocol.stop) if protocol.stop else None,
-                progress=progress,
-            )
-            answers = [
-                {
-                    "answer": cut(completion.text, protocol.stop),
-                    "tokens": len(completion.token_ids),
-                    "finished": completion.finished,
-                }
-                for completion in completions
-            ]
-            partial.add(number, answers)
-        else:
-            answers = partial.done[number]
-        written += answers
+    partial = PartialResult.shared(out, identity)
+
+    def write(number: int) -> list[dict[str, Any]]:
+        start = number * QUESTIONS_AT_ONCE
+        completions = generate(
+            policy,
+            prompts[start : start + QUESTIONS_AT_ONCE],
+            max_new_tokens=MAX_NEW_TOKENS,
+            stop=Stop.at(*protocol.stop) if protocol.stop else None,
+            progress=progress and processes.is_main(),
+        )
+        return [
+            {
+                "answer": cut(completion.text, protocol.stop),
+                "tokens": len(completion.token_ids),
+                "finished": completion.finished,
+            }
+            for completion in completions
+        ]
+
+    numbers = range(-(-len(prompts) // QUESTIONS_AT_ONCE))
+    answers = dict(partial.done)
+    for number, rows in processes.in_turns([n for n in numbers if n not in answers], write):
+        partial.add(number, rows)
+        answers[number] = rows
+    written = [row for number in numbers for row in answers[number]]
     items = [
         {"id": item.id, "category": item.category, **row, "metrics": answer_metrics(item, row)}
         for item, row in zip(benchmark.items, written, strict=True)

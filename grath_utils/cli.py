@@ -6,11 +6,15 @@ Exit codes: 0 done, 2 wrong usage or configuration, 1 failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from grath_utils import processes
 from grath_utils.config import (
     Config,
     ModelConfig,
@@ -35,9 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     elif len(own) < len(given):
         parser.error('only the command "sweep" takes arguments after --')
     try:
-        options.work(options)
+        with _together(options):
+            options.work(options)
     except GrathError as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if processes.is_main() else f" (process {processes.rank()})"
+        print(f"error{who}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
@@ -46,6 +52,27 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _together(options: argparse.Namespace) -> Iterator[None]:
+    """Meet the other processes of this launch, if there are any; only the main one speaks."""
+    if processes.launched() == 1:
+        yield
+        return
+    if options.work not in (_run, _pairs, _train, _evaluate):
+        raise UsageError(
+            "this command runs in one process: start it without accelerate launch or torchrun"
+        )
+    if options.work is _run and not (options.no_notebooks or options.dry_run):
+        raise UsageError("several processes cannot share a notebook's kernel: add --no-notebooks")
+    processes.join()
+    with contextlib.ExitStack() as stack:
+        if not processes.is_main():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+    processes.leave()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -187,11 +214,15 @@ def _run(options: argparse.Namespace) -> None:
         notebooks = numbered_notebooks() if options.all else main_line()
         run = start_run(folder, config)
         run_notebooks(run, notebooks)
-    write_report(run)
-    chosen = final_iteration(run)
-    write_text(run.iteration(chosen) / "MODEL_CARD.md", model_card(run, chosen))
-    print(f"\nReport: {run.report}\n")
-    print(summary_table(run))
+
+    def conclude() -> None:
+        write_report(run)
+        chosen = final_iteration(run)
+        write_text(run.iteration(chosen) / "MODEL_CARD.md", model_card(run, chosen))
+        print(f"\nReport: {run.report}\n")
+        print(summary_table(run))
+
+    processes.on_main(conclude)
 
 
 def _show_plan(options: argparse.Namespace, config: Config) -> None:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from grath_utils import __version__
+from grath_utils import __version__, processes
 from grath_utils.artifacts import atomic_path, fingerprint, read_json, write_json, write_jsonl
 from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
 from grath_utils.encoding import Encoded, Request
@@ -224,9 +224,14 @@ def reference_log_probs(
     named = [Request("", policy.tokenizer.decode(ids), f"pair {e.id}") for e, ids in sides]
     plan = plan_encoded(policy, encoded)
     with tqdm(
-        total=plan.work.computed, desc="Reference", unit="token", disable=not progress
+        total=plan.work.computed,
+        desc="Reference",
+        unit="token",
+        disable=not (progress and processes.is_main()),
     ) as bar:
-        scores = run_plan(policy, named, plan, on_batch=lambda _n, _v, tokens: bar.update(tokens))
+        scores = run_plan(
+            policy, named, plan, on_batch=lambda _n, _v, tokens: bar.update(tokens), split=True
+        )
     values = [score.logprob for score in scores]
     return values[::2], values[1::2]
 
@@ -247,14 +252,22 @@ def _reference_table(
         ]
     )
     cache = cache_dir() / "reference" / f"{key}.json"
+    stored = processes.on_main(lambda: _stored_table(cache, len(data.examples)))
+    if stored is not None:
+        return stored
+    chosen, rejected = reference_log_probs(policy, data.examples, progress=progress)
+    if processes.is_main():
+        with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
+            write_json(cache, {"chosen": chosen, "rejected": rejected})
+    return chosen, rejected
+
+
+def _stored_table(cache: Path, count: int) -> tuple[list[float], list[float]] | None:
     with contextlib.suppress(DataError, KeyError, TypeError):  # damaged: computed again
         stored = read_json(cache)
-        if len(stored["chosen"]) == len(stored["rejected"]) == len(data.examples):
+        if len(stored["chosen"]) == len(stored["rejected"]) == count:
             return stored["chosen"], stored["rejected"]
-    chosen, rejected = reference_log_probs(policy, data.examples, progress=progress)
-    with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
-        write_json(cache, {"chosen": chosen, "rejected": rejected})
-    return chosen, rejected
+    return None
 
 
 # --- one round -----------------------------------------------------------------------------------
@@ -343,10 +356,16 @@ def train_round(
         policy, rows[:split], rows[split:], folder / "checkpoints", dpo, seed, progress=progress
     )
     keep_freed_memory(policy.config.device)
-    write_jsonl(folder / "training_log.jsonl", log)
     merged = start.adapters[:-1] if trains_on else start.adapters
-    _save_adapter(policy, folder / "adapter", base, merged)  # last: its presence means "done"
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    weights = full_adapter(policy.model)
+
+    def leave() -> None:
+        write_jsonl(folder / "training_log.jsonl", log)
+        # Last: its presence means "done".
+        _save_adapter(policy, weights, folder / "adapter", base, merged)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    processes.on_main(leave)
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     return TrainingReport(
         pairs=len(data.examples),
@@ -391,7 +410,22 @@ def _training_rows(
     ]
 
 
-def _save_adapter(policy: Policy, folder: Path, base: ModelConfig, merged: Sequence[Path]) -> None:
+def full_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the trained weights by name, put together where FSDP has split them.
+
+    Every process has to call it.
+    """
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in trained.items()}
+
+
+def _save_adapter(
+    policy: Policy,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    base: ModelConfig,
+    merged: Sequence[Path],
+) -> None:
     """Save the adapter with a record of the base it belongs to and of what was merged before."""
     with atomic_path(folder) as partial, quiet_transformers():
         settings = policy.model.peft_config[TOP]
@@ -399,7 +433,9 @@ def _save_adapter(policy: Policy, folder: Path, base: ModelConfig, merged: Seque
         # A set is written in another order by each process; equal adapters should be equal files.
         settings.target_modules = sorted(settings.target_modules)
         # Never the embeddings: they are not trained, and peft would ask the Hub about them.
-        policy.model.save_pretrained(partial, selected_adapters=[TOP], save_embedding_layers=False)
+        policy.model.save_pretrained(
+            partial, selected_adapters=[TOP], state_dict=weights, save_embedding_layers=False
+        )
         (partial / "README.md").unlink(missing_ok=True)  # peft's empty model card
         write_json(
             partial / ADAPTER_RECORD,

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from grath_utils import controls as question_blind
+from grath_utils import processes
 from grath_utils.artifacts import fingerprint, write_json
 from grath_utils.benchmarks import Benchmark, Item, load_benchmark
 from grath_utils.errors import UsageError
@@ -126,6 +127,11 @@ def evaluate(
     if benchmark.name != "truthfulqa_gen":
         result["controls"] = control_values(benchmark.items)
         result["notes"] += explained_by_rules(result["metrics"], result["controls"])
+    # Seconds and memory are the main process's in all of them.
+    return processes.on_main(lambda: _keep(result, out))
+
+
+def _keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
     if out is not None:
         write_json(out, result)
         PartialResult.path_for(out).unlink(missing_ok=True)
@@ -170,13 +176,13 @@ def _evaluate_choices(
             [e.inputs[-8:].tolist() for e in plan.encoded],
         ]
     )
-    partial = PartialResult(out, identity)
+    partial = PartialResult.shared(out, identity)
     with tqdm(
         total=plan.work.computed,
         desc=f"{benchmark.name} ({policy.name})",
         unit="tok",
         unit_scale=True,
-        disable=not progress,
+        disable=not (progress and processes.is_main()),
         initial=sum(len(plan.blocks[number].nodes) for number in partial.done),
     ) as bar:
 
@@ -184,7 +190,7 @@ def _evaluate_choices(
             partial.add(number, values)
             bar.update(tokens)
 
-        scores = run_plan(policy, flat, plan, done=partial.done, on_batch=on_batch)
+        scores = run_plan(policy, flat, plan, done=partial.done, on_batch=on_batch, split=True)
     seconds = time.perf_counter() - started
     rows = iter(scores)
     items = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grath_utils import selection
+from grath_utils import processes, selection
 from grath_utils.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.benchmarks import BENCHMARKS
 from grath_utils.config import Config, ModelConfig
@@ -44,6 +44,10 @@ def start_run(path: str | Path, config: Config) -> Run:
         ConfigError: an unknown benchmark, or the directory belongs to another configuration,
             other questions or another model.
     """
+    return processes.on_main(lambda: _start_run(path, config))
+
+
+def _start_run(path: str | Path, config: Config) -> Run:
     for name in config.evaluation.benchmarks:
         if name not in BENCHMARKS:
             raise ConfigError(
@@ -135,7 +139,7 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
     Iteration 0 writes both answers; later ones write the correct answer anew and keep the first
     incorrect one (RECIPE: gradual refinement). Held-out questions get pairs too, to measure on.
     """
-    if run.pairs(iteration).exists():
+    if processes.from_main(run.pairs(iteration).exists()):
         return
     with lock_run(run):
         policy = load_model(run, iteration - 1 if iteration else None)
@@ -166,7 +170,7 @@ def train_iteration(run: Run, iteration: int, *, progress: bool = True) -> None:
     Raises:
         CollapseError: the first round has collapsed: there is nothing to fall back on.
     """
-    if round_is_over(run, iteration):
+    if processes.from_main(round_is_over(run, iteration)):
         return
     with lock_run(run):
         pairs, held_out = run_pairs(run, iteration)
@@ -185,7 +189,8 @@ def train_iteration(run: Run, iteration: int, *, progress: bool = True) -> None:
         except CollapseError as error:
             if not (iteration and run.config.loop.early_stop):
                 raise
-            write_json(run.collapsed(iteration), {"reason": str(error)})
+            reason = {"reason": str(error)}
+            processes.on_main(lambda: write_json(run.collapsed(iteration), reason))
             record_made(run, run.collapsed(iteration))
         else:
             _record(run, iteration, run.adapter(iteration), run.training_log(iteration))
@@ -199,14 +204,19 @@ def round_is_over(run: Run, iteration: int) -> bool:
 def measure(run: Run, iteration: int | None, *, progress: bool = True) -> dict[str, Any]:
     """Return the signals by which a round is chosen, measuring them where that was not done.
 
-    The base model is measured first: every signal is a change from it.
+    The base model is measured first: every signal is a change from it. There is little to measure,
+    so one of several processes does it.
     """
+    return processes.on_main(lambda: _measure(run, iteration, progress=progress))
+
+
+def _measure(run: Run, iteration: int | None, *, progress: bool) -> dict[str, Any]:
     out = run.signals(model_label(iteration))
     if out.exists():
         return read_json(out)
     with lock_run(run):
         if iteration is not None:
-            measure(run, None, progress=progress)
+            _measure(run, None, progress=progress)
         base = load_model(run, None)
         signals = selection.measure_signals(
             base if iteration is None else load_model(run, iteration),
@@ -226,7 +236,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Return a model's result on a benchmark, computing it where it is not there yet."""
     out = run.evaluation(model_label(iteration), benchmark)
-    if out.exists():
+    if processes.from_main(out.exists()):
         return read_json(out)
     settings = run.config.evaluation
     with lock_run(run):
@@ -417,13 +427,22 @@ def workload(config: Config) -> dict[str, int]:
 def run_stages(run: Run, *, progress: bool = True, say: Callable[[str], None] = print) -> None:
     """Do all stages that are not done yet, in order, holding the run directory throughout."""
     with lock_run(run):
-        for stage in stages(run):  # a process may have been killed just before it noted its work
-            if stage.done:
-                record_made(run, stage.output)
+        processes.on_main(lambda: _note_done(run))
         # The plan is asked for anew after each stage: a round may have ended the loop.
-        while (number := _first_to_do(plan := stages(run, progress=progress))) is not None:
+        while True:
+            plan = stages(run, progress=progress)
+            number = processes.from_main(_first_to_do(plan))
+            if number is None:
+                return
             say(f"[{number + 1}/{len(plan)}] {plan[number].name}")
             plan[number].work()
+
+
+def _note_done(run: Run) -> None:
+    """Note what is there: a process may have been killed just before it noted its work."""
+    for stage in stages(run):
+        if stage.done:
+            record_made(run, stage.output)
 
 
 def _first_to_do(plan: Sequence[Stage]) -> int | None:

@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from grath_utils import processes
 from grath_utils.artifacts import (
     atomic_path,
     fingerprint,
@@ -202,7 +203,7 @@ def load_base(config: ModelConfig) -> Policy:
     on_gpu = config.device == "cuda"
     if config.quantization != "none" and on_gpu:
         options["quantization_config"] = bitsandbytes_config(config)
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": torch.cuda.current_device()}
     with quiet_transformers():
         try:
             source = {"revision": config.revision, "trust_remote_code": False}
@@ -231,7 +232,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     """
     device = config.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not processes.cpu_only() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError('device "cuda" was asked for, but torch sees no GPU; use "cpu" or "auto"')
     if device == "mps" and not torch.backends.mps.is_available():

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grath_utils import processes
 from grath_utils.artifacts import fingerprint, jsonl_line, read_jsonl, write_jsonl
 from grath_utils.config import PairsConfig
 from grath_utils.errors import DataError, RunError
@@ -241,23 +242,35 @@ def _make(
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     identity = _identity(policy, tasks, config, iteration, seed, size, writer)
     journal = Journal(out.with_name(f"{out.name}.journal"), identity)
-    done = journal.read()
+    done = processes.on_main(journal.read)
     resumed = sum(len(done[n]) for n in range(len(chunks)) if n in done)
-    outcomes: dict[int, Outcome] = {}
+    todo = [n for n in range(len(chunks)) if n not in done]
     bar = tqdm(
-        total=len(order), disable=not progress, desc="pairs", unit="question", file=sys.stderr
+        total=len(order),
+        initial=resumed,
+        disable=not (progress and processes.is_main()),
+        desc="pairs",
+        unit="question",
+        file=sys.stderr,
     )
+
+    def write(number: int) -> list[dict[str, Any]]:
+        return [_outcome_row(o) for o in writer.write([tasks[i] for i in chunks[number]])]
+
     with contextlib.closing(writer), bar:
-        for number, chunk in enumerate(chunks):
-            if number not in done:
-                written = writer.write([tasks[i] for i in chunk])
-                journal.append(number, [_outcome_row(outcome) for outcome in written])
-                done[number] = [_outcome_row(outcome) for outcome in written]
-            results = [_read_outcome(row) for row in done[number]]
-            outcomes.update(zip(chunk, results, strict=True))
-            bar.update(len(chunk))
-    report = _finish(tasks, outcomes, old, iteration, out, rejects)
-    journal.remove()
+        for number, rows in processes.in_turns(todo, write):
+            if processes.is_main():
+                journal.append(number, rows)
+            done[number] = rows
+            bar.update(len(rows))
+    outcomes = {
+        i: _read_outcome(row)
+        for number, chunk in enumerate(chunks)
+        for i, row in zip(chunk, done[number], strict=True)
+    }
+    report = processes.on_main(lambda: _finish(tasks, outcomes, old, iteration, out, rejects))
+    if processes.is_main():
+        journal.remove()
     return dataclasses.replace(
         report, seconds=round(time.perf_counter() - started, 2), resumed=resumed
     )

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grath_utils import processes
 from grath_utils.errors import RunError
 
 
@@ -30,6 +31,14 @@ class PartialResult:
         lines += [{"batch": number, "values": values} for number, values in self.done.items()]
         # Written anew, so that a line cut off in the middle is not continued.
         self._write("".join(json.dumps(line) + "\n" for line in lines), "w")
+
+    @classmethod
+    def shared(cls, out: Path | None, identity: str) -> PartialResult:
+        """Return it for all processes of a launch: what the main one reads, and it alone writes."""
+        kept = processes.on_main(lambda: cls(out, identity))
+        if not processes.is_main():
+            kept.path = None
+        return kept
 
     @staticmethod
     def path_for(out: Path) -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from grath_utils import processes
 from grath_utils.artifacts import (
     fingerprint_folder,
     read_json,
@@ -186,6 +187,10 @@ def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
 
 def record_made(run: Run, output: Path) -> bool:
     """Note the hash of a stage's output; tell whether another one was noted there before."""
+    return processes.on_main(lambda: _note(run, output))
+
+
+def _note(run: Run, output: Path) -> bool:
     made = _manifest(run)
     name, value = output.relative_to(run.path).as_posix(), _hash(output)
     if made.get(name) == value:
@@ -236,7 +241,8 @@ LOCK_HOLDER = "GRATH_RUN_LOCK"
 def lock_run(run: Run) -> Iterator[None]:
     """Hold the run directory for one process; the lock goes with the process, even if killed.
 
-    Whoever holds it may take it again, and so may the kernels that it starts.
+    Whoever holds it may take it again, and so may the kernels that it starts. The processes of
+    one launch share it: the main one takes it for all.
 
     Raises:
         RunError: another process holds it.
@@ -244,21 +250,25 @@ def lock_run(run: Run) -> Iterator[None]:
     if os.environ.get(LOCK_HOLDER) == str(run.path):
         yield
         return
-    run.path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.path / ".lock", timeout=0)
+    processes.on_main(lambda: _take(lock, run))
+    os.environ[LOCK_HOLDER] = str(run.path)
+    try:
+        yield
+    finally:
+        del os.environ[LOCK_HOLDER]
+        lock.release()
+
+
+def _take(lock: FileLock, run: Run) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except Timeout:
         raise RunError(
             f"{run.path} is in use by another process; wait for it to end, or choose another folder"
         ) from None
-    os.environ[LOCK_HOLDER] = str(run.path)
-    try:
-        sweep_partials(run.path)
-        yield
-    finally:
-        del os.environ[LOCK_HOLDER]
-        lock.release()
+    sweep_partials(run.path)
 
 
 def environment_facts() -> dict[str, Any]:
@@ -290,6 +300,7 @@ def device_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "processes": processes.launched(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "accelerator": "none",
     }

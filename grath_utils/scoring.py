@@ -13,13 +13,14 @@ padded batches instead: slower, the same numbers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from grath_utils import processes
 from grath_utils.encoding import Encoded, Request, encode_requests
 from grath_utils.errors import ScoringError, UsageError
 from grath_utils.trie import Block, Trie, attention_mask, build_trie, plan_blocks, sequence_blocks
@@ -164,29 +165,38 @@ def run_plan(
     *,
     done: Mapping[int, Sequence[float]] | None = None,
     on_batch: Callable[[int, list[float], int], None] | None = None,
+    split: bool = False,
 ) -> list[Score]:
     """Run the forward passes of ``plan`` and add up each request's score.
+
+    Args:
+        policy, requests, plan: what to score, and how.
+        done: log-probabilities of passes computed before, by their number.
+        on_batch: called after each pass with its number, its log-probabilities and its tokens.
+        split: divide the passes among the processes of this launch. Each runs passes that one
+            process would run, and all return all scores; ``on_batch`` is called in all.
 
     Raises:
         ScoringError: a score is not finite; names the item.
     """
     done = done or {}
     logprobs = np.full(len(plan.edge_node), np.nan, dtype=np.float32)
-    wanted = _still_wanted(plan, done)
+    todo = [number for number in range(len(plan.blocks)) if number not in done]
+    own, turns = processes.own_share(todo) if split else (todo, len(todo))
     runner = _Runner(policy, plan)
     training = policy.model.training
     policy.model.eval()  # dropout would make a score a matter of luck
     try:
-        for number, block in enumerate(plan.blocks):
-            own = plan.own_edges(block)
-            if number in done:
-                logprobs[own] = done[number]
-            if number not in wanted:
-                continue
-            values = runner.run(number, block, own)
-            if number not in done:
-                logprobs[own] = values
-                _check_finite(requests, plan, own, logprobs)
+        for number in done.keys() & range(len(plan.blocks)):
+            logprobs[plan.own_edges(plan.blocks[number])] = done[number]
+        found = _passes(plan, own, runner)
+        for _ in range(turns):
+            mine = next(found, None)
+            for number, values in filter(None, processes.gather(mine) if split else [mine]):
+                block = plan.blocks[number]
+                edges = plan.own_edges(block)
+                logprobs[edges] = values
+                _check_finite(requests, plan, edges, logprobs)
                 if on_batch is not None:
                     on_batch(number, values.tolist(), len(block.nodes))
     finally:
@@ -197,10 +207,14 @@ def run_plan(
     ]
 
 
-def _still_wanted(plan: Plan, done: Mapping[int, Any]) -> set[int]:
-    """Return the passes to run: those not done, and the prefixes that they stand on."""
-    wanted = {number for number in range(len(plan.blocks)) if number not in done}
-    return wanted.union(*(plan.blocks[number].prefix for number in wanted))
+def _passes(plan: Plan, own: Sequence[int], runner: _Runner) -> Iterator[tuple[int, np.ndarray]]:
+    """Run the passes ``own`` and the prefixes that they stand on; yield the values of ``own``."""
+    wanted = set(own)
+    for number in sorted(wanted.union(*(plan.blocks[n].prefix for n in own))):
+        block = plan.blocks[number]
+        values = runner.run(number, block, plan.own_edges(block))
+        if number in wanted:
+            yield number, values
 
 
 def _check_finite(

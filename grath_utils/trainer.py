@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -26,9 +26,11 @@ from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from grath_utils import processes
 from grath_utils.artifacts import explained_write_errors, write_json
 from grath_utils.config import DPOConfig
 from grath_utils.errors import CollapseError, ConfigError, TrainingError
+from grath_utils.global_batch import PieceLoader, Pieces, Split, split_batch
 from grath_utils.models import Policy, activate_adapters, quiet_transformers
 from grath_utils.packing import PackedCollator, packed_forward, row_limit
 from grath_utils.scoring import accepts, can_run_trees
@@ -50,15 +52,47 @@ LOGGED = {
 
 
 class ReadyDataTrainer(DPOTrainer):
-    """``DPOTrainer`` for rows that already hold token ids and reference log-probabilities."""
+    """``DPOTrainer`` for rows that already hold token ids and reference log-probabilities.
+
+    With several processes, each trains on its pieces of every batch (:mod:`global_batch`) and
+    measures all held-out pairs itself: they are few, and a mean is then the same in each.
+    """
 
     selects = True  # the model's forward takes `logits_to_keep`
+    pieces: Pieces | None = None  # with several processes: which pairs are this one's
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        share, scale = inputs.pop("share", None), inputs.pop("scale", None)
         if "rows" in inputs:  # packed: every loss of TRL's, on log-probabilities computed our way
             dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
             model = packed_forward(model, dtype, selects=self.selects)
-        return super()._compute_loss(model, inputs, return_outputs)
+        if self.pieces is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        with _ungathered(self.accelerator):
+            loss = super()._compute_loss(model, inputs, return_outputs)
+        if share is None:  # a held-out batch
+            return loss
+        self.shares.append(share)
+        return loss * scale
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.pieces is not None and self.model.training:
+            self._metrics["train"].update(_combined(self._metrics["train"], self.shares))
+            self.shares.clear()
+        super().log(logs, start_time)
+
+    def get_train_dataloader(self) -> Any:
+        if self.pieces is None:
+            return super().get_train_dataloader()
+        self.shares: list[float] = []
+        return PieceLoader(self.train_dataset, self.pieces, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if self.pieces is None:
+            return super().get_eval_dataloader(eval_dataset)
+        size = self.args.per_device_eval_batch_size
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -109,28 +143,32 @@ def run_trainer(
     if not any(p.requires_grad for p in policy.model.parameters()):
         raise TrainingError("nothing to train: no parameter of the adapter requires a gradient")
     folder.mkdir(parents=True, exist_ok=True)
+    split = split_batch(config, processes.size())
     collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
-    if can_run_trees(policy, _longest([*train_rows, *held_out_rows])):
+    # Where the weights are split, all processes have to call the model equally often.
+    if not processes.sharded() and can_run_trees(policy, _longest([*train_rows, *held_out_rows])):
         collator = PackedCollator(collator, row_limit(policy.device))
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     with _quiet():
         trainer = ReadyDataTrainer(
             model=policy.model,
-            args=_arguments(policy, config, folder, seed, bool(held_out_rows)),
+            args=_arguments(policy, config, split, folder, seed, bool(held_out_rows)),
             train_dataset=Dataset.from_list(list(train_rows)),
             eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
             processing_class=policy.tokenizer,
             data_collator=collator,
         )
         trainer.selects = accepts(policy.model, "logits_to_keep")
+        if split.processes > 1:
+            trainer.pieces = Pieces(len(train_rows), seed, config, split, processes.rank())
         trainer.use_given_reference()
         # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
         for name, weights in adapter.items():
             policy.model.get_parameter(name).data = weights
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        trainer.add_callback(_Watch(config, progress))
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        trainer.add_callback(_Watch(config, progress and processes.is_main()))
+        trainer.train(resume_from_checkpoint=processes.on_main(lambda: _last_checkpoint(folder)))
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
 
@@ -141,13 +179,33 @@ def _longest(rows: Sequence[dict[str, Any]]) -> int:
     )
 
 
+@contextmanager
+def _ungathered(accelerator: Any) -> Iterator[None]:
+    """Keep TRL's metrics in this process: pieces differ in size, so gathering them would hang."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda tensor: tensor
+    try:
+        yield
+    finally:  # the methods of the class show again
+        del accelerator.gather, accelerator.gather_for_metrics
+
+
+def _combined(
+    metrics: Mapping[str, Sequence[float]], shares: Sequence[float]
+) -> dict[str, list[float]]:
+    """Return the mean of each metric over the pieces of all processes, each by its share."""
+    full = {name: values for name, values in metrics.items() if len(values) == len(shares)}
+    sums = {name: sum(s * v for s, v in zip(shares, full[name], strict=True)) for name in full}
+    everywhere = processes.gather((sums, sum(shares)))
+    total = sum(weight for _, weight in everywhere)
+    return {name: [sum(part[name] for part, _ in everywhere) / total] for name in full}
+
+
 def _arguments(
-    policy: Policy, config: DPOConfig, folder: Path, seed: int, evaluates: bool
+    policy: Policy, config: DPOConfig, split: Split, folder: Path, seed: int, evaluates: bool
 ) -> TRLConfig:
     on_cpu = policy.device.type == "cpu"
-    accumulation = accumulation_steps(config, devices=1 if on_cpu else torch.cuda.device_count())
     try:
-        return TRLConfig(
+        arguments = TRLConfig(
             output_dir=str(folder),
             beta=config.beta,
             loss_type=[config.loss],
@@ -159,9 +217,9 @@ def _arguments(
             max_grad_norm=config.max_grad_norm,
             optim=config.optimizer,
             max_steps=config.steps,
-            per_device_train_batch_size=config.micro_batch_size,
+            per_device_train_batch_size=split.piece,
             per_device_eval_batch_size=config.micro_batch_size,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=split.accumulation,
             gradient_checkpointing=config.gradient_checkpointing,
             max_length=None,  # the pairs were measured and chosen already
             # The weights are in the compute type already; autocast would only convert them again.
@@ -169,6 +227,9 @@ def _arguments(
             # float16 loses small gradients unless the loss is scaled, which comes with autocast.
             fp16=policy.config.dtype == "float16" and not on_cpu,
             use_cpu=on_cpu,
+            # A row more in one process must not leave another waiting for its buffers.
+            ddp_broadcast_buffers=False,
+            ddp_find_unused_parameters=False,
             seed=seed,
             data_seed=seed,
             logging_steps=config.log_every,
@@ -184,22 +245,9 @@ def _arguments(
         )
     except (ValueError, KeyError) as error:
         raise ConfigError(f"the trainer refuses these dpo settings: {error}") from error
-
-
-def accumulation_steps(config: DPOConfig, devices: int) -> int:
-    """Return how many micro-batches on each device make up the configured global batch.
-
-    Raises:
-        ConfigError: the global batch cannot be split evenly; it is never changed silently.
-    """
-    together = config.micro_batch_size * max(1, devices)
-    if config.batch_size % together:
-        raise ConfigError(
-            f"dpo.batch_size={config.batch_size} cannot be split over {devices} devices with "
-            f"dpo.micro_batch_size={config.micro_batch_size}: choose a multiple of {together}, or "
-            "a smaller micro-batch"
-        )
-    return config.batch_size // together
+    if arguments.n_gpu > 1:  # one process uses one GPU; a launcher starts a process for each
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Watch(TrainerCallback):
@@ -241,7 +289,8 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(checkpoint / COMPLETE, {"step": state.global_step})
+        processes.barrier()  # each process has its own file in it
+        processes.on_main(lambda: write_json(checkpoint / COMPLETE, {"step": state.global_step}))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grath_utils import processes
 from grath_utils.config import PairsConfig
 from grath_utils.encoding import Request
-from grath_utils.errors import ConfigError, DataError, did_you_mean
+from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
 from grath_utils.generation import Completion, Prefix, Stop, generate, shared_beginning
 from grath_utils.parsing import (
     FILTERS,
@@ -496,5 +497,10 @@ def make_writer(
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     if config.legacy and config.mode != "paper":
         raise ConfigError('"pairs.legacy" belongs to pairs.mode=paper')
+    if config.backend == "vllm" and processes.size() > 1:
+        raise UsageError(
+            "pairs.backend=vllm runs in one process and shares out its GPUs itself: write the "
+            "pairs without a launcher, then train under it with the same run directory"
+        )
     kind = SingleCompletionWriter if config.mode == "paper" else ContrastWriter
     return kind(policy, config, seed)

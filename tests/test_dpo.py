@@ -25,6 +25,7 @@ from grath_utils.dpo import (
     train_round,
 )
 from grath_utils.errors import ConfigError, DataError, ModelError, TrainingError
+from grath_utils.global_batch import split_batch
 from grath_utils.models import Policy, load_base, load_policy
 from grath_utils.pairs import Pair
 from grath_utils.preferences import collate, tokenize_pair, tokenize_pairs
@@ -350,12 +351,16 @@ def test_no_pairs_is_an_error(base: ModelConfig, tmp_path: Path) -> None:
 
 
 def test_the_global_batch_is_what_is_configured() -> None:
-    from grath_utils.trainer import accumulation_steps
-
     config = DPOConfig(batch_size=16, micro_batch_size=4)
-    assert [accumulation_steps(config, devices) for devices in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(ConfigError, match="cannot be split over 8 devices"):
-        accumulation_steps(config, 8)
+    shapes = [split_batch(config, processes) for processes in (1, 2, 4, 8)]
+    assert [(shape.piece, shape.accumulation) for shape in shapes] == [
+        (4, 4),
+        (4, 2),
+        (4, 1),
+        (2, 1),
+    ]
+    with pytest.raises(ConfigError, match="cannot be divided among 3 processes"):
+        split_batch(config, 3)
 
 
 def test_an_unknown_loss_or_optimizer_is_a_config_error(base: ModelConfig, tmp_path: Path) -> None:

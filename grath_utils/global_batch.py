@@ -1,0 +1,158 @@
+"""The configured global batch, over however many processes train.
+
+One process takes ``micro_batch_size`` pairs at a time and adds up the gradients of a whole batch
+before it steps. Several processes take the same micro-batches of the same step, cut into *pieces*
+where there are not enough of them, and each piece counts by its share of its micro-batch. So order
+of the data, gradient and logged means are those of one process, also in the last step of an epoch,
+which may be short (the usual way is to fill it with pairs from the beginning again).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from grath_utils.config import DPOConfig
+from grath_utils.errors import ConfigError
+
+BATCHWISE_LOSSES = ("aot", "aot_unpaired", "sft")
+"""Losses that are no mean over pairs: they need their micro-batch in one piece."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the pairs of one optimiser step are divided."""
+
+    processes: int
+    piece: int
+    """Pairs that one process takes at a time."""
+    accumulation: int
+    """Pieces that each process adds up before the step."""
+
+
+def split_batch(config: DPOConfig, processes: int) -> Split:
+    """Return how ``dpo.batch_size`` is divided among processes.
+
+    Raises:
+        ConfigError: it cannot be divided evenly; it is never changed silently.
+    """
+    each, left = divmod(config.batch_size, processes)
+    if left:
+        raise ConfigError(
+            f"dpo.batch_size={config.batch_size} cannot be divided among {processes} processes: "
+            f"choose a multiple of {processes}, or another number of processes"
+        )
+    # A piece never crosses the border of a micro-batch, which counts as a whole.
+    piece = math.gcd(config.micro_batch_size, each)
+    if piece < config.micro_batch_size and config.loss in BATCHWISE_LOSSES:
+        raise ConfigError(
+            f"dpo.loss={config.loss} looks at all pairs of a micro-batch together, and {processes} "
+            f"processes would have to cut dpo.micro_batch_size={config.micro_batch_size} into "
+            f"pieces of {piece}: choose dpo.batch_size and dpo.micro_batch_size so that each "
+            "process gets whole micro-batches"
+        )
+    return Split(processes, piece, each // piece)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Pairs that one process computes at once."""
+
+    indices: tuple[int, ...]
+    share: float
+    """Of its micro-batch; 0 for a process that has nothing left to do in a short step."""
+    scale: float
+    """What its mean loss is multiplied by, so that the step's gradient is that of one process."""
+
+
+def deal(order: Sequence[int], config: DPOConfig, split: Split) -> list[list[Piece]]:
+    """Return the pieces of one epoch for each process, in order.
+
+    Args:
+        order: every pair's index, in the order in which one process would take them.
+        config: batch sizes.
+        split: as :func:`split_batch` returns it.
+    """
+    micro = _cut(order, config.micro_batch_size)
+    hands: list[list[Piece]] = [[] for _ in range(split.processes)]
+    for step in _cut(micro, config.batch_size // config.micro_batch_size):
+        pieces = [(part, len(batch)) for batch in step for part in _cut(batch, split.piece)]
+        rounds = math.ceil(len(pieces) / split.processes)
+        for place in range(rounds * split.processes):
+            if place < len(pieces):
+                part, whole = pieces[place]
+                # The trainer averages over rounds and processes; one process would have averaged
+                # over the step's micro-batches.
+                scale = rounds * split.processes * len(part) / (whole * len(step))
+                piece = Piece(tuple(part), len(part) / whole, scale)
+            else:
+                piece = Piece(tuple(step[0][:1]), 0.0, 0.0)
+            hands[place % split.processes].append(piece)
+    return hands
+
+
+def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+class Pieces:
+    """One process's pieces, epoch by epoch: what a ``DataLoader`` takes as batch sampler."""
+
+    def __init__(self, count: int, seed: int, config: DPOConfig, split: Split, rank: int) -> None:
+        from accelerate.data_loader import SeedableRandomSampler
+
+        # The very sampler that orders the data of one process.
+        self.sampler = SeedableRandomSampler(range(count), data_seed=seed)
+        self.config, self.split, self.rank = config, split, rank
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Piece]:
+        yield from deal(list(self.sampler), self.config, self.split)[self.rank]
+
+    def __len__(self) -> int:
+        count = len(self.sampler.data_source)
+        return len(deal(range(count), self.config, self.split)[self.rank])
+
+
+class PieceLoader(DataLoader):
+    """Collated batches with ``share`` and ``scale``, for one process."""
+
+    def __init__(
+        self,
+        rows: Sequence[dict[str, Any]],
+        pieces: Pieces,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            _Rows(rows), batch_sampler=pieces, collate_fn=_PieceCollator(collate), **options
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Rows(Dataset):
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, piece: Piece) -> tuple[Piece, list[dict[str, Any]]]:
+        return piece, [self.rows[i] for i in piece.indices]
+
+
+@dataclass(frozen=True)
+class _PieceCollator:
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, batch: tuple[Piece, list[dict[str, Any]]]) -> dict[str, Any]:
+        piece, examples = batch
+        return {**self.collate(examples), "share": piece.share, "scale": piece.scale}

@@ -1,0 +1,189 @@
+"""Several processes of one launch that work on the same run, and how they agree.
+
+``accelerate launch``, ``torchrun`` and ``accelerate.notebook_launcher`` start the same program
+several times and tell each copy its rank. Here is all that the rest needs to know of it: who is
+the *main* process (rank 0), which alone writes, locks and reports; how work is dealt out; and how
+every process learns what another one found. Started as one process, all of this does nothing.
+
+Objects travel over gloo, whatever the tensors of training travel over: waiting for a process that
+computes for an hour is no error.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import datetime
+import functools
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from grath_utils.errors import RunError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+PATIENCE = datetime.timedelta(days=2)
+"""How long a process waits for the others before it takes them for dead."""
+
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
+def launched() -> int:
+    """Return how many processes this launch has, as the launcher says; 1 without a launcher."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in names) else 1
+
+
+def size() -> int:
+    """Return how many processes share the present work; 1 inside work that one does by itself."""
+    return 1 if _alone.get() else launched()
+
+
+def rank() -> int:
+    """Return this process's number in its launch, from 0."""
+    return int(os.environ["RANK"]) if launched() > 1 else 0
+
+
+def is_main() -> bool:
+    """Tell whether this is the process that writes, locks and reports."""
+    return rank() == 0
+
+
+def cpu_only() -> bool:
+    """Tell whether the launcher was told to leave accelerators alone (``--cpu``)."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def sharded() -> bool:
+    """Tell whether training is to split the model itself over the processes (FSDP)."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return asked and launched() > 1
+
+
+@functools.cache
+def join() -> Any:
+    """Meet the other processes, once, and return the group over which objects travel.
+
+    With GPUs, each process takes the one of its local rank from here on.
+    """
+    import torch
+    import torch.distributed as distributed
+    from accelerate import PartialState
+
+    PartialState(cpu=cpu_only() or not torch.cuda.is_available(), timeout=PATIENCE)
+    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a program, as the libraries want it."""
+    if launched() > 1:
+        import torch.distributed as distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+            join.cache_clear()
+
+
+def gather(value: T) -> list[T]:
+    """Return every process's value, in the order of their ranks."""
+    if size() == 1:
+        return [value]
+    import torch.distributed as distributed
+
+    group = join()
+    values: list[Any] = [None] * launched()
+    distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    gather(None)
+
+
+def from_main(value: T) -> T:
+    """Return the main process's value in all of them."""
+    if size() == 1:
+        return value
+    import torch.distributed as distributed
+
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, group=join())
+    return box[0]
+
+
+def on_main(work: Callable[[], R]) -> R:
+    """Let the main process do ``work`` while the others wait; all return what it returned.
+
+    Raises:
+        Exception: what ``work`` raised, in every process, so that none waits for ever.
+    """
+    if size() == 1:
+        return work()
+    outcome = _attempt(work) if is_main() else None
+    value, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return value
+
+
+def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """Do independent pieces of work, each in one process, and yield all (piece, result) in order.
+
+    A piece is done just as one process would do it, so results do not depend on how many there
+    are. Pieces that follow one another should take about as long as one another.
+
+    Raises:
+        Exception: what ``work`` raised in any process, in every process.
+    """
+    count = size()
+    if count == 1:
+        for piece in pieces:
+            yield piece, work(piece)
+        return
+    for start in range(0, len(pieces), count):
+        turn = pieces[start : start + count]
+        own = turn[rank() : rank() + 1]  # in the last turn there may be none
+        outcomes = gather([_attempt(functools.partial(work, piece)) for piece in own])
+        done = [outcome for outcome in outcomes if outcome]
+        for piece, [(value, error)] in zip(turn, done, strict=True):
+            if error is not None:
+                raise error
+            yield piece, value
+
+
+def own_share(pieces: Sequence[T]) -> tuple[Sequence[T], int]:
+    """Return this process's run of neighbouring pieces, and the length of the longest such run.
+
+    For pieces that stand on the same earlier work as their neighbours.
+    """
+    count = size()
+    each, more = divmod(len(pieces), count)
+    own = rank() if count > 1 else 0
+    first = own * each + min(own, more)
+    return pieces[first : first + each + (own < more)], each + bool(more)
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def _attempt(work: Callable[[], R]) -> tuple[R | None, Exception | None]:
+    """Return what the work returned, or what it raised, in a form that can travel."""
+    with _by_itself():
+        try:
+            return work(), None
+        except Exception as error:
+            try:
+                pickle.loads(pickle.dumps(error))
+                return None, error
+            except Exception:  # one that cannot be sent: its words can
+                return None, RunError(f"process {rank()}: {type(error).__name__}: {error}")
