@@ -21,7 +21,7 @@ Data flows one way through the modules, and none imports one further down the li
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
     experiments                                  such grids beside a run, small
     exercises                                    right or not yet, without giving the answer
-    notebooks, render, cli                       the front ends, and notebooks as they are read
+    notebooks, widgets, render, cli              the front ends, and notebooks as they are read
 
 Importing the package itself is cheap: torch and its friends load only with the modules that use
 them.

@@ -393,6 +393,41 @@ def plot_dpo_loss(beta: float = 0.1) -> Figure:
     return figure
 
 
+def plot_dpo_point(beta: float, contrast: float) -> Figure:
+    """Show the DPO loss against the contrast that it is made from, and where one pair stands.
+
+    Args:
+        beta: scales the contrast to the margin.
+        contrast: log-ratio of the chosen answer minus that of the rejected one, in nats.
+    """
+    figure, axes = new_axes(height=3.2)
+    reach = 40.0
+    places = [reach * x / 200 for x in range(-200, 201)]
+
+    def loss(x: float) -> float:  # log(1 + exp(-beta x)), also where exp would overflow
+        return max(-beta * x, 0.0) + math.log1p(math.exp(-abs(beta * x)))
+
+    margin = beta * contrast
+    slope = -beta * (1 - 1 / (1 + math.exp(-margin)))
+    axes.plot(places, [loss(x) for x in places], color=BLUE, label=f"loss, beta = {beta:.3g}")
+    tangent = [loss(contrast) + slope * (x - contrast) for x in (contrast - 12, contrast + 12)]
+    axes.plot(
+        [contrast - 12, contrast + 12],
+        tangent,
+        color=VERMILION,
+        linestyle="--",
+        label=f"slope {slope:.3g}: what the gradient does",
+    )
+    axes.plot([contrast], [loss(contrast)], "o", color=BLUE)
+    axes.set_title(f"margin {margin:+.2f}, loss {loss(contrast):.3f}", fontsize=10.5, loc="left")
+    axes.set_xlabel("contrast: log-ratio of chosen minus log-ratio of rejected (nats)")
+    axes.set_ylabel("loss (nats)")
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-0.15, 4.2)
+    axes.legend(loc="upper right", fontsize=9)
+    return figure
+
+
 def plot_training(log: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Show a round's loss, margin, log-probabilities and gradient norm."""
     figure, grid = new_axes(2, 2, width=8.5, height=6.2)
