@@ -416,14 +416,14 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
         tangent,
         color=VERMILION,
         linestyle="--",
-        label=f"slope {slope:.3g}: what the gradient does",
+        label=f"slope {slope:.3g} (tangent)",
     )
     axes.plot([contrast], [loss(contrast)], "o", color=BLUE)
     axes.set_title(f"margin {margin:+.2f}, loss {loss(contrast):.3f}", fontsize=10.5, loc="left")
     axes.set_xlabel("contrast: log-ratio of chosen minus log-ratio of rejected (nats)")
     axes.set_ylabel("loss (nats)")
     axes.set_xlim(-reach, reach)
-    axes.set_ylim(-0.15, 4.2)
+    axes.set_ylim(-0.15, max(4.2, 1.1 * loss(contrast)))  # the pair stays in sight
     axes.legend(loc="upper right", fontsize=9)
     return figure
 

@@ -214,6 +214,7 @@ def _change(
 def _picture(figure: Figure) -> Image:
     """Return a figure as a picture, and let go of it: pyplot would keep every one of them."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi)
+    with plt.rc_context({"savefig.bbox": "standard"}):  # equal sizes: no jumping while dragging
+        figure.savefig(buffer, format="png", dpi=figure.dpi)
     plt.close(figure)
     return Image(buffer.getvalue(), alt="The DPO loss against the contrast of a pair")

@@ -30,10 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, HEIGHT = 1280, 1400  # of the window, in pixels; a laptop's width
 START_LIMIT = 120.0  # seconds for the server to answer
-NOT_DONE = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]
-    .filter(cell => cell.querySelector('.jp-Editor, .cm-content').innerText.trim())
-    .map(cell => cell.querySelector('.jp-InputPrompt').innerText.trim())
-    .filter(prompt => !/\\[\\d+\\]/.test(prompt)).length"""
+# The first code cell has a number, and none waits: all done, or one failed and the rest let go.
+DONE = """() => {
+    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
+        .map(prompt => prompt.innerText.trim());
+    return /\\d/.test(prompts[0]) && !prompts.some(prompt => prompt.includes('*'));
+}"""
 ERROR = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 
 

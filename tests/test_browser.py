@@ -7,6 +7,7 @@ Where there is no browser these tests are skipped. Photographs of every notebook
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +93,29 @@ def test_hints_are_folded_until_asked_for(lab: Lab, browser: Browser) -> None:
         assert not body.first.is_visible()
         hints.first.locator("summary").click()
         assert body.first.is_visible()
+
+
+def test_dragging_beta_redraws_the_loss(
+    smoke: tuple[Run, str], lab: Lab, browser: Browser, tmp_path: Path
+) -> None:
+    shutil.copytree(smoke[0].path, tmp_path / "run")  # everything is done there: only looking
+    parameters = {"PROFILE": "smoke", "RUN_DIR": str(tmp_path / "run")}
+    name = lab.add(ROOT / "notebooks" / "02_qlora_dpo.ipynb", parameters)
+    with open_tab(browser, lab, name) as tab:
+        tab.run_all(LIMIT)
+        check_looks(tab)
+        cell = tab.page.locator(".jp-CodeCell", has_text="explore_dpo_loss")
+        picture, handles = cell.locator(".jp-RenderedImage img"), cell.locator(".noUi-handle")
+        assert (picture.count(), handles.count()) == (1, 2)
+        before = picture.get_attribute("src")
+        handles.first.press("ArrowRight")
+        tab.page.wait_for_function(
+            "([image, before]) => image.src !== before",
+            arg=[picture.element_handle(), before], timeout=30_000,
+        )  # fmt: skip
+        assert picture.count() == 1, "drawn anew, not once more"
+        cell.scroll_into_view_if_needed()
+        cell.screenshot(path=SHOTS / "02_qlora_dpo-dragged.png")
 
 
 @pytest.mark.parametrize("path", numbered_notebooks(), ids=lambda path: path.stem)
