@@ -36,7 +36,8 @@ DONE = """() => {
         .map(prompt => prompt.innerText.trim());
     return /\\d/.test(prompts[0]) && !prompts.some(prompt => prompt.includes('*'));
 }"""
-ERROR = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
+# What JupyterLab shows in red: an exception, or anything written to stderr.
+ERROR = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
 
 
 def find_browser() -> str | None:
@@ -163,10 +164,7 @@ class Tab:
         """
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        self.page.wait_for_function(
-            f'() => document.querySelector("{ERROR}") || ({NOT_DONE})() === 0',
-            timeout=1000 * limit,
-        )
+        self.page.wait_for_function(DONE, timeout=1000 * limit)
 
     def saved(self) -> nbformat.NotebookNode:
         """Save by the keyboard and return what the file then holds."""

@@ -55,7 +55,7 @@ def browser() -> Iterator[Browser]:
 
 def check_looks(tab: Tab) -> None:
     """Hold what can be held without eyes: nothing failed, sticks out, or did not load."""
-    assert tab.page.locator(ERROR).count() == 0
+    assert tab.page.locator(ERROR).all_inner_texts() == []
     assert not tab.too_wide()
     assert not tab.broken_pictures()
     assert not tab.faults, "errors of the page's own scripts"
