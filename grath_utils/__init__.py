@@ -36,4 +36,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # On import, bitsandbytes complains of an optional CPU kernel that is absent; trl imports it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+# On import, bitsandbytes complains of an optional CPU kernel that is absent.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 __version__ = "0.1.0"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import subprocess
 import sys
@@ -548,7 +547,6 @@ def quiet_transformers() -> Iterator[None]:
     level = settings.get_verbosity()
     settings.set_verbosity_error()
     settings.disable_progress_bar()
-    quiet_bitsandbytes()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
@@ -556,8 +554,3 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         settings.set_verbosity(level)
         settings.enable_progress_bar()
-
-
-def quiet_bitsandbytes() -> None:
-    """Keep bitsandbytes from complaining, on import, of an optional CPU kernel that is absent."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

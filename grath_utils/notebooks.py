@@ -20,7 +20,6 @@ from grath_utils.artifacts import atomic_path
 from grath_utils.config import changed_settings, load_config
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
 from grath_utils.loop import stages, start_run
-from grath_utils.models import quiet_bitsandbytes
 from grath_utils.paths import notebooks_dir
 from grath_utils.runs import Run, lock_run
 
@@ -41,7 +40,6 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
         seed: replaces the profile's seed.
         overrides: such as ``"dpo.beta=0.05 loop.iterations=3"``.
     """
-    quiet_bitsandbytes()
     config = load_config(profile, overrides, seed=seed)
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()
