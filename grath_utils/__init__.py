@@ -11,7 +11,7 @@ Data flows one way through the modules, and none imports one further down the li
     shared_prefix, generation, vllm_backend      completions over one shared prefix
     writers, pairs, audit                        the model's own correct and incorrect answers
     preferences, packing, global_batch           token ids in rows, over all processes
-    trainer, dpo, drift                          token ids, reference, one round of training
+    tracking, trainer, dpo, drift                token ids, reference, one round of training
     statistics, metrics, protocols               numbers with intervals, and how they are asked for
     partial, answers, evaluation                 results that can be resumed
     selection                                    signs of collapse, and which round to keep

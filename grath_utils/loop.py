@@ -25,6 +25,7 @@ from grath_utils.models import Policy, base_weights_fingerprint, resolve
 from grath_utils.pairs import Pair, generate_pairs, read_pairs, refine_pairs
 from grath_utils.questions import Question, load_questions, split_held_out
 from grath_utils.runs import Run, environment_facts, lock_run, open_run, record_made
+from grath_utils.tracking import check_trackers, write_scalars
 
 BASE = "base"
 
@@ -53,6 +54,7 @@ def _start_run(path: str | Path, config: Config) -> Run:
             raise ConfigError(
                 f'"evaluation.benchmarks" names "{name}"{did_you_mean(name, BENCHMARKS)}'
             )
+    check_trackers(config.dpo.report_to)
     model = resolve(config.model)
     questions = load_questions(config.questions, config.seed)
     facts = {
@@ -251,6 +253,12 @@ def evaluate_model(
             progress=progress,
         )
         record_made(run, out)
+        write_scalars(
+            run.config.dpo.report_to,
+            run.path / "evaluation" / "tensorboard",
+            {f"{benchmark}/{name}": metric["value"] for name, metric in result["metrics"].items()},
+            step=0 if iteration is None else iteration + 1,  # rounds of training behind it
+        )
     return result
 
 

@@ -36,6 +36,9 @@ from grath_utils.errors import ConfigError, DataError, RunError
 
 SCHEMA_VERSION = 1
 
+WITHOUT_EFFECT = ("dpo.report_to",)
+"""Settings that change no result: a run goes on with other ones."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -173,7 +176,11 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
-    lines = differing_keys(run.config, recorded)
+    lines = [
+        line
+        for line in differing_keys(run.config, recorded)
+        if line.partition(":")[0] not in WITHOUT_EFFECT
+    ]
     if lines:
         raise ConfigError(
             f"{run.path} was made by another configuration:\n  "

@@ -34,6 +34,7 @@ from grath_utils.global_batch import PieceLoader, Pieces, Split, split_batch
 from grath_utils.models import Policy, activate_adapters, quiet_transformers
 from grath_utils.packing import PackedCollator, packed_forward, row_limit
 from grath_utils.scoring import accepts, can_run_trees
+from grath_utils.tracking import check_trackers, training_callbacks, trl_trackers
 
 COMPLETE = "complete.json"  # written into a checkpoint after everything else
 
@@ -138,10 +139,12 @@ def run_trainer(
 
     Raises:
         TrainingError: the loss is not finite, or nothing is trainable.
-        ConfigError: the loss or the optimiser is not one that TRL or transformers know.
+        ConfigError: the loss or the optimiser is not one that TRL or transformers know, the batch
+            cannot be divided among the processes, or a tracker is not there.
     """
     if not any(p.requires_grad for p in policy.model.parameters()):
         raise TrainingError("nothing to train: no parameter of the adapter requires a gradient")
+    check_trackers(config.report_to)
     folder.mkdir(parents=True, exist_ok=True)
     split = split_batch(config, processes.size())
     collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
@@ -168,7 +171,11 @@ def run_trainer(
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(_Watch(config, progress and processes.is_main()))
-        trainer.train(resume_from_checkpoint=processes.on_main(lambda: _last_checkpoint(folder)))
+        checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
+        done = _step_of(Path(checkpoint)) if checkpoint else 0
+        for callback in training_callbacks(config.report_to, folder.parent / "tensorboard", done):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=checkpoint)
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
 
@@ -238,7 +245,7 @@ def _arguments(
             eval_on_start=evaluates,
             save_steps=config.save_every,
             save_total_limit=2,
-            report_to="none",
+            report_to=trl_trackers(config.report_to),
             disable_tqdm=True,
             dataloader_pin_memory=not on_cpu,
             remove_unused_columns=False,
@@ -301,10 +308,14 @@ def _last_checkpoint(folder: Path) -> str | None:
     whole = []
     for path in folder.glob("checkpoint-*"):
         if (path / COMPLETE).is_file():
-            whole.append((int(path.name.rsplit("-", 1)[1]), path))
+            whole.append((_step_of(path), path))
         else:
             shutil.rmtree(path)
     return str(max(whole)[1]) if whole else None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
