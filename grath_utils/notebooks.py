@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import html
 import json
 import os
@@ -157,12 +158,15 @@ def run_notebooks(
                 continue
             start = time.monotonic()
             _show(f"{path.stem:24} running ...")
-            before = _done(run)
+            before, earlier = _done(run), most_work(target)
             execute_notebook(
                 path,
                 target,
                 run_parameters(run),
-                facts=lambda before=before: {"stages": sorted(_done(run) - before)},
+                facts=lambda before=before, earlier=earlier: {
+                    "stages": sorted(_done(run) - before),
+                    "earlier": earlier,
+                },
             )
             _show("")
             say(f"{path.stem:24} done in {_duration(time.monotonic() - start)}")
@@ -171,6 +175,22 @@ def run_notebooks(
 
 def _done(run: Run) -> set[str]:
     return {stage.name for stage in stages(run) if stage.done}
+
+
+def most_work(executed: Path) -> dict[str, Any] | None:
+    """Return what that execution of a notebook took which had the most stages to do.
+
+    A notebook that is executed again after an edit finds its stages done; what the work costs is
+    what the first execution took.
+    """
+    if not executed.is_file():
+        return None
+    metadata = json.loads(executed.read_text(encoding="utf-8"))["metadata"]
+    last = metadata.get("grath_execution")
+    if not last:
+        return None
+    both = [{k: v for k, v in last.items() if k != "earlier"}, last.get("earlier")]
+    return max(filter(None, both), key=lambda took: len(took.get("stages", [])))
 
 
 def run_parameters(run: Run) -> dict[str, Any]:
@@ -203,7 +223,8 @@ def execute_notebook(
     """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
 
     What the execution took is kept in the copy's metadata, under ``grath_execution``: ``seconds``,
-    ``peak_memory_gib`` (highest resident size of the kernel and what it starts) and ``facts``.
+    ``peak_memory_gib`` (highest resident size of the kernel and what it starts), ``date`` and
+    ``facts``.
 
     Args:
         path: the notebook.
@@ -249,6 +270,7 @@ def execute_notebook(
         executed["metadata"]["grath_execution"] = {
             "seconds": round(time.monotonic() - start, 1),
             "peak_memory_gib": round(peak["bytes"] / 2**30, 2),
+            "date": datetime.date.today().isoformat(),
             **facts(),
         }
         _drop_widgets(executed)

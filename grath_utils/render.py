@@ -286,16 +286,10 @@ def take_over(
 
 def _cost(executed: nbformat.NotebookNode, old: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the execution took, or what an earlier one did that had more stages to do."""
-    papermill = executed.metadata.get("papermill", {})
-    took = executed.metadata.get("grath_execution", {})
-    cost = {
-        "seconds": took.get("seconds", papermill.get("duration")),
-        "peak_memory_gib": took.get("peak_memory_gib"),
-        "stages": took.get("stages", []),
-        "date": str(papermill.get("end_time", ""))[:10],
-    }
-    before = old.get("cost")
-    return dict(before) if before and len(before["stages"]) > len(cost["stages"]) else cost
+    last = executed.metadata.get("grath_execution", {})
+    known = [took for took in (last, last.get("earlier"), old.get("cost")) if took]
+    most = max(known, key=lambda took: len(took.get("stages", [])), default={})
+    return {name: most.get(name) for name in ("seconds", "peak_memory_gib", "stages", "date")}
 
 
 def clean_outputs(

@@ -93,9 +93,13 @@ def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Pat
     assert kept["seconds"] > 0
     assert kept["peak_memory_gib"] > 0
     assert kept["stages"] == []
+    assert kept["earlier"] is None
     write(source, 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""', "print('changed')")
     run_notebooks(run, [source], say=lines.append)
     assert "changed" in json.dumps(read(executed).cells[-1]["outputs"])
+    assert read(executed).metadata["grath_execution"]["earlier"] == {
+        name: value for name, value in kept.items() if name != "earlier"
+    }
 
 
 def test_a_failing_cell_is_named_and_the_notebook_kept(tmp_path: Path) -> None:

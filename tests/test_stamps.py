@@ -132,9 +132,9 @@ def notebook_of(*sources: str, outputs: list | None = None) -> nbformat.Notebook
 
 def executed(*sources: str, outputs: list, stages: list[str], seconds: float = 60.0):
     copy = notebook_of(*sources, outputs=outputs)
-    copy.metadata["papermill"] = {"duration": 1.0, "end_time": "2026-01-02T03:04:05"}
+    copy.metadata["papermill"] = {"duration": 1.0}
     copy.metadata["grath_execution"] = {
-        "seconds": seconds, "peak_memory_gib": 1.5, "stages": stages,
+        "seconds": seconds, "peak_memory_gib": 1.5, "stages": stages, "date": "2026-01-02",
     }  # fmt: skip
     return copy
 
@@ -163,6 +163,10 @@ def test_the_cost_stays_that_of_the_execution_that_did_the_work() -> None:
     quick = executed("x = 1", outputs=[], stages=[], seconds=5)
     assert take_over(source, quick, FACTS, "cpu").metadata[STAMP]["cost"]["seconds"] == 200
     assert take_over(source, quick, FACTS, "smoke").metadata[STAMP]["cost"]["seconds"] == 5
+    # The run directory remembers, too, where nothing was committed in between.
+    quick.metadata["grath_execution"]["earlier"] = first.metadata["grath_execution"]
+    cost = take_over(notebook_of("x = 1"), quick, FACTS, "cpu").metadata[STAMP]["cost"]
+    assert (cost["seconds"], cost["stages"]) == (200, ["pairs", "train"])
 
 
 def test_outputs_of_other_code_and_errors_are_refused() -> None:
