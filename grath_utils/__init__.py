@@ -33,8 +33,6 @@ import os
 # No network access that the user did not ask for: the libraries below report usage by default.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# On import, bitsandbytes complains of an optional CPU kernel that is absent; trl imports it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # On import, bitsandbytes complains of an optional CPU kernel that is absent.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
