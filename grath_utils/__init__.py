@@ -16,7 +16,7 @@ Data flows one way through the modules, and none imports one further down the li
     partial, answers, evaluation                 results that can be resumed
     selection                                    signs of collapse, and which round to keep
     loop, workshop                               the gradual iterations over a run directory
-    plots, report, export                        pictures, the page that holds them, the model
+    plots, dashboard, report, export             pictures, the page that holds them, the model
     classroom                                    the course in one folder, for no network
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
     experiments                                  such grids beside a run, small

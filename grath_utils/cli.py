@@ -245,8 +245,8 @@ def _add_status(commands: argparse._SubParsersAction) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
+    from grath_utils.dashboard import choice_line
     from grath_utils.loop import stages
-    from grath_utils.report import choice_line
     from grath_utils.runs import load_run
 
     run = load_run(options.run_dir)

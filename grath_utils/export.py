@@ -10,12 +10,13 @@ import torch
 
 from grath_utils import __version__
 from grath_utils.artifacts import atomic_path, write_text
+from grath_utils.dashboard import choice_line
 from grath_utils.errors import ModelError, UsageError
 from grath_utils.generation import generate
 from grath_utils.loop import final_iteration, load_model, planned_iterations
 from grath_utils.models import Policy, apply_adapters, load_base, quiet_transformers, resolve_name
 from grath_utils.prompts import PROMPT_OVERLAP, question_messages, render_chat
-from grath_utils.report import choice_line, comparison_rows, metric_line
+from grath_utils.report import comparison_rows, metric_line
 from grath_utils.runs import Run, load_run
 
 CHECK_PROMPT = "Q: What is made of milk?\nA:"

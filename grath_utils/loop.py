@@ -293,6 +293,8 @@ class Stage:
     """None: about the base model."""
     output: Path
     work: Callable[[], Any]
+    beside: tuple[Path, ...] = ()
+    """What else it leaves; written before ``output``, whose presence says that all is there."""
 
     @property
     def done(self) -> bool:
@@ -376,12 +378,14 @@ def stages(run: Run, *, progress: bool = True) -> list[Stage]:
                 t,
                 run.pairs(t),
                 lambda t=t: make_pairs(run, t, progress=progress),
+                (run.rejects(t),),
             ),
             Stage(
                 f"train, iteration {t}",
                 t,
                 run.adapter(t),
                 lambda t=t: train_iteration(run, t, progress=progress),
+                (run.training_log(t),),
             ),
             Stage(
                 f"measure on held-out pairs, iteration {t}",
@@ -450,7 +454,8 @@ def _note_done(run: Run) -> None:
     """Note what is there: a process may have been killed just before it noted its work."""
     for stage in stages(run):
         if stage.done:
-            record_made(run, stage.output)
+            for path in filter(Path.exists, (*stage.beside, stage.output)):
+                record_made(run, path)
 
 
 def _first_to_do(plan: Sequence[Stage]) -> int | None:

@@ -524,6 +524,50 @@ def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
+def plot_dashboard(panels: Sequence[Any], columns: int = 4) -> Figure:
+    """Show each number over the rounds in a small panel of its own, with 95 % intervals.
+
+    Args:
+        panels: ``title``, ``unit``, ``points`` of (model label, value, low, high) and ``line``, as
+            :func:`grath_utils.dashboard.dashboard_panels` makes them.
+        columns: panels side by side.
+    """
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = new_axes(rows, columns, width=2.5 * columns, height=2.05 * rows)
+    labels = list(dict.fromkeys(label for panel in panels for label, *_ in panel.points))
+    labels.sort(key=lambda label: -1 if label == "base" else int(label.rsplit("_", 1)[1]))
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for label, value, low, high in panel.points:
+            place = labels.index(label)
+            error = None if low is None else [[max(value - low, 0)], [max(high - value, 0)]]
+            axis.errorbar(
+                [place],
+                [value],
+                yerr=error,
+                fmt="osD^vP"[place % 6],
+                color=MODEL_COLOURS[place % 6],
+                capsize=3,
+                markersize=5,
+            )
+        if panel.line:
+            name, height = panel.line
+            axis.axhline(height, color=GREY, linewidth=1, linestyle="--")
+            axis.annotate(name, (1, height), xycoords=("axes fraction", "data"), fontsize=7.5,
+                          ha="right", va="bottom", color=GREY)  # fmt: skip
+        if panel.unit == "share":
+            axis.set_ylim(-0.03, 1.03)
+        axis.set_title(panel.title, fontsize=9.5)
+        axis.set_ylabel(panel.unit, fontsize=8.5)
+        names = [_model_name(label) for label in labels]
+        axis.set_xticks(range(len(labels)), names, fontsize=8)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set_xlim(-0.5, len(labels) - 0.5)
+        axis.grid(axis="x", visible=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
 # --- quantization --------------------------------------------------------------------------------
 
 

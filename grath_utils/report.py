@@ -13,20 +13,18 @@ from matplotlib.figure import Figure
 
 from grath_utils import plots
 from grath_utils.artifacts import atomic_path, read_jsonl, write_text
+from grath_utils.dashboard import ROUND_COLUMNS, choice_line, dashboard_panels, round_rows
 from grath_utils.evaluation import compare
 from grath_utils.loop import (
     BASE,
     choice,
     final_iteration,
-    measured_rounds,
     model_label,
     planned_iterations,
     results,
     run_pairs,
 )
 from grath_utils.runs import Run
-from grath_utils.selection import displacement, margins
-from grath_utils.statistics import summarize
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -118,15 +116,6 @@ def summary_table(run: Run) -> str:
     )
 
 
-def choice_line(run: Run) -> str:
-    """Return which round was chosen and why, and why the loop stopped early if it did."""
-    found = choice(run)
-    if found is None:
-        return "no round has been measured yet"
-    line = f"chosen without looking at these numbers: {found.why}"
-    return line + (f"; stopped early, {found.stop}" if found.stop else "")
-
-
 def _interval(metric: Mapping[str, Any]) -> str:
     low, high = metric["ci95"]
     return f"{percent(metric['value'])} [{percent(low)}, {percent(high)}]"
@@ -214,59 +203,12 @@ def _choice(run: Run) -> str:
         "<h2>Which round, and why</h2><p>Decided by held-out pairs and signs of collapse; the "
         f"benchmarks above were not looked at. <b>{html.escape(choice_line(run))}.</b></p>"
         + _table(ROUND_COLUMNS, round_rows(run), numbers_from=1)
-    )
-
-
-ROUND_COLUMNS = (
-    "model",
-    "held-out margin (nats)",
-    "chosen (nats)",
-    "KL (nats a token)",
-    "words",
-    "distinct",
-    "circles",
-    "non-answers",
-    "alarms",
-)
-
-
-def round_rows(run: Run) -> list[tuple[str, ...]]:
-    """Return what each round was judged by, one row a model, in the order of ROUND_COLUMNS.
-
-    Margin, chosen and KL are means over the held-out pairs of iteration 0, against the base model,
-    with 95 % intervals; the rest is about free answers to held-out questions.
-    """
-    found = choice(run)
-    if found is None:
-        return []
-    base, rounds = measured_rounds(run)
-
-    def mean(values: Sequence[float] | None) -> str:
-        if values is None or not len(values):
-            return "not measured"
-        summary = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(summary["value"], *summary["ci95"])
-
-    rows = []
-    for label, after, warned in zip(
-        ("base", *(f"round {t + 1}" for t in range(len(rounds)))),
-        (base, *rounds),
-        ((), *found.alarms),
-        strict=True,
-    ):
-        health = after["health"]
-        rows.append(
-            (
-                label,
-                mean(margins(base, after)),
-                mean(displacement(base, after)),
-                mean(after["kl"]),
-                f"{health['words']:.1f}",
-                *(f"{health[key]:.0%}" for key in ("distinct", "repetition", "non_answers")),
-                "; ".join(warned) or "none",
-            )
+        + _image(
+            plots.plot_dashboard(dashboard_panels(run)),
+            run.figures / "dashboard.png",
+            "what the rounds were judged by, and what they reached",
         )
-    return rows
+    )
 
 
 def _controls(run: Run) -> str:
