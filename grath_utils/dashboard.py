@@ -32,7 +32,7 @@ def choice_line(run: Run) -> str:
     found = choice(run)
     if found is None:
         return "no round has been measured yet"
-    line = f"chosen without looking at these numbers: {found.why}"
+    line = f"chosen without a look at any benchmark: {found.why}"
     return line + (f"; stopped early, {found.stop}" if found.stop else "")
 
 

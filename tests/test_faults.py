@@ -14,7 +14,7 @@ from grath_utils.artifacts import read_json
 
 KILLS = 3  # in each stage
 IGNORED = (".lock",)
-VOLATILE = {"seconds", "peak_memory_mib", "created", "finished", "started"}
+VOLATILE = {"seconds", "resumed", "peak_memory_mib", "created", "finished", "started"}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 and fork are POSIX")
 
