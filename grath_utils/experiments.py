@@ -29,7 +29,6 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {
         "questions.limit": 8,
         "pairs.candidates": 1,
-        "pairs.max_new_tokens": 40,
         "dpo.steps": 2,
         "dpo.batch_size": 2,
         "dpo.micro_batch_size": 2,
@@ -38,7 +37,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "loop.keep": "last",
         "loop.early_stop": False,
         "loop.signals": False,
-        "evaluation.limit": 8,
+        "evaluation.limit": 6,
         "evaluation.every_iteration": False,
     },
     "cpu": {
@@ -101,7 +100,8 @@ def cut_grid(
         run: gives the profile, the seed and the size.
         axes: the values to try, for keys that the grid varies; keys that are not named stay at the
             profile's value, and the seed is the run's.
-        common: for all points; goes before the size, and after what the user has set.
+        common: for all points; goes before all else, then what the shipped grid sets for all, then
+            what the user has set, then the size.
 
     Raises:
         ConfigError: no such grid.
@@ -112,7 +112,8 @@ def cut_grid(
         if key not in grid.axes:
             raise UsageError(f'{name} does not vary "{key}"{did_you_mean(key, grid.axes)}')
     size, chosen = SIZES.get(run.config.profile, {}), changed_settings(run.config)
-    settings = {**size, **grid.common, **(common or {}), **chosen}
+    # What the experiment is about stands last: without it the question would be another one.
+    settings = {**size, **chosen, **grid.common, **(common or {})}
     tree = {
         "profile": run.config.profile,
         "set": {key: value for key, value in settings.items() if key not in axes},
@@ -227,7 +228,10 @@ def verdicts(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[Any, .
     for name, found in rows:
         low, high = (100 * bound for bound in found["ci95"])
         shown = f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        least = 100 * found["smallest_detectable"]
-        verdict = "cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER"
-        table.append((name, found["n"], shown, f"{least:.1f}", verdict))
+        if not found["gained"] + found["lost"]:  # no spread, so nothing to estimate it from
+            least, verdict = "unknown", "no item moved"
+        else:
+            least = f"{100 * found['smallest_detectable']:.1f}"
+            verdict = "cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER"
+        table.append((name, found["n"], shown, least, verdict))
     return table

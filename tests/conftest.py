@@ -51,7 +51,7 @@ DPO = DPOConfig(
 )
 LORA = LoraConfig(r=4, alpha=8)
 
-LIMIT = 900  # seconds; a smoke run takes two or three minutes
+LIMIT = 1800  # seconds; a smoke run takes two or three minutes, its experiments as long again
 
 
 def start(*arguments: object, **options) -> subprocess.Popen[str]:

@@ -62,7 +62,7 @@ def test_the_sizes_are_settings_of_their_profiles() -> None:
         assert {key: config.flat()[key] for key in size} == size
 
 
-def test_a_cut_grid_is_small_and_what_the_user_set_goes_before_the_size(tmp_path: Path) -> None:
+def test_a_cut_grid_is_small_and_keeps_what_the_user_and_the_experiment_set(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", load_config("cpu", {"dpo.steps": 20, "dpo.beta": 0.3}, seed=4))
     assert size_of(run) == {**SIZES["cpu"], "dpo.steps": 20, "dpo.beta": 0.3}
     path = cut_grid("what_matters_chain", run, {"dpo.chain": ["continue", "fresh"]})
@@ -75,9 +75,11 @@ def test_a_cut_grid_is_small_and_what_the_user_set_goes_before_the_size(tmp_path
         assert point.config.dpo.beta == 0.3
         assert point.config.questions.limit == SIZES["cpu"]["questions.limit"]
         assert point.config.loop.iterations == 3  # the shipped grid's, for the small one has one
-    again = cut_grid("what_matters_chain", run, {"dpo.chain": ["fresh"]}, common={"dpo.beta": 1})
+    common = {"dpo.beta": 1, "loop.iterations": 2}
+    again = cut_grid("what_matters_chain", run, {"dpo.chain": ["fresh"]}, common=common)
     tree = yaml.safe_load(again.read_text(encoding="utf-8"))
-    assert tree["set"]["dpo.beta"] == 0.3
+    assert tree["set"]["dpo.beta"] == 1  # else the experiment would ask something else
+    assert tree["set"]["loop.iterations"] == 2
 
 
 def test_an_axis_goes_before_a_size_and_before_the_user(tmp_path: Path) -> None:
@@ -121,6 +123,9 @@ def test_an_experiment_runs_shares_and_reads(tiny_run: Run) -> None:
     assert float(least) == pytest.approx(100 * row[1]["smallest_detectable"], abs=0.06)
     low, high = row[1]["ci95"]
     assert verdict == ("cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER")
+
+    nothing = {**row[1], "value": 0.0, "ci95": [0.0, 0.0], "gained": 0, "lost": 0}
+    assert verdicts([("same", nothing)])[0][3:] == ("unknown", "no item moved")
 
     # Another experiment has the first point as well: it is not run again.
     runs = folder_of(tiny_run) / "sweep" / "runs"
