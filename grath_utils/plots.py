@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from grath_utils.statistics import t_interval
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
@@ -888,25 +891,49 @@ def plot_controls(
 def plot_category_change(
     before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "mc2"
 ) -> Figure:
-    """Show a metric's mean in each category before and after, sorted by the change."""
-    categories = sorted(
-        before["per_category"],
-        key=lambda c: (
-            after["per_category"][c][metric]["value"] - before["per_category"][c][metric]["value"]
-        ),
+    """Show a metric in each category before and after, and the paired change with its interval.
+
+    Args:
+        before: result of one benchmark, with ``items`` (as :func:`grath_utils.evaluation.evaluate`
+            returns it).
+        after: of the other model, on the same items.
+        metric: one that every item has.
+    """
+    values: dict[str, list[tuple[float, float]]] = {}
+    for first, second in zip(before["items"], after["items"], strict=True):
+        both = (100 * first["metrics"][metric], 100 * second["metrics"][metric])
+        values.setdefault(first.get("category") or "all", []).append(both)
+    changes = {name: [b - a for a, b in rows] for name, rows in values.items()}
+    categories = sorted(values, key=lambda name: fmean(changes[name]))
+    figure, (left, right) = new_axes(
+        1, 2, width=10.0, height=1.2 + 0.3 * len(categories), width_ratios=(3, 2)
     )
-    figure, axes = new_axes(width=7.8, height=0.9 + 0.3 * len(categories))
-    for i, category in enumerate(categories):
-        first = 100 * before["per_category"][category][metric]["value"]
-        second = 100 * after["per_category"][category][metric]["value"]
-        axes.plot([first, second], [i, i], color=GREY, linewidth=1.2)
-        axes.plot([first], [i], "o", color=GREY, label="before" if i == 0 else None)
-        axes.plot([second], [i], "D", color=BLUE, label="after" if i == 0 else None)
-    counts = [before["per_category"][c][metric]["n"] for c in categories]
-    names = [f"{c} (n = {n})" for c, n in zip(categories, counts, strict=True)]
-    axes.set_yticks(range(len(categories)), names, fontsize=9)
-    axes.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, percent")
-    figure.legend(fontsize=9, loc="outside upper right", ncols=2)  # inside, it could hide a point
+    for i, name in enumerate(categories):
+        was, now = (fmean(side) for side in zip(*values[name], strict=True))
+        left.plot([was, now], [i, i], color=GREY, linewidth=1.2)
+        left.plot([was], [i], "o", color=GREY, label="before" if i == 0 else None)
+        left.plot([now], [i], "D", color=BLUE, label="after" if i == 0 else None)
+        change = fmean(changes[name])
+        low, high = t_interval(changes[name]) or (change, change)
+        clear = len(changes[name]) > 1 and (low > 0 or high < 0)
+        right.errorbar(
+            [change],
+            [i],
+            xerr=[[change - low], [high - change]],
+            fmt="D" if clear else "o",
+            color=BLUE if clear else GREY,
+            markerfacecolor=BLUE if clear else "white",
+            capsize=3,
+        )
+    names = [f"{name} (n = {len(values[name])})" for name in categories]
+    left.set_yticks(range(len(categories)), names, fontsize=9)
+    left.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, percent")
+    right.set_yticks(range(len(categories)), [])
+    right.axvline(0, color="black", linewidth=1)
+    right.set_xlabel("change in points, with 95 % interval\n(filled diamond: without 0)")
+    for axis in (left, right):
+        axis.set_ylim(-0.7, len(categories) - 0.3)
+    figure.legend(fontsize=9, loc="outside upper left", ncols=2)  # inside, it could hide a point
     return figure
 
 

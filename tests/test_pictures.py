@@ -94,3 +94,21 @@ def test_mc_scoring_shows_the_metrics_of_the_library(scores, mc1: int, mc3: str)
     shown = [text.get_text() for text in right.texts]
     assert f"{metrics.mc2(np.array(scores), np.array(labels)):.3f}" in shown
     assert sum(bar.get_width() for bar in right.patches) == pytest.approx(1)
+
+
+def result(values: dict[str, list[float]]) -> dict:
+    """An evaluation's items: a metric's values in each category."""
+    items = [{"category": c, "metrics": {"mc2": v}} for c, row in values.items() for v in row]
+    return {"items": items}
+
+
+def test_category_changes_are_sorted_and_have_their_paired_interval() -> None:
+    before = {"a": [0.5, 0.5, 0.5], "b": [0.2, 0.4, 0.6], "c": [0.3]}
+    after = {"a": [0.2, 0.3, 0.7], "b": [0.5, 0.7, 0.901], "c": [0.31]}
+    figure = plots.plot_category_change(result(before), result(after))
+    left, right = figure.axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == ["a (n = 3)", "c (n = 1)", "b (n = 3)"]
+    markers = [container.lines[0].get_marker() for container in right.containers]
+    assert markers == ["o", "o", "D"], "only b rose beyond its interval; one item has none"
+    assert right.containers[2].lines[0].get_xdata()[0] == pytest.approx(100 * 0.901 / 3)
