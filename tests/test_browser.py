@@ -7,11 +7,11 @@ Where there is no browser these tests are skipped. Photographs of every notebook
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import nbformat
 import pytest
 from lab import ERROR, ROOT, Lab, Tab, find_browser, open_tab, serve
 
@@ -51,6 +51,11 @@ def browser() -> Iterator[Browser]:
         )
         yield browser
         browser.close()
+
+
+def cells_of(name: str) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
 
 
 def check_looks(tab: Tab) -> None:
@@ -95,27 +100,41 @@ def test_hints_are_folded_until_asked_for(lab: Lab, browser: Browser) -> None:
         assert body.first.is_visible()
 
 
-def test_dragging_beta_redraws_the_loss(
-    smoke: tuple[Run, str], lab: Lab, browser: Browser, tmp_path: Path
-) -> None:
-    shutil.copytree(smoke[0].path, tmp_path / "run")  # everything is done there: only looking
-    parameters = {"PROFILE": "smoke", "RUN_DIR": str(tmp_path / "run")}
-    name = lab.add(ROOT / "notebooks" / "02_qlora_dpo.ipynb", parameters)
-    with open_tab(browser, lab, name) as tab:
+def test_controls_redraw_in_place(lab: Lab, browser: Browser, tmp_path: Path) -> None:
+    """The cells of notebooks 1 and 2 as they are; around them only what they need."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    needs = (
+        "from grath_utils import plots\nfrom grath_utils.pairs import Pair\n"
+        "plots.use_style()\nbeta, rejects = 0.1, []\n"
+        'names = ("sun", "moon")\n'
+        'train = [Pair(n, f"What is the {n}?", f"A {n}.", "A lamp.", 0) for n in names]'
+    )
+    cells = {c.id: c for n in ("01_pair_generation", "02_qlora_dpo") for c in cells_of(n)}
+    parameters = cells["parameters"]
+    notebook = nbformat.v4.new_notebook(
+        cells=[parameters, nbformat.v4.new_code_cell(needs), cells["drag-loss"], cells["samples"]],
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+    )
+    nbformat.write(notebook, tmp_path / "controls.ipynb")
+    with open_tab(browser, lab, lab.add(tmp_path / "controls.ipynb", {})) as tab:
         tab.run_all(LIMIT)
-        check_looks(tab)
         cell = tab.page.locator(".jp-CodeCell", has_text="explore_dpo_loss")
         picture, handles = cell.locator(".jp-RenderedImage img"), cell.locator(".noUi-handle")
-        assert (picture.count(), handles.count()) == (1, 2)
+        expect(handles).to_have_count(2, timeout=30_000)
         before = picture.get_attribute("src")
+        assert before
         handles.first.press("ArrowRight")
-        tab.page.wait_for_function(
-            "([image, before]) => image.src !== before",
-            arg=[picture.element_handle(), before], timeout=30_000,
-        )  # fmt: skip
+        expect(picture).not_to_have_attribute("src", before, timeout=30_000)
         assert picture.count() == 1, "drawn anew, not once more"
-        cell.scroll_into_view_if_needed()
-        cell.screenshot(path=SHOTS / "02_qlora_dpo-dragged.png")
+        cell = tab.page.locator(".jp-CodeCell", has_text="browse_pairs")
+        rows = cell.locator("tbody tr")
+        expect(rows).to_have_count(2)
+        box = cell.get_by_placeholder("any")
+        box.fill("moon")
+        box.press("Enter")
+        expect(rows).to_have_count(1, timeout=30_000)
+        check_looks(tab)
+        tab.photograph(SHOTS)
 
 
 @pytest.mark.parametrize("path", numbered_notebooks(), ids=lambda path: path.stem)
