@@ -158,13 +158,14 @@ def run_notebooks(
                 continue
             start = time.monotonic()
             _show(f"{path.stem:24} running ...")
-            before, earlier = _done(run), most_work(target)
+            before, held, earlier = _done(run), _files(run), most_work(target)
             execute_notebook(
                 path,
                 target,
                 run_parameters(run),
-                facts=lambda before=before, earlier=earlier: {
+                facts=lambda before=before, held=held, earlier=earlier: {
                     "stages": sorted(_done(run) - before),
+                    "files": max(_files(run) - held, 0),
                     "earlier": earlier,
                 },
             )
@@ -177,8 +178,15 @@ def _done(run: Run) -> set[str]:
     return {stage.name for stage in stages(run) if stage.done}
 
 
+def _files(run: Run) -> int:
+    """Count what a run directory holds; experiments beside the stages are seen by their files."""
+    aside = run.executed_notebooks
+    found = (p for p in run.path.rglob("[!.]*") if aside not in p.parents)
+    return sum(path.is_file() for path in found)
+
+
 def most_work(executed: Path) -> dict[str, Any] | None:
-    """Return what that execution of a notebook took which had the most stages to do.
+    """Return what that execution of a notebook took which had the most to do.
 
     A notebook that is executed again after an edit finds its stages done; what the work costs is
     what the first execution took.
@@ -190,7 +198,12 @@ def most_work(executed: Path) -> dict[str, Any] | None:
     if not last:
         return None
     both = [{k: v for k, v in last.items() if k != "earlier"}, last.get("earlier")]
-    return max(filter(None, both), key=lambda took: len(took.get("stages", [])))
+    return max(filter(None, both), key=work_done)
+
+
+def work_done(took: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how much an execution had to do: stages of the run, and files that it left there."""
+    return len(took.get("stages") or []), took.get("files") or 0
 
 
 def run_parameters(run: Run) -> dict[str, Any]:

@@ -8,8 +8,8 @@ outputs come from::
 
     source_sha256, code_sha256   of the cells, so that a test can tell when the outputs are stale
     profile, versions, device    what it was run with; no profile for side trips
-    cost                         seconds, peak_memory_gib, stages and date of the last execution
-                                 that did the notebook's stages: an execution that found them done
+    cost                         seconds, peak_memory_gib, stages and files made, and date of the
+                                 execution that had most to do: one that found the stages done
                                  shows the same outputs, but says nothing about their cost
 """
 
@@ -35,6 +35,7 @@ from grath_utils.notebooks import (
     is_current,
     numbered_notebooks,
     run_notebooks,
+    work_done,
 )
 from grath_utils.paths import cache_dir, notebooks_dir
 from grath_utils.runs import Run, environment_facts, lock_run
@@ -46,6 +47,7 @@ LARGEST = 400_000
 COLOURS = 64  # of a figure: few enough for a small file, more than a figure here uses
 
 PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
+COST = ("seconds", "peak_memory_gib", "stages", "files", "date")
 DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
 
 _PROGRESS = re.compile(r"\d+%\|.*\| *\d[\d.,kM]*/\d|\d+it \[\d")
@@ -288,8 +290,8 @@ def _cost(executed: nbformat.NotebookNode, old: Mapping[str, Any]) -> dict[str, 
     """Return what the execution took, or what an earlier one did that had more stages to do."""
     last = executed.metadata.get("grath_execution", {})
     known = [took for took in (last, last.get("earlier"), old.get("cost")) if took]
-    most = max(known, key=lambda took: len(took.get("stages", [])), default={})
-    return {name: most.get(name) for name in ("seconds", "peak_memory_gib", "stages", "date")}
+    most = max(known, key=work_done, default={})
+    return {name: most.get(name) for name in COST}
 
 
 def clean_outputs(

@@ -92,7 +92,7 @@ def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Pat
     kept = read(executed).metadata["grath_execution"]
     assert kept["seconds"] > 0
     assert kept["peak_memory_gib"] > 0
-    assert kept["stages"] == []
+    assert (kept["stages"], kept["files"]) == ([], 0)
     assert kept["earlier"] is None
     write(source, 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""', "print('changed')")
     run_notebooks(run, [source], say=lines.append)

@@ -134,7 +134,8 @@ def executed(*sources: str, outputs: list, stages: list[str], seconds: float = 6
     copy = notebook_of(*sources, outputs=outputs)
     copy.metadata["papermill"] = {"duration": 1.0}
     copy.metadata["grath_execution"] = {
-        "seconds": seconds, "peak_memory_gib": 1.5, "stages": stages, "date": "2026-01-02",
+        "seconds": seconds, "peak_memory_gib": 1.5, "stages": stages, "files": len(stages),
+        "date": "2026-01-02",
     }  # fmt: skip
     return copy
 
@@ -150,7 +151,8 @@ def test_outputs_are_taken_over_without_a_trace_of_papermill(tmp_path: Path) -> 
     stamp = result.metadata[STAMP]
     assert stamp["profile"] == "cpu"
     assert stamp["cost"] == {
-        "seconds": 60.0, "peak_memory_gib": 1.5, "stages": ["train"], "date": "2026-01-02",
+        "seconds": 60.0, "peak_memory_gib": 1.5, "stages": ["train"], "files": 1,
+        "date": "2026-01-02",
     }  # fmt: skip
     path = tmp_path / "x.ipynb"
     nbformat.write(result, path)
