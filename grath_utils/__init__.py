@@ -17,7 +17,7 @@ Data flows one way through the modules, and none imports one further down the li
     selection                                    signs of collapse, and which round to keep
     loop, workshop                               the gradual iterations over a run directory
     plots, dashboard, report, export             pictures, the page that holds them, the model
-    classroom                                    the course in one folder, for no network
+    classroom, timings                           the course in one folder; plans for a lesson
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
     experiments                                  such grids beside a run, small
     exercises                                    right or not yet, without giving the answer

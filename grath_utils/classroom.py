@@ -485,7 +485,7 @@ With the Python of the environment (`course/.venv/bin/python`, on Windows
 course/.venv/bin/python -m grath_utils checkpoint --at 03 --from .
 ```
 
-puts the state that notebook 03 starts from into `course/runs/`; any number from 00 to 06 works.
+puts the state that notebook 03 starts from into `course/runs/`; `--at end` is the finished run.
 Results of your own that do not fit to it are not overwritten: the command says so, and `--run-dir`
 names another place.
 

@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_checkpoint,
         _add_render,
         _add_classroom,
+        _add_timings,
         _add_sweep,
         _add_pairs,
         _add_train,
@@ -291,7 +292,9 @@ def _add_checkpoint(commands: argparse._SubParsersAction) -> None:
         "make the state that a notebook starts from, to jump right into it",
         "checkpoint --at 03 --profile cpu",
     )
-    parser.add_argument("--at", metavar="NN", required=True, help="the notebook: 00, 01, ...")
+    parser.add_argument(
+        "--at", metavar="NN", required=True, help="the notebook: 00, 01, ..., or end"
+    )
     parser.add_argument("--profile", help="default: that of --from, or cpu")
     parser.add_argument(
         "--run-dir", metavar="DIR", help="default: the notebooks' own, runs/PROFILE"
@@ -405,6 +408,31 @@ def _classroom(options: argparse.Namespace) -> None:
         options.to, run, targets=targets, mirror=mirror, wheels=not options.no_wheels
     )
     print(f"Give learners the folder {folder}; they begin with START.md")
+
+
+def _add_timings(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "timings",
+        _timings,
+        "show how long each section of a run's notebooks took",
+        "timings --run-dir runs/cpu --into notebooks/INSTRUCTOR.md",
+    )
+    parser.add_argument("--run-dir", metavar="DIR", required=True)
+    parser.add_argument(
+        "--into", metavar="FILE.md", type=Path, help="put the table between the marks of this page"
+    )
+
+
+def _timings(options: argparse.Namespace) -> None:
+    from grath_utils import timings
+    from grath_utils.notebooks import numbered_notebooks
+    from grath_utils.runs import load_run
+
+    table = timings.timings_table(load_run(options.run_dir), numbered_notebooks())
+    if options.into:
+        timings.refresh(options.into, table)
+    print(table)
 
 
 # --- sweep ---------------------------------------------------------------------------------------

@@ -18,7 +18,11 @@ from grath_utils.loop import Stage, stages
 from grath_utils.models import adapter_fingerprint
 from grath_utils.runs import Run, load_run, lock_run, record_made
 
-NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06")
+END = "end"
+NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06", END)
+"""Where one can jump to; ``end`` is behind the last stage: a finished run."""
+STAND_ALONE = ("05", "06")
+"""Notebooks that need nothing of the earlier ones."""
 PARTS = ("iter_*/*", "signals/*.json", "evaluation/*/*.json")
 """What stages leave in a run directory, as patterns."""
 CHECKPOINTS = "checkpoints"
@@ -45,7 +49,7 @@ def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
 
     Args:
         run: the run.
-        at: the notebook's number, ``"00"`` to ``"06"``.
+        at: the notebook's number, ``"00"`` to ``"06"``, or ``"end"``.
         progress: show bars while a stage works.
 
     Raises:
@@ -56,8 +60,12 @@ def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
     return [
         stage
         for stage in stages(run, progress=progress)
-        if notebook_of(stage.output.relative_to(run.path)) < at
+        if _comes_before(stage.output.relative_to(run.path), at)
     ]
+
+
+def _comes_before(path: PurePath, at: str) -> bool:
+    return at not in STAND_ALONE and notebook_of(path) < at
 
 
 def make_state(
@@ -128,7 +136,7 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
         for path in _parts(source):
             relative = path.relative_to(source.path)
             target = run.path / relative
-            if notebook_of(relative) >= at or target.exists():
+            if target.exists() or not _comes_before(relative, at):
                 continue
             with atomic_path(target) as partial:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial)
