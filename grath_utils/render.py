@@ -155,7 +155,7 @@ def render(
         run: the run directory and its configuration.
         notebooks: which ones; all if empty.
         again: take the outputs over also where the stamp fits.
-        say: called with one line for each notebook.
+        say: called with a line for each notebook, and for what is still wrong with it.
 
     Raises:
         GrathError: a cell failed, or a notebook is too large with its outputs.
@@ -181,6 +181,8 @@ def render(
                 facts = environment_facts() if side_trip else run.info()
                 _write(path, take_over(source, copy, facts, profile, _places(run)))
                 say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")
+            for problem in problems(path):
+                say(f"  {problem}")
             written.append(path)
     return written
 
