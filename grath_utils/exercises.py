@@ -68,7 +68,7 @@ class Verdict:
         colour = COLOURS[self.state]
         return (
             f"<div style='border-left:4px solid {colour};padding:2px 10px'>"
-            f"<b style='color:{colour}'>{MARKS[self.state]} {self.state}</b> "
+            f"<b style='color:{colour}'>{MARKS[self.state]} {self.state}:</b> "
             f"{html.escape(self.text)}</div>"
         )
 

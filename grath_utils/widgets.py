@@ -104,7 +104,7 @@ def browse_pairs(
     if kit is None:
         return None
     kind = kit.Dropdown(options=list(kinds.items()), value=USABLE, description="show")
-    text = kit.Text(description="with the text", placeholder="any", continuous_update=False)
+    text = kit.Text(description="contains", placeholder="any", continuous_update=False)
     page = kit.BoundedIntText(value=1, min=1, description="page")
     count = kit.Label()
 

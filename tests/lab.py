@@ -7,6 +7,7 @@ live in one folder.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -183,9 +184,16 @@ class Tab:
         for old in folder.glob(f"{stem}-*.png"):
             old.unlink()
         panel = self.page.locator(".jp-WindowedPanel-outer").last
-        step, total = panel.evaluate("p => [p.clientHeight - 40, p.scrollHeight]")
+        step, total = panel.evaluate(  # to the last cell; below it is room to scroll
+            """panel => {
+                const bottoms = [...panel.querySelectorAll('.jp-Cell')]
+                    .map(cell => cell.getBoundingClientRect().bottom);
+                const top = panel.getBoundingClientRect().top - panel.scrollTop;
+                return [panel.clientHeight - 40, Math.max(...bottoms) - top];
+            }"""
+        )
         pictures = []
-        for number in range(-(-total // step)):
+        for number in range(math.ceil(total / step)):
             panel.evaluate("(p, y) => p.scrollTo(0, y)", number * step)
             self.page.wait_for_timeout(150)
             pictures.append(folder / f"{stem}-{number:02}.png")
