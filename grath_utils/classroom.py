@@ -150,8 +150,9 @@ def pack(
     root = _checkout()
     _check_place(folder, root)
     _check_portable(run, mirror)
+    benchmarks = _mirror(mirror)
     run_stages(run, say=say)
-    sources = {**_course(root), **_model(), **_checkpoint(run), **_mirror(mirror)}
+    sources = {**_course(root), **_model(), **_checkpoint(run), **benchmarks}
     sources["install.py"] = Path(classroom_install.__file__)
     record = folder / MANIFEST
     before = read_json(record)["files"] if record.is_file() else {}
@@ -243,6 +244,10 @@ def _checkpoint(run: Run) -> dict[str, Path]:
 def _mirror(mirror: Path | None) -> dict[str, Path]:
     if mirror is None:
         return {}
+    if not any(mirror.rglob("*.jsonl")):
+        raise UsageError(
+            f"{mirror} holds no benchmark; `python -m grath_utils mirror --to DIR` makes a mirror"
+        )
     return {
         f"mirror/{path.relative_to(mirror).as_posix()}": path
         for path in sorted(mirror.rglob("*"))

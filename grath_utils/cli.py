@@ -314,6 +314,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
     from grath_utils.loop import start_run
     from grath_utils.notebooks import changed_parameters, default_run_dir
 
+    workshop.check_notebook(options.at)
     source = None
     if options.source:
         source = workshop.find_checkpoint(options.source, options.profile)

@@ -481,8 +481,9 @@ def check_ready(run: Run, needed: Sequence[Path], notebook: str) -> None:
     """
     missing = [str(path.relative_to(run.path)) for path in needed if not path.exists()]
     if missing:
+        same = f"--profile {run.config.profile} --run-dir {run.path}"
         raise RunError(
-            f"{run.path} lacks {', '.join(missing)}. Run the notebook {notebook} first, or "
-            f"everything at once: python -m grath_utils run --profile {run.config.profile} "
-            f"--run-dir {run.path}"
+            f"{run.path} lacks {', '.join(missing)}. Run the notebook {notebook} first; or let it "
+            f"be made: python -m grath_utils checkpoint --at {int(notebook[:2]) + 1:02} {same}; or "
+            f"everything at once: python -m grath_utils run {same}"
         )

@@ -44,6 +44,16 @@ def notebook_of(path: PurePath) -> str:
     return "01" if path.parts[1] in ("pairs.jsonl", "rejects.jsonl") else "02"
 
 
+def check_notebook(at: str) -> None:
+    """Refuse a number that no notebook has.
+
+    Raises:
+        UsageError: names the nearest one.
+    """
+    if at not in NOTEBOOKS:
+        raise UsageError(f'there is no notebook "{at}"{did_you_mean(at, NOTEBOOKS)}')
+
+
 def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
     """Return the stages that must be done before a notebook can start, in order.
 
@@ -55,8 +65,7 @@ def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
     Raises:
         UsageError: no such notebook.
     """
-    if at not in NOTEBOOKS:
-        raise UsageError(f'there is no notebook "{at}"{did_you_mean(at, NOTEBOOKS)}')
+    check_notebook(at)
     return [
         stage
         for stage in stages(run, progress=progress)

@@ -291,7 +291,28 @@ def test_what_cannot_be_taken_elsewhere_is_refused(
         pack(full, run, say=quiet)
     with pytest.raises(UsageError, match="holds this checkout"):
         pack(course, run, say=quiet)
+    with pytest.raises(UsageError, match="holds no benchmark"):
+        pack(tmp_path / "room", run, mirror=full, say=quiet)
     assert not (tmp_path / "room").exists()
+
+
+def test_a_packing_that_was_stopped_goes_on(
+    tmp_path: Path, course: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(classroom, "start_page", killed)
+        pack(tmp_path / "room", run, wheels=False, say=quiet)
+    with pytest.raises(classroom_install.InstallError, match="not packed to the end"):
+        classroom_install.read_manifest(tmp_path / "room")
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "room" / "course").rglob("*.py")}
+    folder = pack(tmp_path / "room", run, wheels=False, say=quiet)
+    assert {p: p.stat().st_mtime_ns for p in there} == there
+    manifest = classroom_install.read_manifest(folder)
+    classroom_install.check_files(folder, manifest)
+    assert "START.md" in manifest["files"]
 
 
 def test_a_target_has_one_name() -> None:

@@ -335,5 +335,6 @@ def test_what_is_missing_is_said_with_the_way_to_make_it(
     assert "lacks iter_0/pairs.jsonl" in message
     assert "01_pair_generation" in message
     assert "python -m grath_utils run --profile smoke" in message
+    assert "python -m grath_utils checkpoint --at 02 --profile smoke" in message
     write_pairs(run, 0)
     check_ready(run, [run.questions, run.pairs(0)], "01_pair_generation")
