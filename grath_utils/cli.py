@@ -179,7 +179,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         help="do the same stages in this process, without executing notebooks",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="show the stages and how much work each is; do none"
+        "--dry-run",
+        action="store_true",
+        help="show the stages, what is done, and an estimate of time and memory; do none",
     )
 
 
@@ -227,15 +229,45 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _show_plan(options: argparse.Namespace, config: Config) -> None:
-    from grath_utils.loop import stages, workload
+    from grath_utils import costs
+    from grath_utils.loop import stages
     from grath_utils.runs import Run
+    from grath_utils.shapes import shape_of
 
     run = Run(Path(options.run_dir or Path("runs") / Path(options.profile).stem), config)
+    plan = stages(run)
     print(f"{run.path} (profile {config.profile}, seed {config.seed}, model {config.model.name})")
-    for stage in stages(run):
-        print(f"  {'done   ' if stage.done else 'to do  '} {stage.name}")
-    for what, amount in workload(config).items():
+    try:
+        amounts, shape = costs.workload(config), shape_of(config.model)
+    except GrathError as error:  # the plan is still worth seeing
+        for stage in plan:
+            print(f"  {'done   ' if stage.done else 'to do  '} {stage.name}")
+        print(f"no estimate of time and memory: {error}")
+        return
+    device = costs.this_device(config.model)
+    every = replace(config, evaluation=replace(config.evaluation, every_iteration=True))
+    expected = {cost.name: cost for cost in costs.estimate(every, device, shape=shape)}
+    for stage in plan:
+        cost = expected[stage.name]
+        about = f"{costs.show_seconds(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
+        print(f"  {'done   ' if stage.done else 'to do  '} {stage.name:40} {about}")
+    for what, amount in amounts.items():
         print(f"{what}: {amount:,}")
+    left = costs.total([expected[stage.name] for stage in plan if not stage.done])
+    print(
+        f"here ({device.name}, {device.peak / 1e9:,.0f} GFLOP/s {device.source}), to do: about "
+        f"{costs.show_seconds(left.seconds)}, up to {left.memory / costs.GIB:.1f} GiB"
+    )
+    print("notebooks do more than the stages: expect up to half as much again")
+    if left.memory > device.memory:
+        print(f"this machine has {device.memory / costs.GIB:.1f} GiB: it does not fit")
+    gpu = costs.meant_for(config.profile)
+    if gpu is not None:
+        cost = costs.total(costs.estimate(config, gpu, shape=shape))
+        print(
+            f"on one {gpu.name} (a prediction), all of it: about "
+            f"{costs.show_seconds(cost.seconds)}, {cost.memory / costs.GIB:.1f} GiB of GPU memory"
+        )
 
 
 def _add_status(commands: argparse._SubParsersAction) -> None:

@@ -416,26 +416,6 @@ def stages(run: Run, *, progress: bool = True) -> list[Stage]:
     return plan
 
 
-def workload(config: Config) -> dict[str, int]:
-    """Return how much a whole run does, before anything is loaded but the questions.
-
-    Raises:
-        DataError: the questions cannot be read.
-    """
-    questions = len(load_questions(config.questions, config.seed).questions)
-    pairs, rounds = config.pairs, config.loop.iterations
-    each = 1 if pairs.mode == "paper" else 1 + 2 * pairs.candidates
-    later = each if pairs.mode == "paper" else 1 + pairs.candidates  # the correct answer alone
-    models = 1 + (rounds if config.evaluation.every_iteration else 1)
-    return {
-        "questions": questions,
-        "completions to write, at most": questions * (each + later * (rounds - 1)),
-        "optimiser steps": rounds * config.dpo.steps,
-        "pairs seen in training": rounds * config.dpo.steps * config.dpo.batch_size,
-        "evaluations": models * len(config.evaluation.benchmarks),
-    }
-
-
 def run_stages(run: Run, *, progress: bool = True, say: Callable[[str], None] = print) -> None:
     """Do all stages that are not done yet, in order, holding the run directory throughout."""
     with lock_run(run):
