@@ -179,6 +179,12 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         help="do the same stages in this process, without executing notebooks",
     )
     parser.add_argument(
+        "--cell-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="stop where one cell of a notebook takes longer (default: no limit)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show the stages, what is done, and an estimate of time and memory; do none",
@@ -198,6 +204,7 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    _at_least(options.cell_timeout, 1, "--cell-timeout")
     # Torch loads only after the settings are known to be right.
     config = load_config(options.profile, options.overrides, seed=options.seed)
     if options.dry_run:
@@ -216,7 +223,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         notebooks = numbered_notebooks() if options.all else main_line()
         run = start_run(folder, config)
-        run_notebooks(run, notebooks)
+        run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
 
     def conclude() -> None:
         write_report(run)

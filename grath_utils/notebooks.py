@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import html
 import json
@@ -40,7 +41,11 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
         run_dir: the run directory; empty means ``runs/PROFILE`` in the repository.
         seed: replaces the profile's seed.
         overrides: such as ``"dpo.beta=0.05 loop.iterations=3"``.
+
+    Raises:
+        UsageError: papermill was given a parameter that the notebook does not have.
     """
+    refuse_unknown_parameters()
     config = load_config(profile, overrides, seed=seed)
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()
@@ -55,6 +60,33 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
           f"{info['resolved']['dtype']}, {device['cpu_count']} CPU cores")  # fmt: skip
     print(f"Packages  Python {versions['python']}, {packages}")
     return run
+
+
+def refuse_unknown_parameters(known: Sequence[str] = PARAMETERS) -> None:
+    """Stop where papermill has injected a parameter that is none: by itself it only warns.
+
+    Papermill puts its values into a cell of their own, below the one tagged ``parameters``; the
+    kernel's history of inputs shows it.
+
+    Raises:
+        UsageError: the parameter, and the nearest one that there is.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    for source in shell.user_ns.get("In", []) if shell is not None else []:
+        for name in _injected(source):
+            if name not in known:
+                raise UsageError(f'there is no parameter "{name}"{did_you_mean(name, known)}')
+
+
+def _injected(source: str) -> list[str]:
+    """Return the names that a cell written by papermill sets; none for any other cell."""
+    if not source.startswith("# Parameters\n"):
+        return []
+    statements = ast.parse(source).body
+    targets = [t for s in statements if isinstance(s, ast.Assign) for t in s.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,11 @@ def main_line() -> list[Path]:
 
 
 def run_notebooks(
-    run: Run, notebooks: list[Path], *, say: Callable[[str], None] = print
+    run: Run,
+    notebooks: list[Path],
+    *,
+    cell_timeout: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Execute notebooks in order with the run's configuration; one line of progress for each.
 
@@ -163,6 +199,7 @@ def run_notebooks(
                 path,
                 target,
                 run_parameters(run),
+                cell_timeout=cell_timeout,
                 facts=lambda before=before, held=held, earlier=earlier: {
                     "stages": sorted(_done(run) - before),
                     "files": max(_files(run) - held, 0),
@@ -231,6 +268,7 @@ def execute_notebook(
     target: Path,
     parameters: Mapping[str, Any],
     *,
+    cell_timeout: int | None = None,
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
     """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
@@ -243,13 +281,16 @@ def execute_notebook(
         path: the notebook.
         target: where the executed copy goes.
         parameters: values for its cell tagged ``parameters``.
+        cell_timeout: seconds that one cell may take; None for as long as it needs.
         facts: asked after the execution for what else to keep.
 
     Raises:
         UsageError: a parameter that the notebook does not have (papermill alone only warns).
         GrathError: a cell failed.
+        RunError: a cell took longer than ``cell_timeout``, or the kernel died.
     """
     import papermill
+    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
     with warnings.catch_warnings():
@@ -265,13 +306,21 @@ def execute_notebook(
         try:
             papermill.execute_notebook(
                 str(path), str(partial), dict(parameters), progress_bar=False, log_output=False,
-                kernel_name="python3", cwd=str(path.parent),
+                kernel_name="python3", cwd=str(path.parent), execution_timeout=cell_timeout,
             )  # fmt: skip
         except PapermillExecutionError as error:
             os.replace(partial, failed)
             raise GrathError(
                 f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                 f"The notebook as far as it came: {failed}"
+            ) from error
+        except CellTimeoutError as error:
+            number, begins = _unfinished_cell(partial)
+            os.replace(partial, failed)
+            raise RunError(
+                f"{path.name}, cell {number} ({begins}): not done after {cell_timeout} s, the "
+                "--cell-timeout. What was finished is kept: run the same again with more time, or "
+                f"see how far it came in {failed}"
             ) from error
         except RuntimeError as error:  # the kernel died
             os.replace(partial, failed)
@@ -338,6 +387,15 @@ def _highest_resident(process: Any) -> int:
         return int(getattr(info, "peak_wset", info.rss))
     except (psutil.Error, OSError):  # it has ended
         return 0
+
+
+def _unfinished_cell(notebook: Path) -> tuple[int, str]:
+    """Return which code cell was running when papermill last saved (from 1), and how it begins."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    state = [cell["metadata"].get("papermill", {}).get("status") for cell in code]
+    number = next((i for i, status in enumerate(state) if status != "completed"), len(code) - 1)
+    return number + 1, "".join(code[number]["source"]).strip().split("\n")[0]
 
 
 def is_current(target: Path, source: Path) -> bool:

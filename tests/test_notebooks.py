@@ -10,15 +10,18 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from papermill.exceptions import PapermillExecutionError
 
 from grath_utils.config import load_config
-from grath_utils.errors import GrathError, UsageError
+from grath_utils.errors import GrathError, RunError, UsageError
 from grath_utils.notebooks import (
     PARAMETERS,
+    _injected,
     default_run_dir,
     execute_notebook,
     main_line,
     numbered_notebooks,
+    refuse_unknown_parameters,
     run_notebooks,
     run_parameters,
 )
@@ -120,6 +123,38 @@ def test_a_dead_kernel_is_named(tmp_path: Path) -> None:
     with pytest.raises(GrathError, match="dies.ipynb: the kernel died"):
         execute_notebook(source, tmp_path / "out.ipynb", {"X": 2})
     assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_a_cell_that_takes_too_long_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "slow.ipynb", "X = 1", "print('so far')", "while True: X += 1")
+    with pytest.raises(RunError, match=r"slow.ipynb, cell \d+ \(while True: X \+= 1\)") as caught:
+        execute_notebook(source, tmp_path / "out.ipynb", {"X": 2}, cell_timeout=2)
+    assert "not done after 2 s, the --cell-timeout" in str(caught.value)
+    kept = tmp_path / "out.failed.ipynb"
+    assert str(kept) in str(caught.value)
+    assert "so far" in kept.read_text(encoding="utf-8")
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_papermill_alone_refuses_an_unknown_parameter_too(tmp_path: Path) -> None:
+    import papermill
+
+    cell = "from grath_utils.notebooks import open_notebook_run\n"
+    cell += "open_notebook_run(PROFILE, RUN_DIR, SEED, OVERRIDES)"
+    parameters = 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""'
+    source = write(tmp_path / "x.ipynb", parameters, cell)
+    with pytest.raises(PapermillExecutionError, match='no parameter "PROFIL"; did you mean "PROF'):
+        papermill.execute_notebook(
+            source, tmp_path / "out.ipynb", {"SEED": 1, "PROFIL": "smoke"}, progress_bar=False,
+            kernel_name="python3",
+        )  # fmt: skip
+    assert not (tmp_path / "runs").exists()
+
+
+def test_only_papermills_own_cell_is_looked_at() -> None:
+    refuse_unknown_parameters()  # no notebook here, nothing to refuse
+    assert _injected('# Parameters\nPROFIL = "x"\nSEED = 3\n') == ["PROFIL", "SEED"]
+    assert _injected("# My parameters\nX = 1") == []
 
 
 def test_executed_notebooks_keep_no_widgets(tmp_path: Path) -> None:
