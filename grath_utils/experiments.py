@@ -7,6 +7,7 @@ process; the same grids, whole and with several seeds, are for ``python -m grath
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,11 +158,20 @@ def run_experiment(
 
 
 def why_not(run: Run, source: str) -> str | None:
-    """Return why the questions of a source cannot be had here, or None where they can."""
+    """Return why the questions of a source cannot be had here, or None where they can.
+
+    Without network the Hub is tried several times, about half a minute; ``HF_HUB_OFFLINE=1`` spares
+    that.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # not a warning for each try: the answer says what is the matter
     try:
         load_questions(replace(run.config.questions, source=source), run.config.seed)
     except (DataError, FetchError) as error:
         return str(error)
+    finally:
+        hub.setLevel(level)
     return None
 
 
