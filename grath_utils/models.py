@@ -324,6 +324,8 @@ def bitsandbytes_config(config: ModelConfig) -> Any:
         bnb_4bit_quant_type=config.quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        # FSDP splits only tensors of one type, so the packed bits are kept in that of the rest.
+        bnb_4bit_quant_storage=getattr(torch, config.dtype if processes.sharded() else "uint8"),
     )
 
 

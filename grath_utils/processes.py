@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from grath_utils.errors import RunError
+from grath_utils.errors import RunError, UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,8 +58,14 @@ def cpu_only() -> bool:
 
 
 def sharded() -> bool:
-    """Tell whether training is to split the model itself over the processes (FSDP)."""
+    """Tell whether training is to split the model itself over the processes (FSDP).
+
+    Raises:
+        UsageError: FSDP 1, which melts adapter and base together into flat tensors.
+    """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if asked and launched() > 1 and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError("adapters train under FSDP 2 only: accelerate launch --fsdp_version 2 ...")
     return asked and launched() > 1
 
 

@@ -16,7 +16,7 @@ from grath_utils import processes
 from grath_utils.artifacts import read_json, read_jsonl
 from grath_utils.cli import main
 from grath_utils.config import DPOConfig
-from grath_utils.errors import ConfigError, DataError
+from grath_utils.errors import ConfigError, DataError, UsageError
 from grath_utils.global_batch import deal, split_batch
 
 HERE = Path(__file__).resolve().parent
@@ -167,6 +167,7 @@ def test_two_processes_agree(two: Path) -> None:
     assert [main_one["share"], other["share"]] == [[[0, 1, 2], 3], [[3, 4], 3]]
     assert other["error on main"] == "DataError: found by process 0"
     assert other["error elsewhere"] == "DataError: found by process 1"
+    assert main_one["whole again"], "what FSDP has split is saved whole"
     assert main_one["locked"]
     assert "in use by another process" in main_one["stranger"]
     assert "in use by another process" in other["stranger"]
@@ -208,6 +209,17 @@ def test_only_the_main_process_speaks(two: Path) -> None:
     out = (two.parent / "out.txt").read_text(encoding="utf-8")
     assert out.count("write pairs, iteration 0") == 1
     assert out.count("Report:") == 1
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not processes.sharded()
+    where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
+    for name, value in {**where, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.sharded()
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UsageError, match="FSDP 2 only"):
+        processes.sharded()
 
 
 # --- what cannot be shared -----------------------------------------------------------------------

@@ -10,9 +10,12 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 from grath_utils import processes
 from grath_utils.cli import main
 from grath_utils.config import Config
+from grath_utils.dpo import full_adapter
 from grath_utils.errors import DataError
 from grath_utils.runs import Run, lock_run
 
@@ -31,6 +34,22 @@ def caught(work) -> str:
     return "nothing"
 
 
+def sharded_adapter_is_whole_again() -> bool:
+    """Split a module as FSDP 2 does, and put its trained weights together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2))
+    module[0].requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in module[1].named_parameters(prefix="1")}
+    fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    assert module[1].weight.to_local().shape == (1, 3), "half of it in each process"
+    module(torch.ones(1, 5)).sum().backward()
+    after = full_adapter(module)
+    return after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in after)
+
+
 def agreements(folder: Path) -> dict[str, object]:
     """Return what this process saw; the test says what it should have been."""
     rank = processes.rank()
@@ -45,6 +64,7 @@ def agreements(folder: Path) -> dict[str, object]:
         "error on main": caught(lambda: processes.on_main(lambda: fail_in(0))),
         "error elsewhere": caught(lambda: list(processes.in_turns("ab", lambda _: fail_in(1)))),
     }
+    seen["whole again"] = sharded_adapter_is_whole_again()
     run = Run(folder / "locked", Config())
     with lock_run(run), lock_run(run):
         processes.barrier()
