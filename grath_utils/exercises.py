@@ -37,11 +37,12 @@ from grath_utils.loop import (
 from grath_utils.metrics import mc1
 from grath_utils.models import Policy
 from grath_utils.parsing import check_pair, pair_is_complete, parse_pair, words
+from grath_utils.paths import notebooks_dir
 from grath_utils.preferences import tokenize_pairs
 from grath_utils.prompts import pair_messages, question_messages, render_chat
 from grath_utils.runs import Run
 from grath_utils.scoring import score_completions
-from grath_utils.statistics import bootstrap_means, interval, summarize
+from grath_utils.statistics import bootstrap_means, interval, items_needed, summarize
 
 NONE_YET, RIGHT, NOT_YET = "no answer yet", "right", "not yet"
 MARKS = {NONE_YET: "…", RIGHT: "✓", NOT_YET: "✗"}
@@ -541,6 +542,76 @@ def _power(shifted: np.ndarray, n: int, seed: int, simulations: int = 200) -> fl
     return found / simulations
 
 
+# --- 05 ------------------------------------------------------------------------------------------
+
+
+def _metric_items(run: Run, answer: Any, policy: Policy | None) -> str:
+    first, second, *found = answer
+    _hold(len(found) == 2, "two trials and two numbers of items are wanted.")
+    name, wanted = run.config.evaluation.benchmarks[0], []
+    for metric in ("mc1", "mc2"):
+        values = [
+            [float(item["metrics"][metric]) for item in trial.result(name)["items"]]
+            for trial in (first, second)
+        ]
+        spread = float(np.std(np.subtract(values[1], values[0]), ddof=1))
+        wanted.append(items_needed(0.02, spread) if spread else None)
+    for value, right, metric in zip(found, wanted, ("MC1", "MC2"), strict=True):
+        _hold(
+            (value is None) == (right is None),
+            f"by {metric}: None where no item changed (there is no spread then), else a number.",
+        )
+        _hold(
+            right is None or abs(float(value) - right) <= 1 + 0.02 * right,
+            f"another number of items by {metric}. The spread is the standard deviation of the "
+            "paired differences, second minus first; the effect is 0.02.",
+        )
+    if None in wanted:
+        return "and where no item changed, this test cannot say how many it would take."
+    return f"MC{1 if wanted[0] < wanted[1] else 2} needs fewer. Why?"
+
+
+def _interaction(run: Run, answer: Any, policy: Policy | None) -> str:
+    folder = notebooks_dir()
+    _hold(folder is not None, "the record lies beside the notebooks, and they are not here.")
+    record = list(read_jsonl(folder / "appendix" / "recipe_search.jsonl"))[1:]
+    same = ("pairs", "prompt_format", "targets", "beta", "loss", "label_smoothing")
+    gains: dict[bool, list[float]] = {True: [], False: []}
+    for a in record:
+        for b in record:
+            rates = (a["learning_rate"], b["learning_rate"])
+            if rates == (2e-4, 1e-3) and all(a[key] == b[key] for key in same):
+                annotated = a["pairs"].startswith("annotated")
+                gains[annotated].append(b["arc_dev_acc"] - a["arc_dev_acc"])
+    wanted = [float(np.mean(gains[kind])) for kind in (True, False)]
+    found = _numbers(answer, 2)
+    _hold(not _near(found[::-1], wanted, 0.05), "in the other order: annotated first.")
+    _hold(
+        _near(found, wanted, 0.05),
+        "at least one mean is another one. ARC in points, 1e-3 minus 2e-4, rounds that differ in "
+        "the learning rate only.",
+    )
+    return f"{len(gains[True])} and {len(gains[False])} matched pairs: few, so mind the intervals."
+
+
+def _equal_steps(run: Run, answer: Any, policy: Policy | None) -> str:
+    plain = {"loop.iterations": run.config.loop.iterations, "dpo.steps": run.config.dpo.steps}
+    first, second = ({**plain, **dict(design)} for design in answer)
+    steps = [int(d["loop.iterations"]) * int(d["dpo.steps"]) for d in (first, second)]
+    _hold(
+        first["loop.iterations"] != second["loop.iterations"],
+        "both have the same number of rounds, so both see the same kind of pairs.",
+    )
+    _hold(
+        steps[0] == steps[1],
+        f"one trains {steps[0]} steps in all, the other {steps[1]}: that stays confounded.",
+    )
+    others = {key for d in (first, second) for key in d if first.get(key) != second.get(key)}
+    others -= plain.keys()
+    _hold(not others, f"they also differ in {', '.join(sorted(others))}: one change at a time.")
+    return "equal steps, different pairs. What is still confounded is yours to say."
+
+
 EXERCISES: Mapping[str, Exercise] = {
     "00.easy": Exercise("(question, true answer, false answer), three texts", _own_question),
     "00.medium": Exercise("three differences, one for each comparison of section 3", _ant_mean),
@@ -557,4 +628,10 @@ EXERCISES: Mapping[str, Exercise] = {
     "04.easy": Exercise("(three positions that rose most, three that fell most)", _movers),
     "04.medium": Exercise("(MC1 by the mean before, after), as fractions", _mean_mc1),
     "04.hard": Exercise("{number of items: share that finds the effect}", _power_curve),
+    "05.easy": Exercise(
+        "(trial, other trial, items needed by MC1, by MC2), None where it cannot be said",
+        _metric_items,
+    ),
+    "05.medium": Exercise("(mean gain with annotated pairs, with self-made ones)", _interaction),
+    "05.hard": Exercise("two designs, as settings: ({...}, {...})", _equal_steps),
 }

@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from grath_utils import exercises
+from grath_utils.config import load_config
 from grath_utils.dpo import preference_loss
 from grath_utils.errors import UsageError
 from grath_utils.exercises import EXERCISES, NONE_YET, NOT_YET, RIGHT, check
+from grath_utils.experiments import Trial
 from grath_utils.models import Policy
 from grath_utils.notebooks import execute_notebook, numbered_notebooks
 from grath_utils.runs import Run, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("0[0-4]_*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("0[0-5]_*.ipynb"))
 UNCHECKED = sorted(set(SOLUTIONS[0].parent.glob("*.ipynb")) - set(SOLUTIONS))
 CALL = re.compile(r'check\(run, "(\d\d\.\w+)", answer')
 
@@ -145,6 +147,21 @@ def test_dpo_positive_is_tried_on_cases(answer: Any, state: str, says: str) -> N
     assert says in verdict.text
 
 
+def test_a_design_changes_one_thing_only() -> None:
+    run = Run(Path("nowhere"), load_config("smoke"))
+    long = {"loop.iterations": 1, "dpo.steps": 20}
+    two = {"loop.iterations": 2, "dpo.steps": 10}
+    assert check(run, "05.hard", (long, two)).state == RIGHT
+    assert "20 steps" in check(run, "05.hard", (long, two | {"dpo.steps": 20})).text
+    assert "dpo.beta" in check(run, "05.hard", (long, two | {"dpo.beta": 1.0})).text
+    assert check(run, "05.hard", (long, long)).state == NOT_YET
+
+
+def test_the_record_is_asked_for_an_interaction() -> None:
+    for answer in ((0.0, 0.0), (1.0,), (100.0, -100.0)):
+        assert check(None, "05.medium", answer).state == NOT_YET
+
+
 # --- against a run -------------------------------------------------------------------------------
 
 
@@ -216,6 +233,14 @@ def test_wrong_answers_in_notebooks_2_to_4(run: Run, default_policy: Policy) -> 
     assert check(run, "04.medium", (0.123, 0.123)).state == NOT_YET
     assert check(run, "04.hard", {10: 0.1, 20: 0.2}).state == NOT_YET
     assert check(run, "04.hard", {10: 0.1, 20: 0.2, 30: 0.9}).state == NOT_YET
+
+
+@pytest.mark.model
+def test_without_a_changed_item_nobody_can_say_how_many_are_needed(run: Run) -> None:
+    twice = [Trial("the same", {}, run)] * 2
+    assert check(run, "05.easy", (*twice, None, None)).state == RIGHT
+    assert check(run, "05.easy", (*twice, 100, 100)).state == NOT_YET
+    assert check(run, "05.easy", twice).state == NOT_YET
 
 
 @pytest.mark.model
