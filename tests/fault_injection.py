@@ -181,7 +181,12 @@ def _to_the_end(work: Callable[[], None]) -> tuple[str, bool]:
 
 
 def _short_of_space(folder: Path, config: Config, left: int) -> None:
-    """Do a run on a disk that takes ``left`` more files."""
+    no_space_after(left)
+    do_run(folder, config)
+
+
+def no_space_after(left: int) -> None:
+    """From now on in this process, let the disk take ``left`` more files and then be full."""
     real, count = os.fsync, itertools.count()
 
     def fsync(handle: int) -> None:
@@ -190,7 +195,6 @@ def _short_of_space(folder: Path, config: Config, left: int) -> None:
         real(handle)
 
     os.fsync = fsync
-    do_run(folder, config)
 
 
 def main() -> None:
