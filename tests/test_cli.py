@@ -164,7 +164,7 @@ def test_status_says_what_is_done_and_what_is_not(capsys, tmp_path: Path) -> Non
     assert code == 0
     assert "done    write pairs, iteration 0" in out
     assert "to do   train, iteration 0" in out
-    assert "1 of 10 stages done" in out
+    assert "1 of 13 stages done" in out
 
 
 def test_the_module_runs_as_a_program() -> None:
