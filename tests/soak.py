@@ -65,12 +65,12 @@ def hurt(grid: str, out: Path, seconds: float, draw: random.Random) -> dict[str,
     seen: Counter[str] = Counter()
     victim, complaint = None, ""
     for _ in range(TRIES):
-        if victim is None and len(finished(out)) >= 12:
+        if victim is None and len(finished(out)) >= 20:
             victim = cut_short(out, draw)
         fault = draw.choice(("kill", "kill", "full"))
         if fault == "kill":
             child, pipe = fork(lambda: sweep_here(grid, out) and None)
-            time.sleep(draw.uniform(0.02, 0.2) * seconds)
+            time.sleep(draw.uniform(0.02, 0.12) * seconds)
             os.kill(child, signal.SIGKILL)
             status, _ = _end(child, pipe)
             seen["killed"] += os.WIFSIGNALED(status)
