@@ -29,7 +29,7 @@ def test_every_profile_loads_and_round_trips(name: str) -> None:
 
 def test_the_documented_profiles_are_there() -> None:
     paper = ["paper-llama2", "paper-llama2-fixref", "paper-zephyr", "paper-zephyr-fixref"]
-    assert profile_names() == ["colab-t4", "cpu", *paper, "smoke"]
+    assert profile_names() == ["colab-t4", "cpu", "cpu-long", *paper, "smoke"]
 
 
 def test_config_is_frozen() -> None:

@@ -205,6 +205,8 @@ def comparable(path: Path) -> object:
         if path.parts[-2] != "base":
             del result["model"]["fingerprint"]
         return result
+    if path.name == "manifest.json":  # in the order of the making; evaluations hold their cost
+        return {k: "" if k.startswith("evaluation/") else v for k, v in read_json(path).items()}
     return path.read_bytes()
 
 
@@ -254,7 +256,7 @@ def test_every_point_is_an_ordinary_run(story: Story, capsys) -> None:
     run = load_run(story.out / "runs" / point["name"])
     assert all(stage.done for stage in stages(run))
     assert main(["status", "--run-dir", str(run.path)]) == 0
-    assert "4 of 4 stages done" in capsys.readouterr().out
+    assert "6 of 6 stages done" in capsys.readouterr().out
     assert main(["report", "--run-dir", str(run.path)]) == 0
     assert run.report.is_file()
     run.report.unlink()
