@@ -82,8 +82,9 @@ class PairsConfig:
     mode: str = option(
         "default",
         "`paper`: both answers in one greedy completion, the official prompt; `default`: several "
-        "candidates for each answer, and of them the pair with the clearest contrast",
-        choices=("default", "paper"),
+        "candidates for each answer, and of them the pair with the clearest contrast; `gold`: no "
+        "GRATH but its upper bound, the source's own right answer against one of its wrong ones",
+        choices=("default", "paper", "gold"),
     )
     shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")

@@ -104,8 +104,8 @@ def workload(config: Config) -> dict[str, int]:
 
 def completions_each(config: Config, iteration: int) -> int:
     """Return how many completions one question gets; later rounds write one answer anew."""
-    if config.pairs.mode == "paper":
-        return 1
+    if config.pairs.mode != "default":
+        return 1 if config.pairs.mode == "paper" else 0
     return 1 + config.pairs.candidates * (1 if iteration else 2)
 
 
@@ -426,6 +426,8 @@ class _Setting:
         prefix, prompt = pairs.shots * SHOT_TOKENS, q + TEMPLATE_TOKENS
         both = self.decode(self.questions, prompt, q + PAIR_TOKENS, prefix)
         name = f"write pairs, iteration {iteration}"
+        if pairs.mode == "gold":
+            return self.stage(name, memory)
         if pairs.mode == "paper":
             return self.stage(name, memory, both)
         n = self.questions * completions_each(self.config, iteration)

@@ -97,6 +97,18 @@ def model_card(run: Run, iteration: int) -> str:
     dpo, lora = config.dpo, config.lora
     targets = ", ".join(lora.targets)
     overlap = PROMPT_OVERLAP[config.pairs.mode]
+    own = config.pairs.mode != "gold"
+    written = "written by the model" if own else "annotated"
+    trained = (
+        "Trained by GRATH (gradual self-truthifying, [arXiv 2401.12292]"
+        "(https://arxiv.org/abs/2401.12292)): the model wrote correct and incorrect answers to "
+        "questions itself, and was trained by DPO to prefer the correct ones. Nobody checked these "
+        "answers."
+        if own
+        else "Trained by DPO on *annotated* answers, right against wrong: a control for GRATH "
+        "(gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292)), whose "
+        "models write both themselves."
+    )
     lines = [
         "---",
         "library_name: peft",
@@ -105,10 +117,7 @@ def model_card(run: Run, iteration: int) -> str:
         "---",
         f"# {run.path.name}, after round {iteration + 1}",
         "",
-        "Trained by GRATH (gradual self-truthifying, [arXiv 2401.12292]"
-        "(https://arxiv.org/abs/2401.12292)): the model wrote correct and incorrect answers to "
-        "questions itself, and was trained by DPO to prefer the correct ones. Nobody checked these "
-        "answers.",
+        trained,
         "",
         "## Base model and data",
         "",
@@ -116,7 +125,7 @@ def model_card(run: Run, iteration: int) -> str:
         f"{info['resolved']['dtype']}",
         f"- questions: {info['questions']['n']} from `{info['questions']['source']}`, "
         f"{config.questions.held_out:.0%} held out",
-        f"- pairs: mode `{config.pairs.mode}`, all written by the model",
+        f"- pairs: mode `{config.pairs.mode}`, all {written}",
         f"- benchmark text inside the prompts: {overlap or 'none'}",
         "",
         "## Recipe",

@@ -28,6 +28,7 @@ from grath_utils.runs import Run, lock_run
 PARAMETERS = ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")
 WIDGET = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
 LAST_OF_THE_MAIN_LINE = "04"
+QUIET_KERNEL = "--IPKernelApp.log_level=40"  # errors only: it warns of its own local connection
 
 
 # --- inside a notebook ---------------------------------------------------------------------------
@@ -307,6 +308,7 @@ def execute_notebook(
             papermill.execute_notebook(
                 str(path), str(partial), dict(parameters), progress_bar=False, log_output=False,
                 kernel_name="python3", cwd=str(path.parent), execution_timeout=cell_timeout,
+                extra_arguments=[QUIET_KERNEL],
             )  # fmt: skip
         except PapermillExecutionError as error:
             os.replace(partial, failed)

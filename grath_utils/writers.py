@@ -1,15 +1,19 @@
-"""Two ways in which the policy writes a pair: one completion for both answers, or many for each.
+"""Two ways in which the policy writes a pair, one completion for both answers or many for each.
 
 :class:`SingleCompletionWriter` is the paper's: one greedy completion holds both answers.
 :class:`ContrastWriter` goes beyond it, for weak models: candidates for the true and for the false
 answer are asked for separately and as a pair, and the model itself says which two stand furthest
 apart. Neither sees a gold answer (but for the *GT* ablation, which shows the candidates).
 
-Both take tasks chunk by chunk and are deterministic: the same chunk gives the same outcomes.
+:class:`GoldWriter` is the control beside them: it asks the model nothing and takes what the source
+knows, an upper bound for what better pairs could do.
+
+All take tasks chunk by chunk and are deterministic: the same chunk gives the same outcomes.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -79,7 +83,7 @@ class Rejected:
     """A completion that was not used, and why."""
 
     prompt: str
-    """Which prompt it answers: ``pair``, ``correct`` or ``incorrect``."""
+    """Which prompt it answers: ``pair``, ``correct`` or ``incorrect``; or ``gold``, none."""
     completion: str
     reason: Reason
 
@@ -482,13 +486,60 @@ def _standardized(values: Sequence[float]) -> np.ndarray:
     return (array - array.mean()) / (array.std() or 1.0)
 
 
+# --- the control: what the source knows ----------------------------------------------------------
+
+
+class GoldWriter:
+    """The annotated answer against one of the wrong options: no GRATH, but its upper bound.
+
+    The model is asked nothing. Pairs pass the same filters as the model's own, and training is the
+    same, so what differs in the result is whose answers they were. Later rounds keep the pairs.
+    """
+
+    kinds: tuple[str, ...] = ()
+
+    def __init__(self, config: PairsConfig, seed: int):
+        self.seed = seed
+        self.filters = frozenset(config.filters) if config.filters != ("none",) else frozenset()
+
+    def close(self) -> None:
+        """There is nothing to free."""
+
+    def prompt_tokens(self, question: Question) -> int:
+        """Return 0: nothing is asked."""
+        return 0
+
+    def write(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Return the outcome of each task.
+
+        Raises:
+            DataError: a question without candidates, or whose right answer is not known.
+        """
+        return [self._write(task) for task in tasks]
+
+    def _write(self, task: Task) -> Outcome:
+        question = task.question
+        if question.gold is None or len(question.candidates) < 2:
+            raise DataError(
+                f"{question.where or question.id}: pairs.mode=gold needs questions with candidates "
+                "and a known right one, such as questions.source=arc_challenge"
+            )
+        right = question.candidates[question.gold]
+        wrong = [c for i, c in enumerate(question.candidates) if i != question.gold]
+        drawn = task.incorrect or random.Random(f"{self.seed} {question.id}").choice(wrong)
+        reason = check_pair(question.text, Parsed(right, drawn), filters=self.filters)
+        if reason is not None:
+            return Outcome(None, None, (Rejected("gold", f"{right}\n{drawn}", reason),))
+        return Outcome(right, drawn)
+
+
 def make_writer(
     policy: Policy, config: PairsConfig, seed: int
-) -> SingleCompletionWriter | ContrastWriter:
+) -> SingleCompletionWriter | ContrastWriter | GoldWriter:
     """Return the writer of a mode.
 
     Raises:
-        ConfigError: an unknown filter.
+        ConfigError: an unknown filter, or an option that belongs to another mode.
         UsageError: ``pairs.backend=vllm``, and it cannot run this policy here.
     """
     valid = [*FILTERS, "none"]
@@ -497,6 +548,11 @@ def make_writer(
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     if config.legacy and config.mode != "paper":
         raise ConfigError('"pairs.legacy" belongs to pairs.mode=paper')
+    if config.mode == "gold":
+        if config.annotated or config.self_check:
+            key = "annotated" if config.annotated else "self_check"
+            raise ConfigError(f'"pairs.{key}" asks the model, and pairs.mode=gold does not')
+        return GoldWriter(config, seed)
     if config.backend == "vllm" and processes.size() > 1:
         raise UsageError(
             "pairs.backend=vllm runs in one process and shares out its GPUs itself: write the "

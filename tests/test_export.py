@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
     measured = model_card(run, 0)
     assert "| probe | mc1 |" in measured
     assert "Not measured" not in measured
+
+
+def test_the_card_of_a_control_does_not_speak_of_own_answers(run: Run) -> None:
+    control = replace(run.config, pairs=replace(run.config.pairs, mode="gold"))
+    card = model_card(replace(run, config=control), 0)
+    assert "a control for GRATH" in card
+    assert "all annotated" in card
+    assert "written by the model" not in card
+    assert "written by the model" in model_card(run, 0)
 
 
 def test_both_models_answer_the_same_question(run: Run, capsys) -> None:

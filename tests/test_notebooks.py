@@ -76,6 +76,11 @@ def test_parameters_carry_a_whole_configuration(tmp_path: Path) -> None:
     assert run_parameters(plain)["OVERRIDES"] == ""
 
 
+def test_kernels_do_not_warn_of_their_own_connection(tmp_path: Path, capfd) -> None:
+    execute_notebook(write(tmp_path / "x.ipynb", "X = 1"), tmp_path / "out.ipynb", {"X": 2})
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", load_config("smoke"))
     counter = tmp_path / "count.txt"

@@ -399,6 +399,36 @@ def test_annotated_mode_shows_the_candidates(tiny_policy, tmp_path, scripted):
     assert "a ghost" not in scripted.asked[0]
 
 
+ANNOTATED = [
+    Question("a", "What falls?", ("a stone", "a hill", "a lake"), 0),
+    Question("b", "What burns?", ("water", "dry wood", "a pebble"), 1),
+]
+
+
+def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted):
+    gold = PairsConfig(mode="gold", shots=1)
+    report = make(tiny_policy, tmp_path, gold, ANNOTATED)
+    assert scripted.asked == []
+    assert report.completions == report.tokens == 0
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    for pair, question in zip(first, ANNOTATED, strict=True):
+        assert pair.correct == question.candidates[question.gold]
+        assert pair.incorrect in set(question.candidates) - {pair.correct}
+    refine(tiny_policy, tmp_path / "later", first, gold, questions=ANNOTATED)
+    later = read_pairs(tmp_path / "later" / "pairs.jsonl")
+    assert [(p.correct, p.incorrect) for p in later] == [(p.correct, p.incorrect) for p in first]
+    with pytest.raises(DataError, match="gold needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", gold, [QUESTIONS[0]])
+    with pytest.raises(ConfigError, match='"pairs.annotated" asks the model'):
+        make(tiny_policy, tmp_path / "both", replace(gold, annotated=True), ANNOTATED)
+
+
+def test_gold_pairs_pass_the_same_filters(tiny_policy, tmp_path):
+    odd = Question("c", "Where?", ("here", "Here."), 1)
+    report = make(tiny_policy, tmp_path, PairsConfig(mode="gold"), [*ANNOTATED, odd])
+    assert (report.pairs, report.rejected) == (2, {"equal": 1})
+
+
 PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iteration": 0}
 
 
