@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,11 +15,11 @@ import pytest
 from conftest import finish, start
 from safetensors.torch import load_file
 
-from grath_utils.artifacts import read_json, read_jsonl
+from grath_utils.artifacts import read_json, read_jsonl, write_json
 from grath_utils.config import load_config
-from grath_utils.loop import stages
+from grath_utils.loop import planned_iterations, stages, start_run
 from grath_utils.models import load_policy
-from grath_utils.notebooks import main_line, numbered_notebooks
+from grath_utils.notebooks import main_line, numbered_notebooks, run_notebooks
 from grath_utils.report import comparison_rows, percent
 from grath_utils.runs import Run, load_run
 
@@ -159,6 +160,24 @@ def test_a_trained_model_loads_by_name(smoke) -> None:
     first, second = load_policy(f"{run.path}@0"), load_policy(f"{run.path}@1")
     assert first.fingerprint != second.fingerprint
     assert first.config.quantization == run.config.model.quantization
+
+
+def test_a_loop_that_ended_early_is_read_by_the_notebooks_as_it_is(smoke, tmp_path: Path) -> None:
+    whole, _ = smoke
+    early = {"loop.iterations": 3, "loop.keep": "best", "loop.early_stop": True}
+    run = start_run(tmp_path / "run", load_config("smoke", early))
+    shutil.copytree(whole.iteration(0), run.iteration(0))
+    for name in ("base", "iter_0"):
+        write_json(run.signals(name), read_json(whole.signals(name)))
+    write_json(run.collapsed(1), {"reason": "the chosen answers are gone"})
+    assert planned_iterations(run) == [0]
+    names = ("03_iterative_refinement", "04_evaluation")
+    chosen = [path for path in numbered_notebooks() if path.stem in names]
+    texts = [path.read_text(encoding="utf-8") for path in run_notebooks(run, chosen, say=str)]
+    assert "rounds: 1 of at most 3" in texts[0]
+    assert "the chosen answers are gone" in texts[0]
+    assert "rounds: 1; compared with the base below: round 1" in texts[1]
+    assert "round 2 collapsed" in run.report.read_text(encoding="utf-8")
 
 
 def artifacts_of(run: Run) -> dict[str, object]:
