@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from grath_utils import costs
 from grath_utils.artifacts import read_json, read_jsonl
 from grath_utils.audit import ngram_f1
 from grath_utils.benchmarks import Item, load_benchmark
+from grath_utils.config import load_config
 from grath_utils.dpo import preference_loss, reference_log_probs
 from grath_utils.encoding import Request
 from grath_utils.errors import UsageError, did_you_mean
@@ -35,13 +37,14 @@ from grath_utils.loop import (
     run_questions,
 )
 from grath_utils.metrics import mc1
-from grath_utils.models import Policy
+from grath_utils.models import Policy, quiet_transformers
 from grath_utils.parsing import check_pair, pair_is_complete, parse_pair, words
 from grath_utils.paths import notebooks_dir
 from grath_utils.preferences import tokenize_pairs
 from grath_utils.prompts import pair_messages, question_messages, render_chat
 from grath_utils.runs import Run
 from grath_utils.scoring import score_completions
+from grath_utils.shapes import shape_of
 from grath_utils.statistics import bootstrap_means, interval, items_needed, summarize
 
 NONE_YET, RIGHT, NOT_YET = "no answer yet", "right", "not yet"
@@ -53,6 +56,8 @@ ANT_ANSWERS = ("An ant has six legs.", "An ant has four legs.", "Six legs.", "Fo
 ANT_PAIRS = ((0, 1), (2, 3), (2, 1))
 BLANK_QUESTION = "Say something."
 ROUNDING = 0.5  # nats: what bfloat16 leaves unsure in an answer's sum
+LONG_PAIR = 1024  # tokens; notebook 6
+COUNTED = (2, 32)  # rows and tokens a row of the batch whose operations are counted; notebook 6
 
 
 @dataclass(frozen=True)
@@ -612,6 +617,146 @@ def _equal_steps(run: Run, answer: Any, policy: Policy | None) -> str:
     return "equal steps, different pairs. What is still confounded is yours to say."
 
 
+# --- 06 ------------------------------------------------------------------------------------------
+
+
+def _micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
+    found = _numbers(answer, 2)
+    config, device = load_config("paper-llama2"), costs.DEVICES["T4"]
+    batch = config.dpo.batch_size
+    _hold(
+        all(n >= 1 and batch % n == 0 for n in found),
+        f"give two whole numbers that divide dpo.batch_size={batch}; other settings are refused.",
+    )
+
+    def needed(pairs: float, checkpointing: bool) -> float:
+        dpo = replace(config.dpo, micro_batch_size=int(pairs), gradient_checkpointing=checkpointing)
+        parts = costs.training_memory(
+            shape_of(config.model),
+            config.lora,
+            dpo,
+            device,
+            dtype=costs.compute_dtype(config, device),
+            quantization=costs.stored_quantization(config, device),
+            pair_tokens=LONG_PAIR,
+        )
+        return sum(parts.values())
+
+    sizes = [n for n in range(1, batch + 1) if batch % n == 0]
+    wanted = [
+        max((n for n in sizes if needed(n, kept) <= device.memory), default=0)
+        for kept in (False, True)
+    ]
+    _hold(
+        found != wanted[::-1] or wanted[0] == wanted[1],
+        "in the other order: without checkpointing first.",
+    )
+    for value, right, kept in zip(found, wanted, (False, True), strict=True):
+        which = "with" if kept else "without"
+        _hold(
+            value <= right,
+            f"{which} checkpointing, {value:.0f} pairs need {needed(value, kept) / 1e9:.1f} GB. A "
+            f"T4 has {device.memory / 1e9:.0f} GB (of 1e9 bytes), and computes in float16.",
+        )
+        _hold(value >= right, f"{which} checkpointing there is room for more pairs.")
+    first, second = needed(wanted[0], False) / 1e9, needed(wanted[1], True) / 1e9
+    return f"predicted to take {first:.1f} and {second:.1f} GB."
+
+
+def _eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
+    speed_up, stage = answer
+    config, found = load_config("paper-llama2"), float(speed_up)
+    one, eight = (costs.estimate(config, costs.DEVICES[name]) for name in ("H100", "8xH100"))
+    wanted = costs.total(one).seconds / costs.total(eight).seconds
+    gains = {a.name: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
+    mean = float(np.mean(list(gains.values())))
+    _hold(abs(found * wanted - 1) > 0.02, "upside down: the time of one GPU over that of eight.")
+    _hold(
+        abs(found / mean - 1) > 0.02 or abs(mean / wanted - 1) < 0.02,
+        "this is the mean of the stages' own speed-ups. Long stages count for more: add up the "
+        "times first.",
+    )
+    _hold(
+        abs(found / wanted - 1) < 0.02,
+        "another speed-up. The seconds of all stages of paper-llama2, on H100 and on 8xH100.",
+    )
+    _hold(stage in gains, f'no stage is called "{stage}"{did_you_mean(str(stage), gains)}.')
+    _hold(
+        gains[stage] < 1.01 * min(gains.values()),
+        f'"{stage}" becomes {gains[stage]:.1f} times as fast; another stage gains less.',
+    )
+    return f"the stage becomes {gains[stage]:.2f} times as fast: it mostly loads the model."
+
+
+def _backward_share(run: Run, answer: Any, policy: Policy | None) -> str:
+    found = _numbers(answer, 2)
+    wanted = [_backward_over_forward(run, everything=every) for every in (False, True)]
+    slack = 0.08  # kernels differ in what is counted of attention
+    _hold(not _near(found[::-1], wanted, slack), "in the other order: the adapter first.")
+    _hold(
+        not _near(found, [1 / ratio for ratio in wanted], slack),
+        "upside down: backward over forward.",
+    )
+    _hold(
+        not _near(found, [ratio + 1 for ratio in wanted], slack),
+        "there is one forward pass too many in the backward's count. Is gradient checkpointing on, "
+        "or the whole step in one counter?",
+    )
+    _hold(
+        abs(found[0] - wanted[1]) > slack,
+        "the first is the ratio of a base that is trained too. Freeze it: only the adapter may "
+        "require a gradient.",
+    )
+    _hold(
+        abs(found[1] - wanted[0]) > slack,
+        "the second is the ratio of a frozen base. Let every weight require a gradient before the "
+        "forward pass.",
+    )
+    rows, tokens = COUNTED
+    _hold(
+        _near(found, wanted, slack),
+        f"at least one is another one. Take {rows} rows of {tokens} tokens, and a loss that every "
+        "place of the output enters.",
+    )
+    return f"freezing the base saves {1 - (1 + wanted[0]) / (1 + wanted[1]):.0%} of a step."
+
+
+def _backward_over_forward(run: Run, *, everything: bool) -> float:
+    """Count both passes of a model of the run's shape; no weight is stored, nothing computed."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = shape_of(run.config.model)
+    sizes = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        attn_implementation="eager",  # of plain products, which are all counted
+    )
+    with torch.device("meta"):
+        model: torch.nn.Module = LlamaForCausalLM(sizes)
+        if not everything:
+            targets = shape.lora_targets(run.config.lora)
+            settings = PeftLora(r=run.config.lora.r, target_modules=targets)
+            with quiet_transformers():
+                model = get_peft_model(model, settings)
+        rows, tokens = COUNTED
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        mask = torch.zeros(rows, 1, tokens, tokens)  # given, or it would be looked for in the ids
+        with FlopCounterMode(display=False) as forward:
+            loss = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    return backward.get_total_flops() / forward.get_total_flops()
+
+
 EXERCISES: Mapping[str, Exercise] = {
     "00.easy": Exercise("(question, true answer, false answer), three texts", _own_question),
     "00.medium": Exercise("three differences, one for each comparison of section 3", _ant_mean),
@@ -634,4 +779,10 @@ EXERCISES: Mapping[str, Exercise] = {
     ),
     "05.medium": Exercise("(mean gain with annotated pairs, with self-made ones)", _interaction),
     "05.hard": Exercise("two designs, as settings: ({...}, {...})", _equal_steps),
+    "06.easy": Exercise("(pairs without checkpointing, pairs with it)", _micro_batch),
+    "06.medium": Exercise("(speed-up of the whole run, name of a stage)", _eight_gpus),
+    "06.hard": Exercise(
+        "(backward over forward with an adapter, the same with all weights trained)",
+        _backward_share,
+    ),
 }

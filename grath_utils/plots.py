@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from grath_utils.statistics import t_interval
 
@@ -935,6 +936,102 @@ def plot_category_change(
         axis.set_ylim(-0.7, len(categories) - 0.3)
     figure.legend(fontsize=9, loc="outside upper left", ncols=2)  # inside, it could hide a point
     return figure
+
+
+# --- what a run takes ----------------------------------------------------------------------------
+
+MEMORY_LOOKS = {  # part -> colour, and the hatch that says the same in grey
+    "weights": (BLUE, ""),
+    "adapter": (ORANGE, "...."),
+    "gradient and optimiser": (VERMILION, "////"),
+    "activations": (SKY, "\\\\\\\\"),
+    "logits": (PURPLE, "xxxx"),
+    "working space": ("#bbbbbb", ""),
+}
+STAGE_LOOKS = {
+    "write pairs": (BLUE, ""),
+    "train": (ORANGE, "////"),
+    "measure": (PURPLE, "xxxx"),
+    "evaluate": (SKY, "\\\\\\\\"),
+}
+
+
+def plot_memory(
+    models: Mapping[str, Mapping[str, Mapping[str, float]]], limits: Mapping[str, float]
+) -> Figure:
+    """Show where the memory of training goes: a panel for each model, a bar for each way.
+
+    Args:
+        models: model -> way of training -> part -> bytes; parts as in ``MEMORY_LOOKS``.
+        limits: what a device holds, in bytes, by its name; at most two.
+    """
+    rows = math.ceil(len(models) / 2)
+    figure, axes = new_axes(rows, 2, width=10.4, height=0.7 + 2.2 * rows)
+    for axis, (model, ways) in zip(axes.flat, models.items(), strict=True):
+        ends = _stack(axis, ways, MEMORY_LOOKS, 1e9)
+        for i, end in enumerate(ends):
+            behind = {"facecolor": "white", "linewidth": 0, "pad": 1}  # a line may pass here
+            size = f"{end:,.0f}" if end > 100 else f"{end:.1f}"
+            axis.annotate(
+                f"{size} GB", (end, i), (5, 0), textcoords="offset points", va="center", bbox=behind
+            )
+        right = 1.25 * max(ends)
+        sides = ("right", "left")  # two lines may stand close together
+        for (name, size), side in zip(
+            sorted(limits.items(), key=itemgetter(1)), sides, strict=True
+        ):
+            if size / 1e9 < right:
+                axis.axvline(size / 1e9, color="black", linewidth=1.1, linestyle="--")
+                axis.text(size / 1e9, -0.52, f" {name} ", ha=side, va="bottom", fontsize=9)
+        axis.set(title=model, xlim=(0, right), ylim=(len(ends) - 0.5, -0.95))
+    for axis in axes.flat[-2:]:
+        axis.set_xlabel("GB")
+    figure.legend(handles=_patches(MEMORY_LOOKS), loc="outside lower center", ncols=6, fontsize=9)
+    return figure
+
+
+def plot_stage_times(runs: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Show where the hours of whole runs go, in percent: run -> kind of stage -> seconds."""
+    shares = {
+        name: {kind: 100 * s / sum(times.values()) for kind, s in times.items()}
+        for name, times in runs.items()
+    }
+    figure, axes = new_axes(width=9.0, height=1.2 + 0.42 * len(runs))
+    _stack(axes, shares, STAGE_LOOKS)
+    axes.set(xlim=(0, 100), xlabel="percent of the run's time")
+    figure.legend(handles=_patches(STAGE_LOOKS), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def _stack(
+    axes: Axes,
+    bars: Mapping[str, Mapping[str, float]],
+    looks: Mapping[str, tuple[str, str]],
+    unit: float = 1.0,
+) -> list[float]:
+    """Draw a bar of parts for each name, and return where the bars end."""
+    ends = []
+    for i, parts in enumerate(bars.values()):
+        left = 0.0
+        for name, size in parts.items():
+            colour, hatch = looks[name]
+            axes.barh(
+                [i], [size / unit], left=left, height=0.62, color=colour, hatch=hatch,
+                edgecolor="white", linewidth=0.6,
+            )  # fmt: skip
+            left += size / unit
+        ends.append(left)
+    axes.set_yticks(range(len(bars)), list(bars))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    return ends
+
+
+def _patches(looks: Mapping[str, tuple[str, str]]) -> list[Patch]:
+    return [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name)
+        for name, (colour, hatch) in looks.items()
+    ]
 
 
 def _model_name(label: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from grath_utils import exercises
+from grath_utils import costs, exercises
 from grath_utils.config import load_config
 from grath_utils.dpo import preference_loss
 from grath_utils.errors import UsageError
@@ -24,7 +24,7 @@ from grath_utils.notebooks import execute_notebook, numbered_notebooks
 from grath_utils.runs import Run, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("0[0-5]_*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("0[0-6]_*.ipynb"))
 UNCHECKED = sorted(set(SOLUTIONS[0].parent.glob("*.ipynb")) - set(SOLUTIONS))
 CALL = re.compile(r'check\(run, "(\d\d\.\w+)", answer')
 
@@ -160,6 +160,55 @@ def test_a_design_changes_one_thing_only() -> None:
 def test_the_record_is_asked_for_an_interaction() -> None:
     for answer in ((0.0, 0.0), (1.0,), (100.0, -100.0)):
         assert check(None, "05.medium", answer).state == NOT_YET
+
+
+def test_the_micro_batch_that_still_fits_is_the_only_right_one() -> None:
+    verdicts = {
+        (a, b): check(None, "06.easy", (a, b)) for a in (1, 2, 4, 8, 16) for b in (1, 2, 4, 8, 16)
+    }
+    ((without, kept),) = [pair for pair, verdict in verdicts.items() if verdict.state == RIGHT]
+    assert without < kept
+    assert "other order" in verdicts[kept, without].text
+    assert "pairs need" in verdicts[2 * without, kept].text
+    assert "with checkpointing there is room" in verdicts[without, kept // 2].text
+    assert "divide" in check(None, "06.easy", (without, 3)).text
+    assert check(None, "06.easy", (without, 0.5)).state == NOT_YET
+
+
+def test_eight_gpus_are_judged_by_the_total_and_by_the_stage() -> None:
+    config = load_config("paper-llama2")
+    one, eight = (costs.estimate(config, costs.DEVICES[name]) for name in ("H100", "8xH100"))
+    ratio = costs.total(one).seconds / costs.total(eight).seconds
+    gains = {a.name: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
+    least = min(gains, key=gains.get)
+    assert 1 < ratio < 8
+    assert check(None, "06.medium", (ratio, least)).state == RIGHT
+    assert "upside down" in check(None, "06.medium", (1 / ratio, least)).text
+    assert "mean" in check(None, "06.medium", (np.mean(list(gains.values())), least)).text
+    assert "another speed-up" in check(None, "06.medium", (8, least)).text
+    assert "gains less" in check(None, "06.medium", (ratio, max(gains, key=gains.get))).text
+    assert "no stage is called" in check(None, "06.medium", (ratio, "training")).text
+
+
+def test_operations_are_counted_anew() -> None:
+    run = Run(Path("nowhere"), load_config("smoke"))
+    adapter, everything = (
+        exercises._backward_over_forward(run, everything=every) for every in (False, True)
+    )
+    assert adapter == pytest.approx(1, abs=0.05), "the gradient of inputs alone"
+    assert everything == pytest.approx(2, abs=0.05), "and that of the weights"
+    for answer, says in (
+        ((everything, adapter), "other order"),
+        ((adapter + 1, everything + 1), "one forward pass too many"),
+        ((1 / adapter, 1 / everything), "upside down"),
+        ((everything, everything), "Freeze it"),
+        ((adapter, adapter), "every weight require"),
+        ((adapter, 5.0), "rows of"),
+    ):
+        verdict = check(run, "06.hard", answer)
+        assert verdict.state == NOT_YET
+        assert says in verdict.text
+    assert check(run, "06.hard", (adapter, everything)).state == RIGHT
 
 
 # --- against a run -------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, confi
             if cell["cell_type"] == "code"
         )
         for wanted in re.findall(r"check_ready\(run, (\[.*?\]), \"", code):
-            scope = {"run": run, "last": config.loop.iterations - 1}
+            scope = {"run": run, "rounds": range(config.loop.iterations)}
             made = {stage.output for stage in workshop.needed_stages(run, at)}
             assert set(eval(wanted, scope)) <= made, f"{path.name} needs more"
 
