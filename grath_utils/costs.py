@@ -130,12 +130,15 @@ class Device:
     launch: float = 0.0
     """Seconds to launch one layer once; a backward pass counts as two."""
     count: int = 1
+    dtype: str = "bfloat16"
+    """The compute type."""
     source: str = ""
 
 
-# Fitted to measurements.jsonl, as shares of a matrix product's rate measured on the same machine.
-CPU_REACHED = (("write", 0.27), ("train", 0.19), ("score", 0.32))
-FLOAT32_FACTOR = 2.2  # float32 products are slow enough to hide more of the rest
+# Fitted to measurements.jsonl. Seconds of an operation: the first number over the rate of a matrix
+# product on the same machine, plus the second. That part (norms, softmax, memory, Python) gets no
+# faster where products do, so the faster the products, the smaller the share of their rate.
+CPU_COSTS = {"write": (0.88, 2.3e-12), "train": (1.2, 4.5e-12), "score": (1.6, 1.3e-12)}
 CPU_KEPT = 2 * GIB  # freed blocks that the allocator may keep (models.keep_freed_memory)
 # Assumed: no GPU run was long enough to be limited by its arithmetic.
 GPU_REACHED = (("write", 0.3), ("train", 0.4), ("score", 0.4))
@@ -144,13 +147,15 @@ LAUNCH = 2.8e-3  # fitted to the one measured GPU step (H100, Llama-2-7B's shape
 NF4_MOVED = 4.5  # bytes a 4-bit weight moves in a pass: 0.5 read, 2 written, 2 read again
 
 
-def _gpu(name: str, peak: float, memory: float, bandwidth: float, count: int = 1) -> Device:
+def _gpu(
+    name: str, peak: float, memory: float, bandwidth: float, count: int = 1, dtype: str = "bfloat16"
+) -> Device:
     source = "the vendor's data sheet; peak without sparsity"
-    return Device(name, "gpu", peak, memory, bandwidth, GPU_REACHED, LAUNCH, count, source)
+    return Device(name, "gpu", peak, memory, bandwidth, GPU_REACHED, LAUNCH, count, dtype, source)
 
 
 DEVICES = {
-    "T4": _gpu("T4", 65e12, 16e9, 320e9),  # float16; it has no bfloat16 units
+    "T4": _gpu("T4", 65e12, 16e9, 320e9, dtype="float16"),  # it has no bfloat16 units
     "A100": _gpu("A100 80 GB", 312e12, 80e9, 2039e9),
     "H100": _gpu("H100 80 GB", 989e12, 80e9, 3350e9),
     "8xH100": _gpu("8 × H100 80 GB", 989e12, 80e9, 3350e9, count=8),
@@ -158,18 +163,20 @@ DEVICES = {
 """NVIDIA T4; A100 80GB SXM; H100 SXM: bf16/fp16 tensor rate, memory, memory bandwidth."""
 
 
-def cpu_device(peak: float, memory: float, bandwidth: float = 30e9, *, fast: bool = True) -> Device:
+def cpu_device(
+    peak: float, memory: float, bandwidth: float = 30e9, *, dtype: str = "bfloat16"
+) -> Device:
     """Return a CPU whose matrix products reach ``peak`` operations a second.
 
     Args:
         peak: measured in the compute type.
         memory: bytes.
         bandwidth: bytes a second.
-        fast: the compute type is bfloat16 in hardware; False for float32.
+        dtype: the compute type.
     """
-    factor = 1.0 if fast else FLOAT32_FACTOR
-    reached = tuple((kind, share * factor) for kind, share in CPU_REACHED)
-    return Device("this CPU", "cpu", peak, memory, bandwidth, reached, source="measured now")
+    reached = tuple((kind, 1 / (part + rest * peak)) for kind, (part, rest) in CPU_COSTS.items())
+    source = "measured now"
+    return Device("this CPU", "cpu", peak, memory, bandwidth, reached, dtype=dtype, source=source)
 
 
 def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
@@ -194,9 +201,10 @@ def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
         memory = float(psutil.virtual_memory().total)
         if resolved.device == "cuda":
             memory = float(torch.cuda.get_device_properties(0).total_memory)
-        return Device(resolved.device, "gpu", peak, memory, 300e9, GPU_REACHED, LAUNCH)
+        rates = (peak, memory, 300e9, GPU_REACHED, LAUNCH)
+        return Device(resolved.device, "gpu", *rates, dtype=resolved.dtype)
     memory = float(psutil.virtual_memory().total)
-    return cpu_device(peak, memory, fast=resolved.dtype == "bfloat16")
+    return cpu_device(peak, memory, dtype=resolved.dtype)
 
 
 def _matmul_rate(torch: Any, dtype: Any, device: str, seconds: float) -> float:
@@ -228,14 +236,6 @@ def meant_for(profile: str) -> Device | None:
 def stored_quantization(config: Config, device: Device) -> str:
     """Return how the weights lie in memory: a CPU holds rounded weights in the compute type."""
     return config.model.quantization if device.kind == "gpu" else "none"
-
-
-def compute_dtype(config: Config, device: Device) -> str:
-    """Return the compute type on a device (T4: float16, as it has no bfloat16)."""
-    if device.kind == "cpu":
-        slow = dict(device.reached)["train"] > dict(CPU_REACHED)["train"]
-        return "float32" if slow else "bfloat16"
-    return "float16" if device.name == "T4" else "bfloat16"
 
 
 def activation_bytes(shape: Shape, lora: LoraConfig, dtype: str, *, checkpointing: bool) -> int:
@@ -308,7 +308,7 @@ def inference_memory(
     config: Config, shape: Shape, device: Device, *, write: bool
 ) -> dict[str, float]:
     """Return the bytes of writing pairs (``write``) or of scoring, by part."""
-    dtype = compute_dtype(config, device)
+    dtype = device.dtype
     weights = shape.weight_bytes(dtype, stored_quantization(config, device))
     if write:
         prefix = config.pairs.shots * SHOT_TOKENS
@@ -355,7 +355,7 @@ class _Setting:
 
     @property
     def dtype(self) -> str:
-        return compute_dtype(self.config, self.device)
+        return self.device.dtype
 
     @property
     def question_tokens(self) -> int:

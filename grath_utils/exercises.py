@@ -636,7 +636,7 @@ def _micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
             config.lora,
             dpo,
             device,
-            dtype=costs.compute_dtype(config, device),
+            dtype=device.dtype,
             quantization=costs.stored_quantization(config, device),
             pair_tokens=LONG_PAIR,
         )
