@@ -82,9 +82,10 @@ class PairsConfig:
     mode: str = option(
         "default",
         "`paper`: both answers in one greedy completion, the official prompt; `default`: several "
-        "candidates for each answer, and of them the pair with the clearest contrast; `gold`: no "
-        "GRATH but its upper bound, the source's own right answer against one of its wrong ones",
-        choices=("default", "paper", "gold"),
+        "candidates for each answer, and of them the pair with the clearest contrast; `pick`: the "
+        "model picks both from the source's options, not told which is right; `gold`: no GRATH but "
+        "its upper bound, the source's own right answer against one of its wrong ones",
+        choices=("default", "paper", "pick", "gold"),
     )
     shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")

@@ -428,6 +428,9 @@ class _Setting:
         name = f"write pairs, iteration {iteration}"
         if pairs.mode == "gold":
             return self.stage(name, memory)
+        if pairs.mode == "pick":
+            read, predicted = (4 * self.questions * each for each in CANDIDATE_SCORED)
+            return self.stage(name, memory, self.scoring(read, predicted, prefix / 2))
         if pairs.mode == "paper":
             return self.stage(name, memory, both)
         n = self.questions * completions_each(self.config, iteration)

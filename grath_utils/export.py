@@ -87,6 +87,21 @@ def _card_of(name: str) -> str:
 
 # --- the card ------------------------------------------------------------------------------------
 
+GRATH = "GRATH (gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292))"
+SELF_MADE = (
+    f"Trained by {GRATH}: the model wrote correct and incorrect answers to questions itself, and "
+    "was trained by DPO to prefer the correct ones. Nobody checked these answers."
+)
+PICKED = (
+    "Trained by DPO on answers that the model itself picked from given options as most and least "
+    f"credible, without being told which is right: a control for {GRATH}, whose models write both "
+    "themselves."
+)
+ANNOTATED = (
+    f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, whose "
+    "models write both themselves."
+)
+
 
 def model_card(run: Run, iteration: int) -> str:
     """Return the card of a run's model as Markdown: base, data, recipe, results, limits.
@@ -97,18 +112,11 @@ def model_card(run: Run, iteration: int) -> str:
     dpo, lora = config.dpo, config.lora
     targets = ", ".join(lora.targets)
     overlap = PROMPT_OVERLAP[config.pairs.mode]
-    own = config.pairs.mode != "gold"
-    written = "written by the model" if own else "annotated"
-    trained = (
-        "Trained by GRATH (gradual self-truthifying, [arXiv 2401.12292]"
-        "(https://arxiv.org/abs/2401.12292)): the model wrote correct and incorrect answers to "
-        "questions itself, and was trained by DPO to prefer the correct ones. Nobody checked these "
-        "answers."
-        if own
-        else "Trained by DPO on *annotated* answers, right against wrong: a control for GRATH "
-        "(gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292)), whose "
-        "models write both themselves."
-    )
+    made = {
+        "pick": ("picked by the model from the source's options", PICKED),
+        "gold": ("annotated", ANNOTATED),
+    }
+    written, trained = made.get(config.pairs.mode, ("written by the model", SELF_MADE))
     lines = [
         "---",
         "library_name: peft",

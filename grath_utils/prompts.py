@@ -80,6 +80,7 @@ PRIMER_DEMONSTRATIONS = (
 PROMPT_OVERLAP = {
     "paper": "TruthfulQA: the six questions and right answers of its QA primer",
     "default": "",
+    "pick": "",
     "gold": "",
 }
 

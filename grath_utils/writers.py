@@ -5,8 +5,9 @@
 answer are asked for separately and as a pair, and the model itself says which two stand furthest
 apart. Neither sees a gold answer (but for the *GT* ablation, which shows the candidates).
 
-:class:`GoldWriter` is the control beside them: it asks the model nothing and takes what the source
-knows, an upper bound for what better pairs could do.
+Two controls stand beside them, for sources with options: :class:`PickingWriter` has the model judge
+and not write, and :class:`GoldWriter` asks the model nothing and takes what the source knows, an
+upper bound for what better pairs could do.
 
 All take tasks chunk by chunk and are deterministic: the same chunk gives the same outcomes.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ class Rejected:
     """A completion that was not used, and why."""
 
     prompt: str
-    """Which prompt it answers: ``pair``, ``correct`` or ``incorrect``; or ``gold``, none."""
+    """Which prompt it answers: ``pair``, ``correct``, ``incorrect``; or ``options``, ``gold``."""
     completion: str
     reason: Reason
 
@@ -486,6 +487,53 @@ def _standardized(values: Sequence[float]) -> np.ndarray:
     return (array - array.mean()) / (array.std() or 1.0)
 
 
+# --- between the two: the model judges, and the source has written -------------------------------
+
+
+class PickingWriter(ContrastWriter):
+    """The model picks both answers from the source's options, without being told which is right.
+
+    What it finds most and least credible, by the same gain as in :class:`ContrastWriter` (there is
+    no agreement to count). It separates *judging* from *writing*: a model too weak to write a true
+    answer may still find one. Later rounds pick anew, by the trained model's judgement.
+    """
+
+    kinds = ("correct",)
+
+    def write(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Return the outcome of each task.
+
+        Raises:
+            DataError: a question without candidates.
+        """
+        pools = [[Candidate(text, 0) for text in _options(t.question, "pick")] for t in tasks]
+        # The first round's incorrect answer is one of the options: it is judged only once.
+        pools = [
+            [c for c in pool if c.text != t.incorrect] for pool, t in zip(pools, tasks, strict=True)
+        ]
+        credits = self._credits(tasks, pools)
+        return [self._pick(*row) for row in zip(tasks, pools, credits, strict=True)]
+
+    def _pick(self, task: Task, pool: list[Candidate], credit: np.ndarray) -> Outcome:
+        offered = Completion("\n".join(c.text for c in pool), (), "stop")
+        outcome = self._choose(task, [("options", offered)], pool, [], credit)
+        return replace(outcome, completions=0, tokens=0)
+
+
+def _options(question: Question, mode: str) -> tuple[str, ...]:
+    """Return a question's candidates.
+
+    Raises:
+        DataError: it has none to choose from.
+    """
+    if len(question.candidates) < 2:
+        raise DataError(
+            f"{question.where or question.id}: pairs.mode={mode} needs questions with candidates, "
+            "such as questions.source=arc_challenge, and this one has none"
+        )
+    return question.candidates
+
+
 # --- the control: what the source knows ----------------------------------------------------------
 
 
@@ -518,14 +566,14 @@ class GoldWriter:
         return [self._write(task) for task in tasks]
 
     def _write(self, task: Task) -> Outcome:
-        question = task.question
-        if question.gold is None or len(question.candidates) < 2:
+        question, options = task.question, _options(task.question, "gold")
+        if question.gold is None:
             raise DataError(
-                f"{question.where or question.id}: pairs.mode=gold needs questions with candidates "
-                "and a known right one, such as questions.source=arc_challenge"
+                f"{question.where or question.id}: pairs.mode=gold needs to know which candidate "
+                "is right, and the source does not say"
             )
-        right = question.candidates[question.gold]
-        wrong = [c for i, c in enumerate(question.candidates) if i != question.gold]
+        right = options[question.gold]
+        wrong = [option for i, option in enumerate(options) if i != question.gold]
         drawn = task.incorrect or random.Random(f"{self.seed} {question.id}").choice(wrong)
         reason = check_pair(question.text, Parsed(right, drawn), filters=self.filters)
         if reason is not None:
@@ -548,11 +596,16 @@ def make_writer(
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     if config.legacy and config.mode != "paper":
         raise ConfigError('"pairs.legacy" belongs to pairs.mode=paper')
+    if config.mode in ("gold", "pick") and (config.annotated or config.self_check):
+        key = "annotated" if config.annotated else "self_check"
+        raise ConfigError(
+            f'"pairs.{key}" is about answers that the model writes, and with pairs.mode='
+            f"{config.mode} it writes none"
+        )
     if config.mode == "gold":
-        if config.annotated or config.self_check:
-            key = "annotated" if config.annotated else "self_check"
-            raise ConfigError(f'"pairs.{key}" asks the model, and pairs.mode=gold does not')
         return GoldWriter(config, seed)
+    if config.mode == "pick":
+        return PickingWriter(policy, replace(config, backend="own"), seed)
     if config.backend == "vllm" and processes.size() > 1:
         raise UsageError(
             "pairs.backend=vllm runs in one process and shares out its GPUs itself: write the "

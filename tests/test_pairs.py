@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -419,8 +420,38 @@ def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted)
     assert [(p.correct, p.incorrect) for p in later] == [(p.correct, p.incorrect) for p in first]
     with pytest.raises(DataError, match="gold needs questions with candidates"):
         make(tiny_policy, tmp_path / "none", gold, [QUESTIONS[0]])
-    with pytest.raises(ConfigError, match='"pairs.annotated" asks the model'):
+    with pytest.raises(ConfigError, match='"pairs.annotated" is about answers'):
         make(tiny_policy, tmp_path / "both", replace(gold, annotated=True), ANNOTATED)
+
+
+def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path, monkeypatch):
+    credible = {"a stone": -1.0, "a hill": -3.0, "a lake": -2.0}
+    credible |= {"dry wood": -3.0, "a pebble": -1.0, "water": -2.0}
+
+    def judge(policy, requests):
+        answers = [r.completion.removesuffix(policy.tokenizer.eos_token) for r in requests]
+        values = [0.0 if i % 2 else credible[a] for i, a in enumerate(answers)]  # no question: 0
+        return [SimpleNamespace(logprob=value, tokens=1) for value in values]
+
+    monkeypatch.setattr("grath_utils.writers.score_completions", judge)
+    pick = PairsConfig(mode="pick", shots=1)
+    report = make(tiny_policy, tmp_path, pick, ANNOTATED)
+    assert report.completions == report.tokens == 0
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    # The gold of the second question is what the model believes least: it is not told.
+    assert [(p.correct, p.incorrect) for p in first] == [
+        ("a stone", "a hill"),
+        ("a pebble", "dry wood"),
+    ]
+    credible |= {"a stone": -2.0, "a lake": -1.0}  # the trained model sees it otherwise
+    refine(tiny_policy, tmp_path / "later", first, pick, questions=ANNOTATED)
+    later = read_pairs(tmp_path / "later" / "pairs.jsonl")
+    assert [(p.correct, p.incorrect) for p in later] == [
+        ("a lake", "a hill"),
+        ("a pebble", "dry wood"),
+    ]
+    with pytest.raises(DataError, match="pick needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", pick, [QUESTIONS[0]])
 
 
 def test_gold_pairs_pass_the_same_filters(tiny_policy, tmp_path):
