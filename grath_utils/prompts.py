@@ -190,6 +190,8 @@ def _turn(role: str, content: str) -> Message:
 
 # --- training prompts ----------------------------------------------------------------------------
 
+PROMPT_FORMATS = ("chat", "qa")
+
 
 def question_messages(question: Question | str) -> list[Message]:
     """Return the bare question as a chat of one user turn: the prompt that DPO trains on."""
@@ -211,7 +213,8 @@ def training_prompt(
     if prompt_format == "qa":
         bos = tokenizer.bos_token if _starts_with_bos(tokenizer) else ""
         return f"{bos}Q: {text}\nA:"
-    raise UsageError(f'unknown prompt format "{prompt_format}"; valid ones are: chat, qa')
+    valid = ", ".join(PROMPT_FORMATS)
+    raise UsageError(f'unknown prompt format "{prompt_format}"; valid ones are: {valid}')
 
 
 def training_completion(

@@ -40,6 +40,7 @@ from grath_utils.parsing import (
 )
 from grath_utils.prompts import (
     NEUTRAL_QUESTION,
+    PROMPT_FORMATS,
     Message,
     answer_messages,
     demonstrations,
@@ -292,6 +293,8 @@ class ContrastWriter(_Writer):
     """
 
     kinds = KINDS
+    balances = True
+    """Pair only answers that are alike in length and negation."""
 
     def write(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Return the outcome of each task."""
@@ -442,7 +445,7 @@ class ContrastWriter(_Writer):
                 break
             parsed = Parsed(texts[right], texts[wrong])
             why = check_pair(task.question.text, parsed, filters=self.filters)
-            if why is None and not balanced(texts[right], texts[wrong]):
+            if why is None and self.balances and not balanced(texts[right], texts[wrong]):
                 why = Reason.LENGTH_RATIO
             if why is None:
                 return Outcome(
@@ -493,12 +496,21 @@ def _standardized(values: Sequence[float]) -> np.ndarray:
 class PickingWriter(ContrastWriter):
     """The model picks both answers from the source's options, without being told which is right.
 
-    What it finds most and least credible, by the same gain as in :class:`ContrastWriter` (there is
-    no agreement to count). It separates *judging* from *writing*: a model too weak to write a true
-    answer may still find one. Later rounds pick anew, by the trained model's judgement.
+    It separates *judging* from *writing*: a model too weak to write a true answer may still find
+    one. An option's credit is how much the question raises its log-probability (PMI, see
+    :class:`ContrastWriter`), summed, as training and tests sum, and standardised over the options;
+    the mean over the two forms in which training prompts come. Nothing is shown beside the
+    question. Later rounds pick the correct answer anew, by the trained model's judgement.
     """
 
-    kinds = ("correct",)
+    kinds = ()
+    balances = False  # options are few, and people have made them alike
+
+    def prompt_tokens(self, question: Question) -> int:
+        """Return the length of the longest prompt of a question, in tokens."""
+        tokenizer = self.policy.tokenizer
+        prompts = (training_prompt(tokenizer, question, form) for form in PROMPT_FORMATS)
+        return max(len(token_ids(tokenizer, prompt)) for prompt in prompts)
 
     def write(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Return the outcome of each task.
@@ -506,13 +518,40 @@ class PickingWriter(ContrastWriter):
         Raises:
             DataError: a question without candidates.
         """
-        pools = [[Candidate(text, 0) for text in _options(t.question, "pick")] for t in tasks]
+        options = [_options(task.question, "pick") for task in tasks]
         # The first round's incorrect answer is one of the options: it is judged only once.
         pools = [
-            [c for c in pool if c.text != t.incorrect] for pool, t in zip(pools, tasks, strict=True)
+            [Candidate(text, 0) for text in texts if text != task.incorrect]
+            for texts, task in zip(options, tasks, strict=True)
         ]
         credits = self._credits(tasks, pools)
         return [self._pick(*row) for row in zip(tasks, pools, credits, strict=True)]
+
+    def _credits(
+        self, tasks: Sequence[Task], pools: Sequence[Sequence[Candidate]]
+    ) -> list[np.ndarray]:
+        tokenizer = self.policy.tokenizer
+        texts = [
+            [c.text for c in pool] + ([task.incorrect] if task.incorrect else [])
+            for task, pool in zip(tasks, pools, strict=True)
+        ]
+        requests = [
+            Request(
+                training_prompt(tokenizer, asked, form),
+                training_completion(tokenizer, answer, form),
+                task.question.id,
+            )
+            for task, answers in zip(tasks, texts, strict=True)
+            for form in PROMPT_FORMATS
+            for answer in answers
+            for asked in (task.question, NEUTRAL_QUESTION)
+        ]
+        scores = iter(score_completions(self.policy, requests))
+
+        def gains(answers: Sequence[str]) -> np.ndarray:
+            return _standardized([next(scores).logprob - next(scores).logprob for _ in answers])
+
+        return [sum(gains(answers) for _ in PROMPT_FORMATS) / 2 for answers in texts]
 
     def _pick(self, task: Task, pool: list[Candidate], credit: np.ndarray) -> Outcome:
         offered = Completion("\n".join(c.text for c in pool), (), "stop")

@@ -429,7 +429,8 @@ def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path,
     credible |= {"dry wood": -3.0, "a pebble": -1.0, "water": -2.0}
 
     def judge(policy, requests):
-        answers = [r.completion.removesuffix(policy.tokenizer.eos_token) for r in requests]
+        end = policy.tokenizer.eos_token
+        answers = [r.completion.removesuffix(end).strip() for r in requests]
         values = [0.0 if i % 2 else credible[a] for i, a in enumerate(answers)]  # no question: 0
         return [SimpleNamespace(logprob=value, tokens=1) for value in values]
 
