@@ -17,7 +17,7 @@ Data flows one way through the modules, and none imports one further down the li
     selection                                    signs of collapse, and which round to keep
     loop, workshop                               the gradual iterations over a run directory
     shapes, costs                                what a run will take: memory, bytes and time
-    plots, dashboard, report, export             pictures, the page that holds them, the model
+    plots, drawings, dashboard, report, export   pictures, the page that holds them, the model
     classroom, timings                           the course in one folder; plans for a lesson
     grids, sweep_jobs, sweep_results, sweeps     many runs that share what they can
     experiments                                  such grids beside a run, small

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from grath_utils import plots
+from grath_utils import drawings, plots
 
 matplotlib.use("Agg")
 
@@ -60,7 +60,7 @@ def test_the_anatomy_of_a_pair_colours_what_differs_and_nothing_else() -> None:
         [*shared[:2], "less", *shared[2:]],
         [*shared[:2], "far", "more", *shared[2:]],
     )
-    figure = plots.draw_pair(["why"], correct, incorrect)
+    figure = drawings.draw_pair(["why"], correct, incorrect)
     assert coloured(figure, plots.BLUE) == 1
     assert coloured(figure, plots.VERMILION) == 2
     hatched = [p for p in figure.axes[0].patches if p.get_hatch()]
@@ -71,7 +71,7 @@ def test_the_anatomy_of_a_pair_colours_what_differs_and_nothing_else() -> None:
 
 def test_long_texts_go_on_in_the_next_line() -> None:
     words = ["word"] * 60
-    figure = plots.draw_pair(words, words, words)
+    figure = drawings.draw_pair(words, words, words)
     left, right = figure.axes[0].get_xlim()
     boxes = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
     assert len(boxes) == 180
@@ -86,7 +86,7 @@ def test_mc_scoring_shows_the_metrics_of_the_library(scores, mc1: int, mc3: str)
     from grath_utils import metrics
 
     labels = [1, 1, 0]
-    figure = plots.draw_mc_scoring(["a", "b", "c"], scores, labels)
+    figure = drawings.draw_mc_scoring(["a", "b", "c"], scores, labels)
     left, right = figure.axes
     assert f"line?  {mc1}" in left.get_title(loc="left")
     assert mc1 == metrics.mc1([scores[0], scores[2]], gold=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from grath_utils import plots
+from grath_utils import drawings
 from grath_utils.artifacts import atomic_path
 from grath_utils.render import smaller_png
 
@@ -21,16 +21,16 @@ SCORES = (-7.0, -9.0, -12.0, -8.0, -11.0, -13.0)
 TRUE = (1, 1, 1, 0, 0, 0)
 
 PICTURES: dict[str, Callable[[], Figure]] = {
-    "loop": plots.draw_loop,
-    "rounds": plots.draw_rounds,
-    "dpo_step": plots.draw_dpo_step,
-    "qlora": plots.draw_qlora,
-    "pair": lambda: plots.draw_pair(
+    "loop": drawings.draw_loop,
+    "rounds": drawings.draw_rounds,
+    "dpo_step": drawings.draw_dpo_step,
+    "qlora": drawings.draw_qlora,
+    "pair": lambda: drawings.draw_pair(
         "Why does ice float on water?".split(),
         "Ice is less dense than liquid water.".split(),
         "Ice is less warm than liquid water.".split(),
     ),
-    "mc_scoring": lambda: plots.draw_mc_scoring(ANSWERS, SCORES, TRUE),
+    "mc_scoring": lambda: drawings.draw_mc_scoring(ANSWERS, SCORES, TRUE),
 }
 
 
