@@ -68,6 +68,13 @@ def test_one_variety_of_english() -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_formulas_have_no_doubled_backslash(page: Page) -> None:
+    """A doubled one breaks the line, and shows the name of a letter instead of the letter."""
+    formulas = re.findall(r"\$[^$`]+\$", without_code(page.text))
+    assert not [f for f in formulas if re.search(r"\\\\[a-zA-Z]", f)]
+
+
 def commands() -> set[str]:
     """Return the names of the command line's commands."""
     (choices,) = (
