@@ -392,10 +392,7 @@ class ContrastWriter(_Writer):
     ) -> list[np.ndarray]:
         """Return the credit of each candidate; in refinement the last is the incorrect answer's."""
         neutral = self._render_correct(NEUTRAL_QUESTION)
-        texts = [
-            [c.text for c in pool] + ([task.incorrect] if task.incorrect else [])
-            for task, pool in zip(tasks, pools, strict=True)
-        ]
+        texts = _judged(tasks, pools)
         end = self.policy.tokenizer.eos_token or ""
         requests = [
             Request(prompt, answer + end, task.question.id)
@@ -458,6 +455,14 @@ class ContrastWriter(_Writer):
         if (kind, completion.text) not in known:
             rejected.append(Rejected(kind, completion.text, reason or Reason.EQUAL))
         return Outcome(None, None, tuple(rejected), **cost)
+
+
+def _judged(tasks: Sequence[Task], pools: Sequence[Sequence[Candidate]]) -> list[list[str]]:
+    """Return the answers that get a credit; in refinement the incorrect one stays, and is last."""
+    return [
+        [candidate.text for candidate in pool] + ([task.incorrect] if task.incorrect else [])
+        for task, pool in zip(tasks, pools, strict=True)
+    ]
 
 
 def balanced(a: str, b: str) -> bool:
@@ -531,10 +536,7 @@ class PickingWriter(ContrastWriter):
         self, tasks: Sequence[Task], pools: Sequence[Sequence[Candidate]]
     ) -> list[np.ndarray]:
         tokenizer = self.policy.tokenizer
-        texts = [
-            [c.text for c in pool] + ([task.incorrect] if task.incorrect else [])
-            for task, pool in zip(tasks, pools, strict=True)
-        ]
+        texts = _judged(tasks, pools)
         requests = [
             Request(
                 training_prompt(tokenizer, asked, form),
