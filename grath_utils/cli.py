@@ -16,6 +16,7 @@ from pathlib import Path
 
 from grath_utils import processes
 from grath_utils.config import (
+    PAIR_MODES,
     Config,
     ModelConfig,
     describe_options,
@@ -553,8 +554,7 @@ def _add_pairs(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--column", default="question", help="column that holds the question")
     parser.add_argument("--split", default="train", help="split of a Hub data set")
-    modes = ("default", "paper", "pick", "gold")
-    parser.add_argument("--mode", choices=modes, help="default: the profile's")
+    parser.add_argument("--mode", choices=PAIR_MODES, help="default: the profile's")
     parser.add_argument("--limit", type=int, metavar="N", help="use N questions, drawn by the seed")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count unusable questions")
     parser.add_argument("--out", metavar="FILE.jsonl", required=True, type=Path)

@@ -75,6 +75,9 @@ class QuestionsConfig:
     skip_bad: bool = option(False, "skip and count unusable questions instead of stopping")
 
 
+PAIR_MODES = ("default", "paper", "pick", "gold")
+
+
 @dataclass(frozen=True)
 class PairsConfig:
     """How the model writes its correct and incorrect answers."""
@@ -85,7 +88,7 @@ class PairsConfig:
         "candidates for each answer, and of them the pair with the clearest contrast; `pick`: the "
         "model picks both from the source's options, not told which is right; `gold`: no GRATH but "
         "its upper bound, the source's own right answer against one of its wrong ones",
-        choices=("default", "paper", "pick", "gold"),
+        choices=PAIR_MODES,
     )
     shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
@@ -157,6 +160,9 @@ DPO_LOSSES = (
 """What TRL's DPOTrainer computes by name; a test holds the list to the installed version."""
 
 
+PROMPT_FORMATS = ("chat", "qa")
+
+
 @dataclass(frozen=True)
 class DPOConfig:
     """One round of direct preference optimisation (DPO, arXiv 2305.18290)."""
@@ -182,7 +188,7 @@ class DPOConfig:
     prompt_format: str = option(
         "chat",
         "how a training prompt is written: the chat template, or `Q: ... A:` as the test asks",
-        choices=("chat", "qa"),
+        choices=PROMPT_FORMATS,
     )
     reference: str = option(
         "current",

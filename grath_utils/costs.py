@@ -354,10 +354,6 @@ class _Setting:
     questions: int
 
     @property
-    def dtype(self) -> str:
-        return self.device.dtype
-
-    @property
     def question_tokens(self) -> int:
         return QUESTION_TOKENS.get(self.config.questions.source, OTHER_QUESTION_TOKENS)
 
@@ -373,7 +369,7 @@ class _Setting:
     def pass_bytes(self) -> float:
         """Bytes that the layers' weights move in one forward pass."""
         quantization = stored_quantization(self.config, self.device)
-        each = BYTES[self.dtype] if quantization == "none" else NF4_MOVED
+        each = BYTES[self.device.dtype] if quantization == "none" else NF4_MOVED
         return self.shape.linear_parameters * each
 
     def seconds(self, kind: str, flops: float, passes: float) -> float:
@@ -456,7 +452,7 @@ class _Setting:
             lora,
             dpo,
             self.device,
-            dtype=self.dtype,
+            dtype=self.device.dtype,
             quantization=stored_quantization(self.config, self.device),
             pair_tokens=each,
         )
@@ -614,7 +610,7 @@ def _predict(row: dict[str, Any]) -> float:
             config.lora,
             config.dpo,
             device,
-            dtype=setting.dtype,
+            dtype=device.dtype,
             quantization=stored_quantization(config, device),
             pair_tokens=row["pair_tokens"],
         )

@@ -17,12 +17,20 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from grath_utils.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
 
+def _canvas(
+    *, width: float, height: float, x: tuple[float, float], y: tuple[float, float]
+) -> tuple[Figure, Axes]:
+    """Return a figure without an axis to draw on; sizes in inches, ``x`` and ``y`` its corners."""
+    figure, axes = new_axes(width=width, height=height)
+    axes.set_axis_off()
+    axes.set_xlim(*x)
+    axes.set_ylim(*y)
+    return figure, axes
+
+
 def draw_loop() -> Figure:
     """Draw the GRATH loop: questions, pairs, DPO, a more truthful model, and round again."""
-    figure, axes = new_axes(width=8.2, height=3.3)
-    axes.set_axis_off()
-    axes.set_xlim(0, 10)
-    axes.set_ylim(0, 4)
+    figure, axes = _canvas(width=8.2, height=3.3, x=(0, 10), y=(0, 4))
     _box(axes, 0.1, 2.35, 1.9, 1.2, "Questions\nother domain,\nno answers", GREY)
     _box(axes, 2.75, 2.35, 1.9, 1.2, "Model $M_t$\nwrites answers", BLUE)
     _box(axes, 5.4, 2.35, 1.9, 1.2, "Pairs\ncorrect / incorrect", ORANGE)
@@ -92,10 +100,9 @@ def _arrow(
 
 def draw_rounds(iterations: int = 2) -> Figure:
     """Draw what each round keeps and what it writes anew, and which model does the writing."""
-    figure, axes = new_axes(width=2.0 + 3.6 * iterations, height=2.7)
-    axes.set_axis_off()
-    axes.set_xlim(0, 1.4 + 3.3 * iterations)
-    axes.set_ylim(0.9, 3.5)
+    figure, axes = _canvas(
+        width=2.0 + 3.6 * iterations, height=2.7, x=(0, 1.4 + 3.3 * iterations), y=(0.9, 3.5)
+    )
     rows = ((2.1, "correct answers", BLUE), (1.1, "incorrect answers", VERMILION))
     _box(axes, 0.05, 1.6, 0.85, 0.9, "base\n$M_0$", GREY)
     for t in range(iterations):
@@ -115,10 +122,7 @@ def draw_rounds(iterations: int = 2) -> Figure:
 
 def draw_dpo_step() -> Figure:
     """Draw one DPO step: four log-probabilities become one margin and one loss."""
-    figure, axes = new_axes(width=8.6, height=3.2)
-    axes.set_axis_off()
-    axes.set_xlim(0, 11)
-    axes.set_ylim(0, 4)
+    figure, axes = _canvas(width=8.6, height=3.2, x=(0, 11), y=(0, 4))
     _box(axes, 0.1, 2.5, 2.0, 0.9, "prompt + chosen\n$(x, y_w)$", BLUE)
     _box(axes, 0.1, 0.6, 2.0, 0.9, "prompt + rejected\n$(x, y_l)$", VERMILION)
     _box(axes, 3.0, 2.5, 1.9, 0.9, "policy $\\pi_\\theta$\n(trained)", GREEN)
@@ -137,10 +141,7 @@ def draw_dpo_step() -> Figure:
 
 def draw_qlora() -> Figure:
     """Draw what QLoRA stores for one linear layer: 4-bit codes, block scales, two thin matrices."""
-    figure, axes = new_axes(width=8.6, height=2.9)
-    axes.set_axis_off()
-    axes.set_xlim(0, 11)
-    axes.set_ylim(0, 3.6)
+    figure, axes = _canvas(width=8.6, height=2.9, x=(0, 11), y=(0, 3.6))
     _box(axes, 0.1, 0.6, 2.6, 2.4, "frozen $W$\n4-bit codes\n(NF4 levels)", GREY)
     _box(axes, 2.9, 0.6, 0.9, 2.4, "1 scale\nper 64", SKY)
     axes.text(4.2, 1.8, "+", fontsize=20, ha="center", va="center")
@@ -167,10 +168,9 @@ def draw_tokens(
     """
     per_line = 88.0
     lines = _wrap(tokens, per_line)
-    figure, axes = new_axes(width=9.0, height=0.5 + 0.36 * len(lines))
-    axes.set_axis_off()
-    axes.set_xlim(0, per_line)
-    axes.set_ylim(-len(lines), 0.1)
+    figure, axes = _canvas(
+        width=9.0, height=0.5 + 0.36 * len(lines), x=(0, per_line), y=(-len(lines), 0.1)
+    )
     seen = iter(mask)
     for row, line in enumerate(lines):
         for x, width, token in line:
@@ -200,10 +200,7 @@ def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequen
     ]
     laid = [(name, _wrap(tokens, 74.0), plain, colour) for name, tokens, plain, colour in rows]
     height = sum(len(lines) + 0.5 for _, lines, _, _ in laid)
-    figure, axes = new_axes(width=9.0, height=0.3 + 0.36 * height)
-    axes.set_axis_off()
-    axes.set_xlim(-14, 74)
-    axes.set_ylim(-height, 0.1)
+    figure, axes = _canvas(width=9.0, height=0.3 + 0.36 * height, x=(-14, 74), y=(-height, 0.1))
     top = 0.0
     for name, lines, plain, colour in laid:
         axes.text(-14, top - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from grath_utils.artifacts import read_jsonl
+from grath_utils.config import PROMPT_FORMATS
 from grath_utils.errors import DataError, UsageError
 from grath_utils.paths import data_dir
 from grath_utils.questions import Question
@@ -189,8 +190,6 @@ def _turn(role: str, content: str) -> Message:
 
 
 # --- training prompts ----------------------------------------------------------------------------
-
-PROMPT_FORMATS = ("chat", "qa")
 
 
 def question_messages(question: Question | str) -> list[Message]:

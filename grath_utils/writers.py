@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grath_utils import processes
-from grath_utils.config import PairsConfig
+from grath_utils.config import PROMPT_FORMATS, PairsConfig
 from grath_utils.encoding import Request
 from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
 from grath_utils.generation import Completion, Prefix, Stop, generate, shared_beginning
@@ -40,7 +40,6 @@ from grath_utils.parsing import (
 )
 from grath_utils.prompts import (
     NEUTRAL_QUESTION,
-    PROMPT_FORMATS,
     Message,
     answer_messages,
     demonstrations,
@@ -104,6 +103,10 @@ class Outcome:
     """Tokens generated."""
 
 
+def _active_filters(config: PairsConfig) -> frozenset[str]:
+    return frozenset(config.filters) if config.filters != ("none",) else frozenset()
+
+
 class _Writer:
     """What both ways share: prompts, their common beginning, and the length check."""
 
@@ -113,7 +116,7 @@ class _Writer:
         self.policy = policy
         self.config = config
         self.seed = seed
-        self.filters = frozenset(config.filters) if config.filters != ("none",) else frozenset()
+        self.filters = _active_filters(config)
         self.prefixes: dict[str, Prefix] = {}
         self.vllm = VllmBackend(policy, seed) if config.backend == "vllm" else None
         single = "pair" if config.mode == "paper" else "single"
@@ -537,17 +540,18 @@ class PickingWriter(ContrastWriter):
     ) -> list[np.ndarray]:
         tokenizer = self.policy.tokenizer
         texts = _judged(tasks, pools)
-        requests = [
-            Request(
-                training_prompt(tokenizer, asked, form),
-                training_completion(tokenizer, answer, form),
-                task.question.id,
-            )
-            for task, answers in zip(tasks, texts, strict=True)
-            for form in PROMPT_FORMATS
-            for answer in answers
-            for asked in (task.question, NEUTRAL_QUESTION)
-        ]
+        neutral = {
+            form: training_prompt(tokenizer, NEUTRAL_QUESTION, form) for form in PROMPT_FORMATS
+        }
+        requests = []
+        for task, answers in zip(tasks, texts, strict=True):
+            for form in PROMPT_FORMATS:
+                prompts = (training_prompt(tokenizer, task.question, form), neutral[form])
+                requests += [
+                    Request(prompt, training_completion(tokenizer, answer, form), task.question.id)
+                    for answer in answers
+                    for prompt in prompts
+                ]
         scores = iter(score_completions(self.policy, requests))
 
         def gains(answers: Sequence[str]) -> np.ndarray:
@@ -589,7 +593,7 @@ class GoldWriter:
 
     def __init__(self, config: PairsConfig, seed: int):
         self.seed = seed
-        self.filters = frozenset(config.filters) if config.filters != ("none",) else frozenset()
+        self.filters = _active_filters(config)
 
     def close(self) -> None:
         """There is nothing to free."""
