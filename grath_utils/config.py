@@ -75,7 +75,7 @@ class QuestionsConfig:
     skip_bad: bool = option(False, "skip and count unusable questions instead of stopping")
 
 
-PAIR_MODES = ("default", "paper", "pick", "gold")
+PAIR_MODES = ("default", "paper", "pick", "gold", "random")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class PairsConfig:
         "`paper`: both answers in one greedy completion, the official prompt; `default`: several "
         "candidates for each answer, and of them the pair with the clearest contrast; `pick`: the "
         "model picks both from the source's options, not told which is right; `gold`: no GRATH but "
-        "its upper bound, the source's own right answer against one of its wrong ones",
+        "its upper bound, the source's own right answer against one of its wrong ones; `random`: "
+        "a placebo, two of the source's options by lot",
         choices=PAIR_MODES,
     )
     shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)

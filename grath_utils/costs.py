@@ -422,7 +422,7 @@ class _Setting:
         prefix, prompt = pairs.shots * SHOT_TOKENS, q + TEMPLATE_TOKENS
         both = self.decode(self.questions, prompt, q + PAIR_TOKENS, prefix)
         name = f"write pairs, iteration {iteration}"
-        if pairs.mode == "gold":
+        if pairs.mode in ("gold", "random"):  # nothing is asked
             return self.stage(name, memory)
         if pairs.mode == "pick":
             read, predicted = (4 * self.questions * each for each in CANDIDATE_SCORED)

@@ -101,6 +101,10 @@ ANNOTATED = (
     f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, whose "
     "models write both themselves."
 )
+DRAWN = (
+    f"Trained by DPO on answers *drawn by lot* from given options: a placebo for {GRATH}, whose "
+    "models write both themselves."
+)
 
 
 def model_card(run: Run, iteration: int) -> str:
@@ -115,6 +119,7 @@ def model_card(run: Run, iteration: int) -> str:
     made = {
         "pick": ("picked by the model from the source's options", PICKED),
         "gold": ("annotated", ANNOTATED),
+        "random": ("drawn by lot from the source's options", DRAWN),
     }
     written, trained = made.get(config.pairs.mode, ("written by the model", SELF_MADE))
     lines = [

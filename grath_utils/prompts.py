@@ -83,6 +83,7 @@ PROMPT_OVERLAP = {
     "default": "",
     "pick": "",
     "gold": "",
+    "random": "",
 }
 
 

@@ -5,9 +5,9 @@
 answer are asked for separately and as a pair, and the model itself says which two stand furthest
 apart. Neither sees a gold answer (but for the *GT* ablation, which shows the candidates).
 
-Two controls stand beside them, for sources with options: :class:`PickingWriter` has the model judge
-and not write, and :class:`GoldWriter` asks the model nothing and takes what the source knows, an
-upper bound for what better pairs could do.
+Controls stand beside them, for sources with options: :class:`PickingWriter` has the model judge and
+not write; :class:`GoldWriter` and :class:`RandomWriter` ask the model nothing and take what the
+source knows, an upper bound for what better pairs could do, or draw lots, a placebo.
 
 All take tasks chunk by chunk and are deterministic: the same chunk gives the same outcomes.
 """
@@ -84,7 +84,8 @@ class Rejected:
     """A completion that was not used, and why."""
 
     prompt: str
-    """Which prompt it answers: ``pair``, ``correct``, ``incorrect``; or ``options``, ``gold``."""
+    """Which prompt it answers: ``pair``, ``correct``, ``incorrect``; without one: ``options``,
+    ``gold``, ``random``."""
     completion: str
     reason: Reason
 
@@ -579,17 +580,17 @@ def _options(question: Question, mode: str) -> tuple[str, ...]:
     return question.candidates
 
 
-# --- the control: what the source knows ----------------------------------------------------------
+# --- controls: pairs that owe nothing to the model ------------------------------------------------
 
 
-class GoldWriter:
-    """The annotated answer against one of the wrong options: no GRATH, but its upper bound.
+class _OptionsWriter:
+    """What both controls share: the source's options, no question to the model, the same filters.
 
-    The model is asked nothing. Pairs pass the same filters as the model's own, and training is the
-    same, so what differs in the result is whose answers they were. Later rounds keep the pairs.
+    Training is the same too, so what differs in the result is which answers it was given.
     """
 
     kinds: tuple[str, ...] = ()
+    mode: str
 
     def __init__(self, config: PairsConfig, seed: int):
         self.seed = seed
@@ -606,29 +607,62 @@ class GoldWriter:
         """Return the outcome of each task.
 
         Raises:
-            DataError: a question without candidates, or whose right answer is not known.
+            DataError: a question without candidates; for ``gold``, one whose right answer is not
+                known.
         """
         return [self._write(task) for task in tasks]
 
     def _write(self, task: Task) -> Outcome:
-        question, options = task.question, _options(task.question, "gold")
+        question = task.question
+        draw = random.Random(f"{self.seed} {question.id}")
+        options = _options(question, self.mode)
+        right = self._right(question, [o for o in options if o != task.incorrect], draw)
+        wrong = task.incorrect or draw.choice([o for o in options if o != right])
+        reason = check_pair(question.text, Parsed(right, wrong), filters=self.filters)
+        if reason is not None:
+            return Outcome(None, None, (Rejected(self.mode, f"{right}\n{wrong}", reason),))
+        return Outcome(right, wrong)
+
+    def _right(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
+        """Return the answer to prefer."""
+        raise NotImplementedError
+
+
+class GoldWriter(_OptionsWriter):
+    """The annotated answer against one of the wrong options: no GRATH, but its upper bound.
+
+    Later rounds keep the pairs.
+    """
+
+    mode = "gold"
+
+    def _right(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
         if question.gold is None:
             raise DataError(
                 f"{question.where or question.id}: pairs.mode=gold needs to know which candidate "
                 "is right, and the source does not say"
             )
-        right = options[question.gold]
-        wrong = [option for i, option in enumerate(options) if i != question.gold]
-        drawn = task.incorrect or random.Random(f"{self.seed} {question.id}").choice(wrong)
-        reason = check_pair(question.text, Parsed(right, drawn), filters=self.filters)
-        if reason is not None:
-            return Outcome(None, None, (Rejected("gold", f"{right}\n{drawn}", reason),))
-        return Outcome(right, drawn)
+        return question.candidates[question.gold]
+
+
+class RandomWriter(_OptionsWriter):
+    """Two options by lot, a placebo: what it changes, steps change without any signal.
+
+    Later rounds draw the correct answer anew.
+    """
+
+    mode = "random"
+
+    def _right(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
+        return draw.choice(options)
+
+
+CONTROLS = {writer.mode: writer for writer in (GoldWriter, RandomWriter)}
 
 
 def make_writer(
     policy: Policy, config: PairsConfig, seed: int
-) -> SingleCompletionWriter | ContrastWriter | GoldWriter:
+) -> SingleCompletionWriter | ContrastWriter | GoldWriter | RandomWriter:
     """Return the writer of a mode.
 
     Raises:
@@ -641,14 +675,14 @@ def make_writer(
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     if config.legacy and config.mode != "paper":
         raise ConfigError('"pairs.legacy" belongs to pairs.mode=paper')
-    if config.mode in ("gold", "pick") and (config.annotated or config.self_check):
+    if config.mode in ("pick", *CONTROLS) and (config.annotated or config.self_check):
         key = "annotated" if config.annotated else "self_check"
         raise ConfigError(
             f'"pairs.{key}" is about answers that the model writes, and with pairs.mode='
             f"{config.mode} it writes none"
         )
-    if config.mode == "gold":
-        return GoldWriter(config, seed)
+    if config.mode in CONTROLS:
+        return CONTROLS[config.mode](config, seed)
     if config.mode == "pick":
         return PickingWriter(policy, replace(config, backend="own"), seed)
     if config.backend == "vllm" and processes.size() > 1:

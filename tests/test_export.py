@@ -82,11 +82,21 @@ def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
     assert "Not measured" not in measured
 
 
-def test_the_card_of_a_control_does_not_speak_of_own_answers(run: Run) -> None:
-    control = replace(run.config, pairs=replace(run.config.pairs, mode="gold"))
+@pytest.mark.parametrize(
+    ("mode", "kind", "answers"),
+    [
+        ("pick", "a control for GRATH", "all picked by the model"),
+        ("gold", "a control for GRATH", "all annotated"),
+        ("random", "a placebo for GRATH", "all drawn by lot"),
+    ],
+)
+def test_the_card_of_a_control_does_not_speak_of_own_answers(
+    run: Run, mode: str, kind: str, answers: str
+) -> None:
+    control = replace(run.config, pairs=replace(run.config.pairs, mode=mode))
     card = model_card(replace(run, config=control), 0)
-    assert "a control for GRATH" in card
-    assert "all annotated" in card
+    assert kind in card
+    assert answers in card
     assert "written by the model" not in card
     assert "written by the model" in model_card(run, 0)
 

@@ -214,7 +214,7 @@ SHIPPED = {
     "what_matters_chain": 9,
     "what_matters_distance": 6,
     "what_matters_domain": 6,
-    "what_matters_gold": 9,
+    "what_matters_gold": 12,
     "what_matters_iterations": 24,
     "what_matters_pairs": 12,
     "what_matters_reference": 18,

@@ -424,6 +424,26 @@ def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted)
         make(tiny_policy, tmp_path / "both", replace(gold, annotated=True), ANNOTATED)
 
 
+def test_random_mode_draws_lots(tiny_policy, tmp_path, scripted):
+    mode = PairsConfig(mode="random", shots=1)
+    many = [replace(ANNOTATED[0], id=f"q{i}", text=f"What falls in case {i}?") for i in range(60)]
+    report = make(tiny_policy, tmp_path, mode, many)
+    assert scripted.asked == []
+    assert (report.pairs, report.completions) == (60, 0)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    refine(tiny_policy, tmp_path / "later", first, mode, questions=many)
+    later = read_pairs(tmp_path / "later" / "pairs.jsonl")
+    assert [p.incorrect for p in later] == [p.incorrect for p in first]
+    for pairs in (first, later):
+        assert all(pair.correct != pair.incorrect for pair in pairs)
+        # By chance a third is right: 20 of 60, with a standard deviation of 3.7.
+        assert 5 <= sum(pair.correct == "a stone" for pair in pairs) <= 42
+    with pytest.raises(DataError, match="random needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", mode, [QUESTIONS[0]])
+    with pytest.raises(ConfigError, match='"pairs.self_check" is about answers'):
+        make(tiny_policy, tmp_path / "both", replace(mode, self_check=True), many)
+
+
 def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path, monkeypatch):
     credible = {"a stone": -1.0, "a hill": -3.0, "a lake": -2.0}
     credible |= {"dry wood": -3.0, "a pebble": -1.0, "water": -2.0}
