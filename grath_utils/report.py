@@ -150,6 +150,7 @@ def _overview(run: Run) -> str:
         ("profile, seed", f"{run.config.profile}, {run.config.seed}"),
         ("model", f"{info['model']['name']} (quantization {run.config.model.quantization})"),
         ("questions", f"{info['questions']['n']} from {info['questions']['source']}"),
+        ("pairs", f"mode {run.config.pairs.mode}"),
         (
             "rounds",
             f"{len(planned_iterations(run))} of at most {run.config.loop.iterations}; "

@@ -15,11 +15,12 @@ import pytest
 from conftest import finish, start
 from safetensors.torch import load_file
 
-from grath_utils.artifacts import read_json, read_jsonl, write_json
+from grath_utils.artifacts import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.config import load_config
 from grath_utils.loop import planned_iterations, stages, start_run
 from grath_utils.models import load_policy
 from grath_utils.notebooks import main_line, numbered_notebooks, run_notebooks
+from grath_utils.paths import data_dir
 from grath_utils.report import comparison_rows, percent
 from grath_utils.runs import Run, load_run
 
@@ -178,6 +179,30 @@ def test_a_loop_that_ended_early_is_read_by_the_notebooks_as_it_is(smoke, tmp_pa
     assert "the chosen answers are gone" in texts[0]
     assert "rounds: 1; compared with the base below: round 1" in texts[1]
     assert "round 2 collapsed" in run.report.read_text(encoding="utf-8")
+
+
+def test_the_notebooks_follow_a_run_whose_pairs_were_picked(tmp_path: Path) -> None:
+    """As in the profile ``cpu-long``, on questions with options that need no network."""
+    options = [
+        {"id": row["id"], "question": row["question"]}
+        | {"candidates": row["choices"], "gold": row["answer"]}
+        for row in read_jsonl(data_dir() / "retention.jsonl")[:12]
+    ]
+    write_jsonl(tmp_path / "options.jsonl", options)
+    long = load_config("cpu-long")
+    settings = {
+        "questions.source": str(tmp_path / "options.jsonl"),
+        "pairs.mode": long.pairs.mode,
+        "dpo.prompt_format": long.dpo.prompt_format,
+        "lora.targets": list(long.lora.targets),
+    }
+    run = start_run(tmp_path / "run", load_config("smoke", settings))
+    run_notebooks(run, main_line(), say=str)
+    offered = {row["id"]: row["candidates"] for row in options}
+    for t in range(2):
+        for row in read_jsonl(run.pairs(t)):
+            assert {row["correct"], row["incorrect"]} <= set(offered[row["id"]])
+    assert "mode pick" in run.report.read_text(encoding="utf-8")
 
 
 def artifacts_of(run: Run) -> dict[str, object]:

@@ -191,6 +191,46 @@ def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
     assert [score.logprob for score in scores] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_in_half_precision_a_model_that_ignores_one_of_them_is_found_out(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, ignored: str
+) -> None:
+    """Rounding may be larger there than what a wrong mask does, so size alone cannot tell."""
+    tiny_policy.model.to(torch.bfloat16)
+    assert can_run_trees(tiny_policy, 100)
+    real = tiny_policy.model.forward
+
+    def deaf(
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **options: Any,
+    ) -> Any:
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, ignored: None}
+        return real(input_ids=input_ids, past_key_values=past_key_values, **given, **options)
+
+    monkeypatch.setattr(tiny_policy.model, "forward", deaf)
+    assert not can_run_trees(tiny_policy, 100)
+
+
+@pytest.mark.parametrize(("dtype", "accepted"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_rounding_of_a_drifted_model_in_half_precision_is_no_reason_to_score_it_plainly(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, accepted: bool
+) -> None:
+    """0.16 nats a token were seen; refused, it was scored 20 times slower, its drift not at all."""
+    tiny_policy.model.to(dtype)
+    real = scoring.run_plan
+
+    def rounding(policy: Policy, requests: Any, plan: Any, **options: Any) -> Any:
+        scores = real(policy, requests, plan, **options)
+        off = 0.2 if plan.method == "tree" else 0.0
+        return [replace(score, logprob=score.logprob + off * score.tokens) for score in scores]
+
+    monkeypatch.setattr(scoring, "run_plan", rounding)
+    assert can_run_trees(tiny_policy, 100) is accepted
+
+
 def test_a_sliding_window_shorter_than_the_prompt_is_scored_plainly(tiny_policy: Policy) -> None:
     tiny_policy.model.config.sliding_window = 50
     assert can_run_trees(tiny_policy, 50)
