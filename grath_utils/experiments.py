@@ -26,6 +26,20 @@ from grath_utils.runs import Run, load_run
 from grath_utils.sweep_results import Outcome
 from grath_utils.sweeps import run_here
 
+_CPU: Mapping[str, Any] = {
+    "questions.limit": 32,
+    "pairs.candidates": 2,
+    "dpo.steps": 6,
+    "dpo.batch_size": 8,
+    "dpo.warmup_steps": 1,
+    "loop.iterations": 1,
+    "loop.keep": "last",
+    "loop.early_stop": False,
+    "loop.signals": False,
+    "evaluation.limit": 64,
+    "evaluation.every_iteration": False,
+}
+
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {
         "questions.limit": 8,
@@ -41,19 +55,9 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "evaluation.limit": 6,
         "evaluation.every_iteration": False,
     },
-    "cpu": {
-        "questions.limit": 32,
-        "pairs.candidates": 2,
-        "dpo.steps": 6,
-        "dpo.batch_size": 8,
-        "dpo.warmup_steps": 1,
-        "loop.iterations": 1,
-        "loop.keep": "last",
-        "loop.early_stop": False,
-        "loop.signals": False,
-        "evaluation.limit": 64,
-        "evaluation.every_iteration": False,
-    },
+    "cpu": _CPU,
+    # Its pairs are picked; what the experiments vary is mostly how the model writes.
+    "cpu-long": {**_CPU, "questions.source": "own", "pairs.mode": "default"},
 }
 """Profile -> what makes its experiments small; other profiles keep their own size."""
 

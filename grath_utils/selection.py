@@ -254,6 +254,8 @@ def choose(
         f"round {kept + 1}: held-out margin {means[kept]:+.2f} nats over the base "
         f"[{low:+.2f}, {high:+.2f}], n = {len(gains[kept])}, no alarm"
     )
+    if rounds[kept]["kl"] is None:
+        why += " (its drift could not be measured)"
     if kept != best:
         why += (
             f"; round {best + 1} has {means[best]:+.2f}, which is within one standard error of it"

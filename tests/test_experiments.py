@@ -60,6 +60,8 @@ def test_the_sizes_are_settings_of_their_profiles() -> None:
     for profile, size in SIZES.items():
         config = load_config(profile, size)
         assert {key: config.flat()[key] for key in size} == size
+        assert config.pairs.mode == "default"  # the experiments are about answers that are written
+        assert config.questions.source == "own"
 
 
 def test_a_cut_grid_is_small_and_keeps_what_the_user_and_the_experiment_set(tmp_path: Path) -> None:

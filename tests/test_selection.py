@@ -61,6 +61,13 @@ def test_a_clear_rise_takes_the_later_round() -> None:
     assert "no alarm" in found.why
 
 
+def test_a_round_whose_drift_was_not_measured_is_kept_with_that_said() -> None:
+    found = chosen(signals([1.0] * 8, kl=None))
+    assert found.iteration == 0
+    assert "drift could not be measured" in found.why
+    assert "drift" not in chosen(signals([1.0] * 8)).why
+
+
 def test_a_rise_within_noise_takes_the_earlier_round() -> None:
     noisy = [6.0, -4.0, 5.0, -3.0, 4.0, -2.0, 3.0, 0.6]  # mean 1.2, spread 3.9
     found = chosen(signals([1.0] * 8), signals(noisy))
