@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -184,9 +185,7 @@ def run_plan(
     todo = [number for number in range(len(plan.blocks)) if number not in done]
     own, turns = processes.own_share(todo) if split else (todo, len(todo))
     runner = _Runner(policy, plan)
-    training = policy.model.training
-    policy.model.eval()  # dropout would make a score a matter of luck
-    try:
+    with _without_dropout(policy.model):
         for number in done.keys() & range(len(plan.blocks)):
             logprobs[plan.own_edges(plan.blocks[number])] = done[number]
         found = _passes(plan, own, runner)
@@ -199,12 +198,21 @@ def run_plan(
                 _check_finite(requests, plan, edges, logprobs)
                 if on_batch is not None:
                     on_batch(number, values.tolist(), len(block.nodes))
-    finally:
-        policy.model.train(training)
     return [
         Score(float(logprobs[edges].sum(dtype=np.float64)), len(edges), encoded.straddles)
         for edges, encoded in zip(plan.edges, plan.encoded, strict=True)
     ]
+
+
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while: dropout would make a score a matter of luck."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _passes(plan: Plan, own: Sequence[int], runner: _Runner) -> Iterator[tuple[int, np.ndarray]]:
@@ -414,15 +422,11 @@ def _heeds_mask_and_positions(policy: Policy) -> bool:
     apart = causal.clone()
     apart[8:, 4:8] = False  # the second branch does not see the first
     last = torch.tensor([11], device=policy.device)
-    training = policy.model.training
-    policy.model.eval()
-    try:
+    with _without_dropout(policy.model):
         right, other_mask, other_positions = (
             forward(policy, ids, positions, visible, last, None, keep=False)[0]
             for positions, visible in ((branches, apart), (branches, causal), (in_order, apart))
         )
-    finally:
-        policy.model.train(training)
     return not (torch.equal(right, other_mask) or torch.equal(right, other_positions))
 
 

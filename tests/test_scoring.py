@@ -168,11 +168,9 @@ def test_dropout_is_off_while_scoring_and_on_again_afterwards(tiny_policy: Polic
 # --- what is asked of the model ------------------------------------------------------------------
 
 
-def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
-    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert can_run_trees(tiny_policy, 100)
-    real = tiny_policy.model.forward
+def deafen(policy: Policy, monkeypatch: pytest.MonkeyPatch, *ignored: str) -> None:
+    """Let the model's forward take these arguments, and not heed them."""
+    real = policy.model.forward
 
     def deaf(
         input_ids: Any = None,
@@ -181,9 +179,19 @@ def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
         past_key_values: Any = None,
         **options: Any,
     ) -> Any:
-        return real(input_ids=input_ids, past_key_values=past_key_values, **options)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given |= dict.fromkeys(ignored)
+        return real(input_ids=input_ids, past_key_values=past_key_values, **given, **options)
 
-    monkeypatch.setattr(tiny_policy.model, "forward", deaf)
+    monkeypatch.setattr(policy.model, "forward", deaf)
+
+
+def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert can_run_trees(tiny_policy, 100)
+    real = tiny_policy.model.forward
+    deafen(tiny_policy, monkeypatch, "attention_mask", "position_ids")
     assert not can_run_trees(tiny_policy, 100)
     scores = score_completions(tiny_policy, REQUESTS)
     monkeypatch.setattr(tiny_policy.model, "forward", real)
@@ -198,19 +206,7 @@ def test_in_half_precision_a_model_that_ignores_one_of_them_is_found_out(
     """Rounding may be larger there than what a wrong mask does, so size alone cannot tell."""
     tiny_policy.model.to(torch.bfloat16)
     assert can_run_trees(tiny_policy, 100)
-    real = tiny_policy.model.forward
-
-    def deaf(
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
-        **options: Any,
-    ) -> Any:
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, ignored: None}
-        return real(input_ids=input_ids, past_key_values=past_key_values, **given, **options)
-
-    monkeypatch.setattr(tiny_policy.model, "forward", deaf)
+    deafen(tiny_policy, monkeypatch, ignored)
     assert not can_run_trees(tiny_policy, 100)
 
 
