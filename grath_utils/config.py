@@ -75,7 +75,10 @@ class QuestionsConfig:
     skip_bad: bool = option(False, "skip and count unusable questions instead of stopping")
 
 
-PAIR_MODES = ("default", "paper", "pick", "gold", "random")
+UNASKED_MODES = ("gold", "random")
+"""Modes of pairs that ask the model nothing: controls."""
+
+PAIR_MODES = ("default", "paper", "pick", *UNASKED_MODES)
 
 
 @dataclass(frozen=True)

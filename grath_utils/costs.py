@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.artifacts import read_jsonl
-from grath_utils.config import Config, DPOConfig, LoraConfig, ModelConfig, load_config
+from grath_utils.config import (
+    UNASKED_MODES,
+    Config,
+    DPOConfig,
+    LoraConfig,
+    ModelConfig,
+    load_config,
+)
 from grath_utils.errors import DataError
 from grath_utils.questions import load_questions
 from grath_utils.shapes import (
@@ -422,7 +429,7 @@ class _Setting:
         prefix, prompt = pairs.shots * SHOT_TOKENS, q + TEMPLATE_TOKENS
         both = self.decode(self.questions, prompt, q + PAIR_TOKENS, prefix)
         name = f"write pairs, iteration {iteration}"
-        if pairs.mode in ("gold", "random"):  # nothing is asked
+        if pairs.mode in UNASKED_MODES:
             return self.stage(name, memory)
         if pairs.mode == "pick":
             read, predicted = (4 * self.questions * each for each in CANDIDATE_SCORED)

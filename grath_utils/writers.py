@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grath_utils import processes
-from grath_utils.config import PROMPT_FORMATS, PairsConfig
+from grath_utils.config import PROMPT_FORMATS, UNASKED_MODES, PairsConfig
 from grath_utils.encoding import Request
 from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
 from grath_utils.generation import Completion, Prefix, Stop, generate, shared_beginning
@@ -580,6 +580,11 @@ def _options(question: Question, mode: str) -> tuple[str, ...]:
     return question.candidates
 
 
+def _others(options: Sequence[str], taken: str | None) -> list[str]:
+    """Return the options that are not ``taken``; where all are the same, all (a filter says so)."""
+    return [option for option in options if option != taken] or list(options)
+
+
 # --- controls: pairs that owe nothing to the model ------------------------------------------------
 
 
@@ -616,8 +621,8 @@ class _OptionsWriter:
         question = task.question
         draw = random.Random(f"{self.seed} {question.id}")
         options = _options(question, self.mode)
-        right = self._right(question, [o for o in options if o != task.incorrect], draw)
-        wrong = task.incorrect or draw.choice([o for o in options if o != right])
+        right = self._right(question, _others(options, task.incorrect), draw)
+        wrong = task.incorrect or draw.choice(_others(options, right))
         reason = check_pair(question.text, Parsed(right, wrong), filters=self.filters)
         if reason is not None:
             return Outcome(None, None, (Rejected(self.mode, f"{right}\n{wrong}", reason),))
@@ -657,7 +662,7 @@ class RandomWriter(_OptionsWriter):
         return draw.choice(options)
 
 
-CONTROLS = {writer.mode: writer for writer in (GoldWriter, RandomWriter)}
+_CONTROLS = {writer.mode: writer for writer in (GoldWriter, RandomWriter)}
 
 
 def make_writer(
@@ -675,14 +680,14 @@ def make_writer(
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     if config.legacy and config.mode != "paper":
         raise ConfigError('"pairs.legacy" belongs to pairs.mode=paper')
-    if config.mode in ("pick", *CONTROLS) and (config.annotated or config.self_check):
+    if config.mode in ("pick", *UNASKED_MODES) and (config.annotated or config.self_check):
         key = "annotated" if config.annotated else "self_check"
         raise ConfigError(
             f'"pairs.{key}" is about answers that the model writes, and with pairs.mode='
             f"{config.mode} it writes none"
         )
-    if config.mode in CONTROLS:
-        return CONTROLS[config.mode](config, seed)
+    if config.mode in UNASKED_MODES:
+        return _CONTROLS[config.mode](config, seed)
     if config.mode == "pick":
         return PickingWriter(policy, replace(config, backend="own"), seed)
     if config.backend == "vllm" and processes.size() > 1:

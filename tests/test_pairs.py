@@ -12,7 +12,7 @@ import pytest
 from grath_utils import pairs as pairs_module
 from grath_utils import writers
 from grath_utils.artifacts import read_jsonl, write_jsonl
-from grath_utils.config import PairsConfig
+from grath_utils.config import UNASKED_MODES, PairsConfig
 from grath_utils.errors import ConfigError, DataError, RunError
 from grath_utils.generation import Completion
 from grath_utils.pairs import Pair, generate_pairs, read_pairs, refine_pairs
@@ -473,6 +473,16 @@ def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path,
     ]
     with pytest.raises(DataError, match="pick needs questions with candidates"):
         make(tiny_policy, tmp_path / "none", pick, [QUESTIONS[0]])
+
+
+@pytest.mark.parametrize("mode", UNASKED_MODES)
+def test_a_question_whose_options_are_all_the_same_is_rejected(tiny_policy, tmp_path, mode):
+    same = Question("c", "Where?", ("here", "here"), 1)
+    config = PairsConfig(mode=mode)
+    report = make(tiny_policy, tmp_path, config, [*ANNOTATED, same])
+    assert (report.pairs, report.rejected) == (2, {"equal": 1})
+    first = [*read_pairs(tmp_path / "pairs.jsonl"), Pair("c", "Where?", "there", "here")]
+    refine(tiny_policy, tmp_path / "later", first, config, questions=[*ANNOTATED, same])
 
 
 def test_gold_pairs_pass_the_same_filters(tiny_policy, tmp_path):
