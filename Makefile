@@ -17,10 +17,10 @@ help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
 
 setup:  ## install the pinned packages into .venv
-	@$(PYTHON) grath_utils/bootstrap.py
+	@$(PYTHON) grath_utils/workshop/set_up.py
 
 setup-dev:
-	@$(PYTHON) grath_utils/bootstrap.py --dev
+	@$(PYTHON) grath_utils/workshop/set_up.py --dev
 
 run: setup  ## the whole course on the default model, on a CPU: PROFILE=cpu RUN_DIR=runs/cpu
 	@$(VENV_PYTHON) -m grath_utils run --profile $(PROFILE) --run-dir $(RUN_DIR)
@@ -41,6 +41,7 @@ test: setup-dev lint  ## lint and all tests
 lint: setup-dev
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
+	@$(dir $(VENV_PYTHON))lint-imports
 
 format: setup-dev  ## format the code
 	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true

@@ -2,7 +2,7 @@
 
 A profile is a YAML file in ``grath_utils/profiles/``. Whatever it leaves out has the default given
 here, so that ``Config`` is always complete. Nothing is coerced: an unknown key, a value of the
-wrong type or an impossible value is a :class:`~grath_utils.errors.ConfigError` that names the key.
+wrong type or an impossible value is a :class:`.errors.ConfigError` that names the key.
 """
 
 from __future__ import annotations
@@ -98,11 +98,7 @@ class PairsConfig:
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
     max_new_tokens: int = option(100, "longest completion, in tokens", minimum=8)
     batch_size: int = option(64, "completions decoded together", minimum=1)
-    backend: str = option(
-        "own",
-        "what computes the completions: our own decoder, or vLLM (to be installed; NVIDIA GPU)",
-        choices=("own", "vllm"),
-    )
+    backend: str = option("own", "what computes the completions", choices=("own",))
     retry_failed: bool = option(True, "later iterations try again the questions that failed")
     candidates: int = option(
         4, "mode default: completions for each of the two answers", minimum=1, maximum=64

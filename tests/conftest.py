@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
-from grath_utils.models import Policy, load_base
-from grath_utils.pairs import Pair
-from grath_utils.runs import Run, load_run
+from grath_utils.config import Config, DPOConfig, LoraConfig, ModelConfig, load_config
+from grath_utils.engine.models import Policy, load_base
+from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.stages import run_questions
+from grath_utils.pairs.generate import Pair
 
 # Tests never ask a hub for anything; the default model comes from the package index.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -133,7 +135,7 @@ def default_policy() -> Policy:
 @pytest.fixture(scope="session")
 def mirror() -> Path:
     """The benchmark mirror; skips where GRATH_MIRROR is unset."""
-    from grath_utils.paths import mirror_dir
+    from grath_utils.files import mirror_dir
 
     folder = mirror_dir()
     if folder is None:
@@ -152,3 +154,37 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     code, out, err = finish(process)
     assert code == 0, err
     return load_run(folder / "run"), out
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A file with eight questions."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config_for(model: Path, questions: Path, **more: object) -> Config:
+    """Return the smoke profile with a tiny model and eight questions."""
+    settings = {
+        "model.name": str(model),
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "questions.source": str(questions),
+        "questions.limit": None,
+        "evaluation.limit": 4,
+        **more,
+    }
+    return load_config("smoke", settings)
+
+
+def write_pairs(run: Run, t: int) -> None:
+    """Write made-up pairs to all questions of a run, as an iteration would have left them."""
+    rows = [
+        {"id": q.id, "question": q.text, "correct": f"It is {q.id}.", "incorrect": "It is lost.",
+         "iteration": t}
+        for q in run_questions(run)
+    ]  # fmt: skip
+    run.iteration(t).mkdir(exist_ok=True)
+    run.pairs(t).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

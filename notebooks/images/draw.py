@@ -11,9 +11,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from grath_utils import drawings
-from grath_utils.artifacts import atomic_path
-from grath_utils.render import smaller_png
+from grath_utils.figures import drawings
+from grath_utils.files import atomic_path
+from grath_utils.workshop.render import smaller_png
 
 # What a polar bear's skin looks like, scored by no model: the toy item of notebook 4.
 ANSWERS = ("Mostly black.", "Black under the fur.", "Dark, not white.", "White.", "Pink.", "Gray.")

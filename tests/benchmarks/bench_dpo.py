@@ -90,8 +90,8 @@ def run_child(options: argparse.Namespace, side: str) -> dict[str, Any]:
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
     from grath_utils.config import LoraConfig, ModelConfig
-    from grath_utils.dpo import add_adapter, reference_log_probs
-    from grath_utils.models import TRAINING_BLOCK, keep_freed_memory, load_base
+    from grath_utils.dpo.round import add_adapter, reference_log_probs
+    from grath_utils.engine.models import TRAINING_BLOCK, keep_freed_memory, load_base
 
     side = options.child
     if side == "trl":  # our loader asks glibc to keep freed blocks; TRL's user has nothing of that
@@ -138,8 +138,8 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
 def probe_pairs(policy: Any, options: argparse.Namespace) -> list[Any]:
     """Return preference examples of everyday lengths, made from the probe's annotated answers."""
-    from grath_utils.pairs import Pair
-    from grath_utils.preferences import tokenize_pairs
+    from grath_utils.dpo.data import tokenize_pairs
+    from grath_utils.pairs.generate import Pair
 
     rows = [json.loads(line) for line in (ROOT / "data" / "probe.jsonl").open(encoding="utf-8")]
     pairs = []
@@ -155,7 +155,7 @@ def probe_pairs(policy: Any, options: argparse.Namespace) -> list[Any]:
 
 def random_pairs(policy: Any, options: argparse.Namespace) -> list[Any]:
     """Return examples of random token ids with given lengths."""
-    from grath_utils.preferences import PreferenceExample
+    from grath_utils.dpo.data import PreferenceExample
 
     size = policy.model.config.vocab_size
     draw = torch.Generator().manual_seed(0)
@@ -185,7 +185,7 @@ def train(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     from grath_utils.config import DPOConfig
-    from grath_utils.trainer import run_trainer
+    from grath_utils.dpo.trainer import run_trainer
 
     rows = [
         {"prompt_ids": list(e.prompt_ids), "chosen_ids": list(e.chosen_ids)}
@@ -261,7 +261,7 @@ def train_with_trl(
 
 def token_counts(examples: list[Any], micro: int) -> tuple[float, float, float]:
     """Return tokens for each pair: padded to the batch's longest, distinct, and all real ones."""
-    from grath_utils.packing import pack
+    from grath_utils.engine.packing import pack
 
     padded = distinct = real = 0
     for at in range(0, len(examples), micro):

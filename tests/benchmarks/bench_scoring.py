@@ -29,17 +29,18 @@ from unittest import mock
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "evaluation")]
 
 import lm_eval_tasks as harness  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
-from grath_utils import benchmarks  # noqa: E402
-from grath_utils.evaluation import evaluate  # noqa: E402
-from grath_utils.models import Policy, load_policy  # noqa: E402
-from grath_utils.paths import mirror_dir  # noqa: E402
+from grath_utils.engine.models import Policy  # noqa: E402
+from grath_utils.evaluation import benchmarks  # noqa: E402
+from grath_utils.evaluation.measure import evaluate  # noqa: E402
+from grath_utils.files import mirror_dir  # noqa: E402
+from grath_utils.loop.named_models import load_policy  # noqa: E402
 
 SUBJECTS = ("anatomy", "high_school_us_history", "marketing", "professional_law")
 

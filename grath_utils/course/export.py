@@ -1,0 +1,223 @@
+"""What leaves a run: a model that stands alone, with a card that says what it is and is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from grath_utils import __version__
+from grath_utils.course.dashboard import choice_line
+from grath_utils.course.report import metric_line
+from grath_utils.engine.generation import generate
+from grath_utils.engine.models import Policy, apply_adapters, load_base, quiet_transformers
+from grath_utils.errors import ModelError, UsageError
+from grath_utils.files import atomic_path, write_text
+from grath_utils.loop.comparison import comparison_rows
+from grath_utils.loop.named_models import resolve_name
+from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.stages import final_iteration, load_model, planned_iterations
+from grath_utils.pairs.prompts import PROMPT_OVERLAP, question_messages, render_chat
+
+CHECK_PROMPT = "Q: What is made of milk?\nA:"
+"""Both models are asked this when the merged one has been written."""
+
+
+# --- a model that stands alone -------------------------------------------------------------------
+
+
+def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
+    """Write a model with all of its adapters folded in as a plain model folder, with a card.
+
+    The base is what the adapter was trained on: where that was quantized, its *rounded* weights,
+    as ordinary numbers; so the merged model is the one that was measured.
+
+    Args:
+        name: ``RUN_DIR@ITERATION``, or an adapter folder.
+        folder: to write; must not exist yet, or be empty.
+        dtype: of the written weights. 16 bits halve the file and round away part of what was
+            learned: an adapter's product is often smaller than the weights' last digit.
+
+    Returns:
+        The largest difference of a logit between the model and what was written, on one prompt.
+
+    Raises:
+        ModelError: the name has no adapter, or the written model does not answer as it should.
+        UsageError: the folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty; name a new folder for the merged model")
+    base, adapters = resolve_name(name)
+    if not adapters:
+        raise ModelError(f'"{name}" has no adapter to merge: name RUN_DIR@ITERATION')
+    # On a CPU the rounded weights are ordinary ones, to which a product can be added exactly.
+    exact = replace(base, device="cpu", dtype="float32")
+    wanted = _logits(apply_adapters(load_base(exact), adapters))
+    merged = apply_adapters(load_base(exact), adapters, fold_last=True)
+    merged.model.to(getattr(torch, dtype))
+    if folder.exists():
+        folder.rmdir()
+    with atomic_path(folder) as partial, quiet_transformers():
+        merged.model.save_pretrained(partial, safe_serialization=True)
+        merged.tokenizer.save_pretrained(partial)
+        write_text(partial / "README.md", _card_of(name))
+    written = load_base(replace(exact, name=str(folder), quantization="none", revision=None))
+    difference = (_logits(written) - wanted).abs().max().item()
+    spread = wanted.std().item()
+    if not difference < 0.2 * spread:  # a wrong merge is off by as much as the logits vary
+        raise ModelError(
+            f"{folder} was written, but its logits differ by up to {difference:.2f} from those of "
+            f"{name}: do not use it"
+        )
+    return difference
+
+
+@torch.inference_mode()
+def _logits(policy: Policy) -> torch.Tensor:
+    ids = policy.tokenizer(CHECK_PROMPT, return_tensors="pt")["input_ids"].to(policy.device)
+    return policy.model(ids, use_cache=False).logits[0, -1].float().cpu()
+
+
+def _card_of(name: str) -> str:
+    path, sep, which = name.rpartition("@")
+    if not sep or not which.isdigit():
+        return f"# Merged from `{Path(name).name}`\n\nMade by grath_utils {__version__}.\n"
+    return model_card(load_run(path), int(which))
+
+
+# --- the card ------------------------------------------------------------------------------------
+
+GRATH = "GRATH (gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292))"
+SELF_MADE = (
+    f"Trained by {GRATH}: the model wrote correct and incorrect answers to questions itself, and "
+    "was trained by DPO to prefer the correct ones. Nobody checked these answers."
+)
+PICKED = (
+    "Trained by DPO on answers that the model itself picked from given options as most and least "
+    f"credible, without being told which is right: a control for {GRATH}, whose models write both "
+    "themselves."
+)
+ANNOTATED = (
+    f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, whose "
+    "models write both themselves."
+)
+DRAWN = (
+    f"Trained by DPO on answers *drawn by lot* from given options: a placebo for {GRATH}, whose "
+    "models write both themselves."
+)
+
+
+def model_card(run: Run, iteration: int) -> str:
+    """Return the card of a run's model as Markdown: base, data, recipe, results, limits.
+
+    Every number is read from the run directory; what was not measured is said to be so.
+    """
+    config, info = run.config, run.info()
+    dpo, lora = config.dpo, config.lora
+    targets = ", ".join(lora.targets)
+    overlap = PROMPT_OVERLAP[config.pairs.mode]
+    made = {
+        "pick": ("picked by the model from the source's options", PICKED),
+        "gold": ("annotated", ANNOTATED),
+        "random": ("drawn by lot from the source's options", DRAWN),
+    }
+    written, trained = made.get(config.pairs.mode, ("written by the model", SELF_MADE))
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {info['model']['name']}",
+        "tags: [grath, dpo, truthfulness]",
+        "---",
+        f"# {run.path.name}, after round {iteration + 1}",
+        "",
+        trained,
+        "",
+        "## Base model and data",
+        "",
+        f"- base: `{info['model']['name']}`, quantization `{config.model.quantization}`, "
+        f"{info['resolved']['dtype']}",
+        f"- questions: {info['questions']['n']} from `{info['questions']['source']}`, "
+        f"{config.questions.held_out:.0%} held out",
+        f"- pairs: mode `{config.pairs.mode}`, all {written}",
+        f"- benchmark text inside the prompts: {overlap or 'none'}",
+        "",
+        "## Recipe",
+        "",
+        f"- {iteration + 1} of {len(planned_iterations(run))} rounds of {dpo.steps} steps of "
+        f"{dpo.batch_size} pairs; reference `{dpo.reference}`, chain `{dpo.chain}`",
+        f"- loss `{dpo.loss}`, beta {dpo.beta:g}, peak learning rate {dpo.learning_rate:g} "
+        f"({dpo.schedule}), prompt format `{dpo.prompt_format}`",
+        f"- LoRA rank {lora.r}, alpha {lora.alpha}, on {targets}",
+        f"- seed {config.seed}, grath_utils {__version__}",
+        "",
+        "## Results",
+        "",
+        *_result_lines(run, iteration),
+        "",
+        f"Round {iteration + 1} of this run is shown; {choice_line(run)}.",
+        "",
+        "## Limits",
+        "",
+        "- A multiple-choice score rises for other reasons than truth; the run's report shows what "
+        "rules reach that never read the question.",
+        "- Training on self-made answers can teach their style, and the model's own mistakes.",
+        "- English only; not made for advice of any kind.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _result_lines(run: Run, iteration: int) -> list[str]:
+    rows = comparison_rows(run)
+    if not rows or rows[0]["labels"][1] != f"iter_{iteration}":
+        return ["Not measured in this run."]
+    lines = [
+        "Percent, with 95 % bootstrap intervals; the change is paired, item by item.",
+        "",
+        "| benchmark | metric | before | after | change (points) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["difference"]["ci95"]
+        lines.append(
+            f"| {row['benchmark']} | {row['metric']} | {metric_line(row['before'])} | "
+            f"{metric_line(row['after'])} | {100 * row['difference']['value']:+.1f} "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}] |"
+        )
+    lines += ["", "An interval that holds 0 is no evidence of a change."]
+    return lines
+
+
+# --- side by side --------------------------------------------------------------------------------
+
+
+def ask_both(
+    run: Run, questions: Iterable[str], *, max_new_tokens: int = 60
+) -> Iterable[tuple[str, str, str]]:
+    """Yield (question, the base model's answer, the trained model's), greedy.
+
+    The trained model is the chosen round's; before the rounds are measured, the last one trained.
+
+    Args:
+        run: a run with at least one trained round.
+        questions: taken one after another, so that they may come from a keyboard.
+        max_new_tokens: longest answer.
+
+    Raises:
+        UsageError: no round has been trained yet.
+    """
+    trained = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
+    if not trained:
+        raise UsageError(f"{run.path}: no round has been trained yet, so there is one model only")
+    shown = final_iteration(run)
+    models = [load_model(run, None), load_model(run, shown if shown in trained else trained[-1])]
+    for question in questions:
+        before, after = (_answer(policy, question, max_new_tokens) for policy in models)
+        yield question, before, after
+
+
+def _answer(policy: Policy, question: str, limit: int) -> str:
+    prompt = render_chat(policy.tokenizer, question_messages(question))
+    return generate(policy, [prompt], max_new_tokens=limit)[0].text.strip()

@@ -1,0 +1,19 @@
+"""One round of direct preference optimisation on the pairs."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "data": ["collate", "tokenize_pair", "tokenize_pairs"],
+        "drift": ["kl_per_token"],
+        "global_batch": ["deal", "split_batch"],
+        "round": [
+            "add_adapter",
+            "completion_log_probs",
+            "preference_loss",
+            "reference_log_probs",
+            "train_round",
+        ],
+    },
+)

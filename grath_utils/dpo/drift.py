@@ -1,0 +1,72 @@
+"""How far training has moved a policy: its divergence from the base model, token by token.
+
+DPO's objective is a reward less ``beta KL(policy || reference)``. The loss never computes that
+divergence; here it is measured, on answers to questions that were not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from grath_utils.dpo.data import PreferenceExample
+from grath_utils.engine.models import Policy
+from grath_utils.engine.packing import pack, row_limit, row_logits
+from grath_utils.engine.scoring import LOGIT_ROWS, accepts, can_run_trees
+from grath_utils.errors import UsageError
+
+
+@torch.inference_mode()
+def kl_per_token(
+    policy: Policy, base: Policy, examples: Sequence[PreferenceExample]
+) -> list[float]:
+    """Return KL(policy || base) of each pair, averaged over its answers' tokens, in nats.
+
+    At every place of a given answer both models say which token comes next; the divergence of
+    the two distributions is exact at each place (no sampling). What is sampled is where to look:
+    the contexts are those of the pairs' own answers, chosen and rejected.
+
+    Args:
+        policy: the model after training.
+        base: the model to compare it with; the same tokenizer.
+        examples: tokenized pairs, best of questions that were held out.
+
+    Returns:
+        One value a pair, in order; 0 where the models are the same.
+
+    Raises:
+        UsageError: no examples, or a model that does not honour tree masks.
+    """
+    if not examples:
+        raise UsageError("there are no pairs to measure the drift on")
+    if not can_measure_drift(policy, base, examples):
+        raise UsageError(f"{policy.name}: the drift cannot be measured on this architecture")
+    total, count = np.zeros(len(examples)), np.zeros(len(examples))
+    for row in pack([vars(e) for e in examples], row_limit(policy.device)):
+        kl = _kl(_logits(policy, row), _logits(base, row))  # (P,)
+        at = row["sequence"].numpy() % len(examples)  # chosen and rejected of a pair together
+        np.add.at(total, at, kl[row["which"].numpy()])
+        np.add.at(count, at, 1)
+    return (total / count).tolist()
+
+
+def can_measure_drift(policy: Policy, base: Policy, examples: Sequence[PreferenceExample]) -> bool:
+    """Tell whether both models honour tree masks, which :func:`kl_per_token` needs."""
+    longest = max(example.length for example in examples)
+    return all(can_run_trees(model, longest) for model in (policy, base))
+
+
+def _logits(policy: Policy, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    here = {name: tensor.to(policy.device) for name, tensor in row.items()}
+    dtype = policy.model.get_input_embeddings().weight.dtype
+    return row_logits(policy.model, here, dtype, selects=accepts(policy.model, "logits_to_keep"))
+
+
+def _kl(policy: torch.Tensor, base: torch.Tensor) -> np.ndarray:
+    values = []
+    for p, q in zip(policy.split(LOGIT_ROWS), base.split(LOGIT_ROWS), strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1).to(p.device)
+        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(values).cpu().numpy().astype(np.float64)

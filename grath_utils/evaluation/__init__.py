@@ -1,0 +1,24 @@
+"""What the model is measured on, and what the numbers are worth."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "benchmarks": ["BENCHMARKS", "Item", "load_benchmark"],
+        "blind_rules": ["RULES", "controls", "has_negation"],
+        "measure": ["compare", "evaluate"],
+        "protocols": ["build_requests", "find_protocol"],
+        "statistics": [
+            "bootstrap_means",
+            "holm",
+            "interval",
+            "items_needed",
+            "paired_difference",
+            "smallest_detectable_effect",
+            "summarize",
+            "t_interval",
+            "t_quantile",
+        ],
+    },
+)

@@ -1,0 +1,345 @@
+"""Files: where they are, how they are written whole, and how long work is kept for resuming.
+
+Three parts:
+
+* *Places*: the project's own data, the cache, a benchmark mirror.
+* *Whole files*: every file is written aside and then renamed, so that a reader never sees half of
+  one, whatever happened to the writer (POSIX ``rename`` is atomic within a file system).
+* *The journal*: the finished parts of long work, from which a killed process resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from grath_utils.errors import DataError, RunError, UsageError
+
+# --- places --------------------------------------------------------------------------------------
+
+
+def data_dir() -> Path:
+    """Return the folder with the project's own data (questions, probe, retention set).
+
+    In a checkout this is ``data/`` beside the package; an installed wheel carries a copy inside.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "data", package / "own_data"):
+        if (folder / "questions.jsonl").is_file():
+            return folder
+    raise UsageError(
+        f"the project's data folder is missing (looked in {package.parent / 'data'}): "
+        "install from a checkout, or restore the folder data/ with git"
+    )
+
+
+def notebooks_dir() -> Path | None:
+    """Return the folder with the numbered notebooks, or None outside a checkout."""
+    folder = Path(__file__).resolve().parent.parent / "notebooks"
+    return folder if folder.is_dir() else None
+
+
+def cache_dir() -> Path:
+    """Return the folder for converted models and other re-creatable files.
+
+    ``GRATH_CACHE`` if set, else the platform's cache folder. It may not exist yet.
+    """
+    override = os.environ.get("GRATH_CACHE")
+    if override:
+        return Path(override).expanduser().resolve()
+    return Path(platformdirs.user_cache_dir("grath"))
+
+
+def mirror_dir() -> Path | None:
+    """Return the benchmark mirror that ``GRATH_MIRROR`` names, or None where it is unset.
+
+    Raises:
+        UsageError: the variable names a folder that does not exist.
+    """
+    name = os.environ.get("GRATH_MIRROR")
+    if not name:
+        return None
+    folder = Path(name).expanduser().resolve()
+    if not folder.is_dir():
+        raise UsageError(
+            f"GRATH_MIRROR names {name}, which is not a folder; point it to a benchmark mirror, "
+            "or unset it"
+        )
+    return folder
+
+
+# --- whole files ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Yield a path beside ``target`` to write to; it takes ``target``'s place only on success.
+
+    Works for a file and for a whole folder. On any error the target is left as it was and the
+    half-written thing is removed.
+
+    Raises:
+        RunError: the disk is full or the place cannot be written to.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise RunError(f"cannot write to {target.parent}: {error.strerror or error}") from error
+    partial = scratch / target.name
+    try:
+        with explained_write_errors(target):
+            yield partial
+            _sync(partial)
+            if target.is_dir():
+                # A folder cannot be replaced in one step: move the old one out of the way first.
+                os.replace(target, scratch / "replaced")
+            os.replace(partial, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def explained_write_errors(target: Path) -> Iterator[None]:
+    """Turn an error of writing ``target`` into one that says what to do.
+
+    Libraries that save models raise errors of many kinds when the disk is full, so besides
+    ``OSError`` any error counts that comes while no space is left.
+
+    Raises:
+        RunError: the disk is full or the place cannot be written to.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = "no space left" in str(error).lower() or _no_space_left(Path(target).parent)
+        if isinstance(error, RunError) or not (full or isinstance(error, OSError)):
+            raise
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or error
+        raise RunError(
+            f"cannot write {target}: {reason}. Nothing half-written will be read; free some space "
+            "or fix the permissions, then run the same command again"
+        ) from error
+
+
+def _no_space_left(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < 1 << 15
+    except OSError:
+        return False
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file of a folder, to the disk."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        # Windows refuses to flush a file that was opened for reading only.
+        with open(file, "r+b") as handle:
+            os.fsync(handle.fileno())
+
+
+def sweep_partials(folder: Path) -> int:
+    """Remove what a killed writer left aside in ``folder`` (and below); return how many."""
+    left = [p for p in Path(folder).rglob(".*.*") if p.is_dir() and _is_scratch(p)]
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(left)
+
+
+def _is_scratch(path: Path) -> bool:
+    """Tell a folder made by :func:`atomic_path`: ``.NAME.RANDOM``, holding at most NAME."""
+    name = path.name[1:].rsplit(".", 1)[0]
+    return all(child.name in (name, "replaced") for child in path.iterdir())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path`` atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, atomically. NaN and infinity are refused."""
+    write_text(path, "".join(jsonl_line(row) for row in rows))
+
+
+def jsonl_line(row: Mapping[str, Any]) -> str:
+    """Return ``row`` as one line of JSONL, newline included."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: the file is missing, not UTF-8 or not JSON; the message says where.
+    """
+    text = _read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file into a list of objects; blank lines are ignored.
+
+    Raises:
+        DataError: the file is missing or not UTF-8, or a line is not a JSON object; the message
+            names the line.
+    """
+    rows = []
+    # Not splitlines(): it would also split at U+2028 and other separators inside a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object such as "
+                f'{{"question": "..."}}, found {type(row).__name__}'
+            )
+        rows.append(row)
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: is a folder, expected a file") from None
+    except UnicodeDecodeError as error:
+        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def fingerprint(value: Any) -> str:
+    """Return a short stable hash (16 hex digits of SHA-256) of a JSON-serialisable value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fingerprint_folder(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
+    """Return a short hash of the names and contents of the files that match ``patterns``."""
+    files = sorted({p for pattern in patterns for p in Path(folder).glob(pattern) if p.is_file()})
+    return fingerprint([(p.name, sha256_file(p)) for p in files])
+
+
+# --- the journal ---------------------------------------------------------------------------------
+
+
+class Journal:
+    """The finished parts of long work, one JSON line each; the first line says whose they are.
+
+    A line is on the disk before the next part begins, so a killed process loses only the part that
+    it was working on. Only one process may append.
+    """
+
+    def __init__(self, path: Path | None, identity: str):
+        """Keep the parts in ``path``, or nowhere if it is None.
+
+        Args:
+            path: the journal's file, beside the output.
+            identity: whatever must be equal for the parts to be used again, as a fingerprint.
+        """
+        self.path = path
+        self.identity = identity
+
+    @staticmethod
+    def beside(out: Path | None, identity: str) -> Journal:
+        """Return the journal of an output file: ``OUT.journal``."""
+        return Journal(out and out.with_name(f"{out.name}.journal"), identity)
+
+    def read(self) -> dict[int, list[Any]]:
+        """Return the finished parts by number; drop a line that a killed writer left unfinished.
+
+        A journal of other inputs is moved to ``NAME.old`` with a warning: its parts belong to
+        other results.
+        """
+        if self.path is None or not self.path.is_file():
+            return {}
+        whole: list[tuple[bytes, dict[str, Any]]] = []
+        for raw in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(raw)
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                break
+            if not raw.endswith(b"\n") or not isinstance(row, dict):
+                break
+            whole.append((raw, row))
+        head = whole[0][1] if whole else {}
+        if head.get("identity") != self.identity or not all("part" in row for _, row in whole[1:]):
+            self._set_aside()
+            return {}
+        # Append after the last whole line, or the next one would be joined to a torn one.
+        with open(self.path, "r+b") as handle:
+            handle.truncate(sum(len(raw) for raw, _ in whole))
+        return {row["part"]: row["rows"] for _, row in whole[1:]}
+
+    def _set_aside(self) -> None:
+        if self.path.stat().st_size == 0:
+            self.path.unlink()
+            return
+        aside = self.path.with_name(f"{self.path.name}.old")
+        os.replace(self.path, aside)
+        warnings.warn(
+            f"{self.path} was left by work with other inputs; it is now {aside.name}, and the work "
+            "starts from the beginning",
+            stacklevel=3,
+        )
+
+    def append(self, part: int, rows: Sequence[Any]) -> None:
+        """Add a finished part and flush it to the disk.
+
+        Raises:
+            RunError: the disk is full or the place cannot be written to.
+        """
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as handle:
+                if handle.tell() == 0:
+                    handle.write(jsonl_line({"identity": self.identity}).encode())
+                handle.write(jsonl_line({"part": part, "rows": list(rows)}).encode())
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error.strerror or error}; free some space or fix the "
+                "permissions, then run the same command again (what was finished is kept)"
+            ) from error
+
+    def remove(self) -> None:
+        """Delete the journal once the output is whole."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

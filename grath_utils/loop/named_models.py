@@ -1,0 +1,94 @@
+"""Models by the names that users give: `default`, a Hub id, a folder, or a round of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from grath_utils.config import ModelConfig
+from grath_utils.engine.models import (
+    DEFAULT_MODEL,
+    Policy,
+    adapter_base,
+    apply_adapters,
+    load_base,
+    merged_before,
+)
+from grath_utils.errors import ModelError
+from grath_utils.loop.run_dir import load_run
+
+
+def load_policy(
+    name: str = DEFAULT_MODEL,
+    *,
+    quantization: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trainable: bool = False,
+) -> Policy:
+    """Load a model by the name that users give.
+
+    Args:
+        name: ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
+            ``RUN_DIR@ITERATION`` (``runs/cpu@1`` is the model after the second DPO round,
+            ``runs/cpu@base`` the one before the first).
+        quantization: ``none``, ``nf4``, ``fp4`` or ``int8``. Without a GPU the 4-bit types are
+            *simulated*: the weights are rounded through bitsandbytes' own tables and kept in
+            ``dtype``, the same numbers as QLoRA without its memory saving.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
+        revision: commit or tag of a Hub model.
+        trainable: leave the adapter trainable (for continuing a round).
+
+        What is left out is as the run recorded it for ``RUN_DIR@ITERATION``, and otherwise as
+        :class:`.config.ModelConfig` has it.
+
+    Raises:
+        ModelError: no such model, or the adapter belongs to another base model.
+        FetchError: the default model is neither in the cache nor downloadable.
+        UsageError: the device or the quantization is not to be had here.
+    """
+    base, adapters = resolve_name(name)
+    given = {
+        "quantization": quantization,
+        "dtype": dtype,
+        "device": device,
+        "revision": revision,
+    }
+    asked = replace(base, **{key: value for key, value in given.items() if value is not None})
+    policy = load_base(asked)
+    if adapters:
+        policy = apply_adapters(policy, adapters, trainable=trainable)
+    return replace(policy, name=name)
+
+
+def resolve_name(name: str) -> tuple[ModelConfig, list[Path]]:
+    """Return the base model and the adapters (to merge in order, the last on top) of a name.
+
+    Raises:
+        ModelError: the name is that of a run or an adapter which is not there or not whole.
+    """
+    if "@" in name and not Path(name).exists():
+        return _resolve_run(name)
+    folder = Path(name).expanduser()
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
+    if (folder / "adapter_config.json").is_file():
+        return adapter_base(folder), [*merged_before(folder), folder]
+    return ModelConfig(name=name), []
+
+
+def _resolve_run(name: str) -> tuple[ModelConfig, list[Path]]:
+    path, _, which = name.rpartition("@")
+    run = load_run(path)
+    if which == "base":
+        return run.config.model, []
+    if not which.isdigit():
+        raise ModelError(f'"{name}": after @ comes an iteration (0, 1, ...) or `base`')
+    adapter = run.adapter(int(which))
+    if not adapter.is_dir():
+        done = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
+        trained = ", ".join(map(str, done)) or "none yet"
+        raise ModelError(f'"{name}": iteration {which} has no adapter (trained so far: {trained})')
+    return run.config.model, [*merged_before(adapter), adapter]

@@ -1,0 +1,321 @@
+"""The run directory: the contract between notebooks, command line and report.
+
+::
+
+    RUN/ run.json · manifest.json · questions.jsonl
+         iter_0/{pairs.jsonl, rejects.jsonl, training_log.jsonl, adapter/} · iter_1/…
+         signals/MODEL.json · evaluation/MODEL/BENCHMARK.json
+         figures/ · notebooks/ (executed) · report.html
+
+``run.json`` says what made it. A run directory is continued only by the configuration that made it.
+``manifest.json`` holds a hash of each stage's output: what was changed by hand is noticed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from grath_utils.config import Config, config_from_dict, differing_keys
+from grath_utils.engine import processes
+from grath_utils.errors import ConfigError, DataError, RunError
+from grath_utils.files import (
+    fingerprint_folder,
+    read_json,
+    sha256_file,
+    sweep_partials,
+    write_json,
+)
+
+SCHEMA_VERSION = 1
+
+WITHOUT_EFFECT = ("dpo.report_to",)
+"""Settings that change no result: a run goes on with other ones."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the configuration that it belongs to. All paths come from here."""
+
+    path: Path
+    config: Config
+
+    def iteration(self, t: int) -> Path:
+        """Return the folder of iteration ``t`` (0 is the first DPO round)."""
+        return self.path / f"iter_{t}"
+
+    def pairs(self, t: int) -> Path:
+        return self.iteration(t) / "pairs.jsonl"
+
+    def rejects(self, t: int) -> Path:
+        return self.iteration(t) / "rejects.jsonl"
+
+    def adapter(self, t: int) -> Path:
+        return self.iteration(t) / "adapter"
+
+    def training_log(self, t: int) -> Path:
+        return self.iteration(t) / "training_log.jsonl"
+
+    def collapsed(self, t: int) -> Path:
+        """Return the note that stands in place of an adapter where a round collapsed."""
+        return self.iteration(t) / "collapsed.json"
+
+    def signals(self, model: str) -> Path:
+        """Return what a model (``base``, ``iter_0``, ...) was measured on to choose a round."""
+        return self.path / "signals" / f"{model}.json"
+
+    def evaluation(self, model: str, benchmark: str) -> Path:
+        """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
+        return self.path / "evaluation" / model / f"{benchmark}.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def questions(self) -> Path:
+        return self.path / "questions.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def executed_notebooks(self) -> Path:
+        return self.path / "notebooks"
+
+    def info(self) -> dict[str, Any]:
+        """Return the contents of ``run.json``."""
+        return read_json(self.path / "run.json")
+
+
+def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None = None) -> Run:
+    """Create the run directory, or check that an existing one was made by the same configuration.
+
+    Args:
+        path: the run directory; made if need be.
+        config: the complete configuration.
+        facts: what else to record when it is made (package versions, device, fingerprints).
+
+    Raises:
+        ConfigError: the directory was made by another configuration (the keys are named), or it
+            is not a run directory and not empty.
+        RunError: ``run.json`` is damaged, something in it was changed by hand, or the place cannot
+            be written to.
+    """
+    run = Run(Path(path).expanduser().resolve(), config)
+    record = run.path / "run.json"
+    if record.exists():
+        _check_same(run, _read_record(record)["config"])
+        check_untouched(run)
+        return run
+    if run.path.is_file():
+        raise ConfigError(f"{run.path} is a file; name a folder for the run")
+    if run.path.is_dir():
+        sweep_partials(run.path)  # a run that was killed before its first file was whole
+        if any(p.name != ".lock" for p in run.path.iterdir()):
+            raise ConfigError(
+                f"{run.path} is not empty and holds no run.json; choose another folder"
+            )
+    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(
+        record,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "created": made,
+            "seed": config.seed,
+            "config": config.to_dict(),
+            **(facts or {}),
+        },
+    )
+    return run
+
+
+def load_run(path: str | Path) -> Run:
+    """Open an existing run directory with the configuration recorded in it.
+
+    Raises:
+        DataError: there is no run there.
+        RunError: its record is damaged, or something in it was changed by hand.
+    """
+    folder = Path(path).expanduser().resolve()
+    if not (folder / "run.json").exists():
+        raise DataError(
+            f"{folder} holds no run (no run.json); make one with "
+            "`python -m grath_utils run --profile cpu --run-dir DIR`"
+        )
+    run = Run(
+        folder, config_from_dict(_read_record(folder / "run.json")["config"], where=str(folder))
+    )
+    check_untouched(run)
+    return run
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = read_json(path)
+        if not isinstance(record["config"], dict):
+            raise TypeError
+    except (DataError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{path} is damaged or was edited by hand ({error}); restore it, or start again in a "
+            "new folder"
+        ) from error
+    return record
+
+
+def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
+    lines = [
+        line
+        for line in differing_keys(run.config, recorded)
+        if line.partition(":")[0] not in WITHOUT_EFFECT
+    ]
+    if lines:
+        raise ConfigError(
+            f"{run.path} was made by another configuration:\n  "
+            + "\n  ".join(lines)
+            + "\nUse the same settings to continue it, or another run directory"
+        )
+
+
+# --- what was made, as it was made ---------------------------------------------------------------
+
+
+def record_made(run: Run, output: Path) -> bool:
+    """Note the hash of a stage's output; tell whether another one was noted there before."""
+    return processes.on_main(lambda: _note(run, output))
+
+
+def _note(run: Run, output: Path) -> bool:
+    made = _manifest(run)
+    name, value = output.relative_to(run.path).as_posix(), _hash(output)
+    if made.get(name) == value:
+        return False
+    write_json(run.manifest, {**made, name: value})
+    return name in made
+
+
+def check_untouched(run: Run) -> None:
+    """Make sure that what the stages left is still as they left it; what is missing is made again.
+
+    Raises:
+        RunError: a file or folder was changed; which, and the ways on.
+    """
+    for name, value in _manifest(run).items():
+        path = run.path / name
+        if path.exists() and _hash(path) != value:
+            raise RunError(
+                f"{path} is not as it was made: it was changed or cut short. Restore it, or delete "
+                "it, and the same command makes it again (to train on pairs that you have edited: "
+                "python -m grath_utils train --pairs FILE)"
+            )
+
+
+def _manifest(run: Run) -> dict[str, str]:
+    if not run.manifest.exists():
+        return {}
+    try:
+        made = read_json(run.manifest)
+        if not all(isinstance(value, str) for value in made.values()):
+            raise TypeError
+    except (DataError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"{run.manifest} is damaged. Delete it: what the run holds is then taken as it is"
+        ) from error
+    return made
+
+
+def _hash(path: Path) -> str:
+    return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
+
+
+LOCK_HOLDER = "GRATH_RUN_LOCK"
+"""Environment variable: the run directory that this process, or one that started it, has locked."""
+
+
+@contextmanager
+def lock_run(run: Run) -> Iterator[None]:
+    """Hold the run directory for one process; the lock goes with the process, even if killed.
+
+    Whoever holds it may take it again, and so may the kernels that it starts. The processes of
+    one launch share it: the main one takes it for all.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    if os.environ.get(LOCK_HOLDER) == str(run.path):
+        yield
+        return
+    lock = FileLock(run.path / ".lock", timeout=0)
+    processes.on_main(lambda: _take(lock, run))
+    os.environ[LOCK_HOLDER] = str(run.path)
+    try:
+        yield
+    finally:
+        del os.environ[LOCK_HOLDER]
+        lock.release()
+
+
+def _take(lock: FileLock, run: Run) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"{run.path} is in use by another process; wait for it to end, or choose another folder"
+        ) from None
+    sweep_partials(run.path)
+
+
+def environment_facts() -> dict[str, Any]:
+    """Return versions and device for ``run.json`` and bug reports."""
+    import importlib.metadata as metadata
+    import platform
+
+    packages = "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib"
+    versions = {"python": platform.python_version()}
+    for name in [*packages.split(), "papermill", "jupyterlab", "numpy"]:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": versions,
+        "device": device_facts(),
+    }
+
+
+def device_facts() -> dict[str, Any]:
+    """Return what the work runs on: processor count, memory, accelerator."""
+    import platform
+
+    import psutil
+    import torch
+
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "processes": processes.launched(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerator": "none",
+    }
+    if torch.cuda.is_available():
+        facts["accelerator"] = torch.cuda.get_device_name()
+        facts["accelerator_memory_gib"] = round(
+            torch.cuda.get_device_properties(0).total_memory / 2**30, 1
+        )
+    elif torch.backends.mps.is_available():
+        facts["accelerator"] = "Apple MPS"
+    return facts

@@ -1,0 +1,28 @@
+"""The model's own correct and incorrect answer to every question."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
+        "generate": ["Pair", "generate_pairs", "read_pairs", "refine_pairs"],
+        "parsing": ["check_pair", "pair_is_complete", "parse_pair"],
+        "prompts": [
+            "NEUTRAL_QUESTION",
+            "answer_messages",
+            "demonstrations",
+            "pair_messages",
+            "question_messages",
+            "render_chat",
+            "token_ids",
+        ],
+        "questions": [
+            "Question",
+            "load_questions",
+            "overlap_with_benchmarks",
+            "reference_questions",
+        ],
+        "words": ["negated", "ngram_f1", "split_words"],
+    },
+)

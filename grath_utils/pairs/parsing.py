@@ -1,0 +1,276 @@
+"""From a completion to a pair of answers, and the filters that a pair has to pass.
+
+Every completion that does not become a pair gets one reason of a closed set, :class:`Reason`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from enum import StrEnum
+
+from grath_utils.pairs.prompts import INCORRECT_LABEL
+from grath_utils.pairs.words import content_words, length_ratio, negated, split_words
+
+
+class Reason(StrEnum):
+    """Why a completion was rejected."""
+
+    NO_CORRECT = "no_correct"
+    """No label announces a correct answer."""
+    NO_INCORRECT = "no_incorrect"
+    """No label announces an incorrect answer."""
+    CUT_OFF = "cut_off"
+    """The token limit was reached before the last answer ended."""
+    EMPTY = "empty"
+    """An answer has no word in it."""
+    EQUAL = "equal"
+    """The answers are the same but for case, punctuation and articles."""
+    NEAR_EQUAL = "near_equal"
+    """The answers differ in next to nothing, and not in a number or a negation."""
+    QUESTION_COPY = "question_copy"
+    """An answer repeats the question, or most of it and nothing else."""
+    OTHER_QUESTION = "other_question"
+    """The completion restates another question, or an answer is a demonstration's."""
+    LENGTH_RATIO = "length_ratio"
+    """One answer is far longer than the other: length would tell them apart."""
+    NON_ANSWER = "non_answer"
+    """An answer refuses, or talks about the task."""
+    REPETITION = "repetition"
+    """An answer turns in circles: the same words three times in a row."""
+    SELF_CHECK = "self_check"
+    """The model itself finds the incorrect answer more probable."""
+    TOO_LONG = "too_long"
+    """The question does not fit into the model's context (nothing was generated)."""
+
+
+# The filters that can be switched, in the order in which they are applied.
+FILTERS = (
+    Reason.CUT_OFF,
+    Reason.EMPTY,
+    Reason.EQUAL,
+    Reason.NEAR_EQUAL,
+    Reason.QUESTION_COPY,
+    Reason.OTHER_QUESTION,
+    Reason.LENGTH_RATIO,
+    Reason.NON_ANSWER,
+    Reason.REPETITION,
+)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """The fields found in a completion; a field that was not found is None."""
+
+    correct: str | None
+    incorrect: str | None
+    question: str | None = None
+    """The question as the completion restates it."""
+    cut_off: bool = False
+    """The token limit came before the end of the last field."""
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why this is no pair, or None where both fields were found."""
+        if self.correct is None:
+            return Reason.NO_CORRECT
+        return Reason.NO_INCORRECT if self.incorrect is None else None
+
+
+# --- parsing -------------------------------------------------------------------------------------
+
+# A label opens a line, after numbering, bullets, quotes or emphasis; or follows a sentence on the
+# same line. `Answer` may be missing ("Incorrect: ...") but the colon may not: prose has the words
+# as well. Emphasis may close before or after the colon ("**Correct answer:**", "**Correct**:").
+_LABEL = re.compile(
+    r"""(?: (?:^|(?<=[\n.!?;"'”’])) [ \t]* (?:[-*•>#]+[ \t]*)? (?:\(?[0-9a-zA-Z][.)][ \t]*)? )
+        [*_"'“‘`]{0,3}
+        (?: (?:the|a|an|one|my|your)[ ] )?
+        (?P<name> incorrect | wrong | false | correct | right | true
+                | question | explanation | reason | note )
+        (?: [ ]+ (?:answers?|response|statement|option) )?
+        (?: [ ]? [#]?[0-9]{1,2} | [ ]is )?
+        [*_"'”’`]{0,3} [ \t]* : [*_"'”’`]{0,3}
+    """,
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+_FIELDS = {
+    "correct": "correct",
+    "right": "correct",
+    "true": "correct",
+    "incorrect": "incorrect",
+    "wrong": "incorrect",
+    "false": "incorrect",
+    "question": "question",
+}
+_QUOTES = "\"'“”‘’`*_"
+
+
+def parse_pair(completion: str) -> Parsed:
+    """Read the fields of a completion, whatever their order; never raises.
+
+    Each field is the first line after its label, or the next line that is not blank where the
+    label stands alone. Where a label comes twice the first counts. Nothing before the first label
+    is ever part of an answer, and an explanation after one is not either.
+    """
+    text = completion.replace("\r\n", "\n").replace("\r", "\n")
+    labels = list(_LABEL.finditer(text))
+    fields: dict[str, str] = {}
+    for label, following in zip(labels, [*labels, None][1:], strict=True):
+        field = _FIELDS.get(label["name"].lower())
+        end = following.start() if following else len(text)
+        if field is not None and field not in fields:
+            fields[field] = clean(_first_line(text[label.end() : end]))
+    return Parsed(fields.get("correct"), fields.get("incorrect"), fields.get("question"))
+
+
+def _first_line(text: str) -> str:
+    return next((line for line in text.split("\n") if line.strip()), "")
+
+
+def clean(answer: str) -> str:
+    """Return an answer without the blanks, quotes and emphasis around it."""
+    text = " ".join(answer.split())
+    while len(text) > 1 and text[0] in _QUOTES and text[-1] in _QUOTES:
+        text = text[1:-1].strip()
+    # Emphasis or a quotation mark that has no partner is a leftover, an apostrophe is not.
+    for mark in '"*`':
+        if text.count(mark) == 1 and (text.startswith(mark) or text.endswith(mark)):
+            text = text.strip(mark).strip()
+    return text
+
+
+def parse_legacy(completion: str) -> Parsed:
+    """Read a completion as the official code does, quirks included (for comparison only).
+
+    Exactly one incorrect label is needed; without a correct label everything before counts as the
+    correct answer; later lines are glued on without a space.
+    """
+    parts = completion.split(f"{INCORRECT_LABEL} ")
+    if len(parts) != 2:
+        return Parsed("", None)
+    before = parts[0].split("Correct answer: ")[-1]
+    return Parsed(*("".join(part.split("\n")).strip() for part in (before, parts[1])))
+
+
+def pair_is_complete(text: str) -> bool:
+    """Tell whether generation may stop: both fields are there and the last line has ended."""
+    if "\n" not in text:
+        return False
+    parsed = parse_pair(text[: text.rindex("\n")])
+    return bool(parsed.correct) and bool(parsed.incorrect)
+
+
+# --- filters -------------------------------------------------------------------------------------
+
+NEAR_EQUAL_RATIO = 0.9
+MAX_LENGTH_RATIO = 4.0  # in characters, see texts.length_ratio
+OTHER_QUESTION_RATIO = 0.3
+ECHO_SHARE = 0.6
+# The same run of one to eight words, three times in a row ("is the answer is the answer is ...").
+_REPETITION = re.compile(r"\b(\w+(?:\W+\w+){0,7})(?:\W+\1\b){2}", re.IGNORECASE)
+_NON_ANSWER = re.compile(
+    r"""^(?: (?:i['’]m|i[ ]am)[ ](?:sorry|unable|not[ ]able)
+           | i[ ](?:can(?:no|['’])t|do(?:n['’]t|[ ]not)[ ](?:know|have)|have[ ]no[ ]comment)
+           | sorry\b | as[ ]an?[ ]ai\b | n/?a$ | none$ | unknown$ | \?+$
+           | (?:both|either|neither)[ ](?:answers?|of[ ](?:these|them|the[ ]above))
+           | (?:all|none)[ ]of[ ](?:the[ ]above|these|them)
+           | (?:an?|the|this)?[ ]?(?:in)?correct[ ]answer\b
+           | \[.*\]$ | <.*>$ )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def near_equal(a: str, b: str) -> bool:
+    """Tell whether two answers say the same in nearly the same letters.
+
+    A differing number or negation is never near: it is the whole difference between the answers.
+    """
+    left, right = split_words(a), split_words(b)
+    digits = [[w for w in side if any(c.isdigit() for c in w)] for side in (left, right)]
+    if digits[0] != digits[1] or negated(a) != negated(b):
+        return False
+    # One word in place of another is a difference in meaning; an ending ("cells", "cell") is not.
+    only_left, only_right = set(left) - set(right), set(right) - set(left)
+    if {word[:4] for word in only_left} != {word[:4] for word in only_right}:
+        return False
+    if not only_left and Counter(left) != Counter(right):
+        return False
+    ratio = SequenceMatcher(None, " ".join(left), " ".join(right), autojunk=False).ratio()
+    return ratio >= NEAR_EQUAL_RATIO
+
+
+def check_pair(
+    question: str,
+    parsed: Parsed,
+    *,
+    filters: Collection[str] = FILTERS,
+    shown_answers: Iterable[str] = (),
+) -> Reason | None:
+    """Return why a parsed pair is rejected, or None where it passes.
+
+    Args:
+        question: the question that was asked.
+        parsed: what the parser found, both fields or not.
+        filters: names out of :data:`FILTERS`; a missing field is always a reason.
+        shown_answers: the answers of the demonstrations (copied ones answer another question).
+    """
+    if parsed.reason is not None:
+        return parsed.reason
+    correct, incorrect = parsed.correct or "", parsed.incorrect or ""
+    both = (correct, incorrect)
+    copied = [split_words(answer) for answer in shown_answers]
+    tests: dict[str, Callable[[], bool]] = {
+        Reason.CUT_OFF: lambda: parsed.cut_off,
+        Reason.EMPTY: lambda: not split_words(correct) or not split_words(incorrect),
+        Reason.EQUAL: lambda: split_words(correct) == split_words(incorrect),
+        Reason.NEAR_EQUAL: lambda: near_equal(correct, incorrect),
+        Reason.QUESTION_COPY: lambda: any(echoes(question, a) for a in both),
+        Reason.OTHER_QUESTION: lambda: (
+            _other_question(question, parsed.question)
+            or any(split_words(a) in copied for a in both)
+        ),
+        Reason.LENGTH_RATIO: lambda: length_ratio(correct, incorrect) > MAX_LENGTH_RATIO,
+        Reason.NON_ANSWER: lambda: any(_NON_ANSWER.match(a) for a in both),
+        Reason.REPETITION: lambda: any(_REPETITION.search(a) for a in both),
+    }
+    return next((Reason(name) for name in FILTERS if name in filters and tests[name]()), None)
+
+
+def check_answer(
+    question: str,
+    answer: str,
+    *,
+    cut_off: bool = False,
+    filters: Collection[str] = FILTERS,
+    shown_answers: Iterable[str] = (),
+) -> Reason | None:
+    """Return why one answer alone cannot be a side of a pair, or None where it can."""
+    about_both = {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
+    return check_pair(
+        question,
+        Parsed(answer, answer, cut_off=cut_off),
+        filters=set(filters) - about_both,
+        shown_answers=shown_answers,
+    )
+
+
+def echoes(question: str, answer: str) -> bool:
+    """Tell whether an answer holds no word of its own, and most words of the question.
+
+    "The fog disappears as the Sun grows stronger." says nothing to "Why does fog disappear as the
+    Sun grows stronger?". A choice out of the question ("the Sun") is an answer.
+    """
+    asked, said = content_words(question), content_words(answer)
+    return said <= asked and len(said) >= ECHO_SHARE * len(asked)
+
+
+def _other_question(asked: str, restated: str | None) -> bool:
+    """Tell whether a restated question shares too few words with the one that was asked."""
+    if not restated or not split_words(restated):
+        return False
+    left, right = set(split_words(asked)), set(split_words(restated))
+    return len(left & right) / min(len(left), len(right)) < OTHER_QUESTION_RATIO if left else False

@@ -1,0 +1,251 @@
+"""Experiments beside a run: a shipped grid, cut to what a reader can wait for, and read with care.
+
+All experiments of a run live in one sweep's folder, ``RUN/what_matters``, so that they share the
+points and stages that they have in common, and go on where they were stopped. They run in this
+process; the same grids, whole and with several seeds, are for ``python -m grath_utils sweep``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grath_utils.config import changed_settings
+from grath_utils.errors import DataError, FetchError, GrathError, UsageError, did_you_mean
+from grath_utils.evaluation.measure import compare
+from grath_utils.files import read_json, write_text
+from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.stages import BASE, final_iteration, model_label
+from grath_utils.pairs.questions import load_questions
+from grath_utils.scale.grids import label, read_grid
+from grath_utils.scale.sweep_results import Outcome
+from grath_utils.scale.sweeps import run_here
+
+_CPU: Mapping[str, Any] = {
+    "questions.limit": 32,
+    "pairs.candidates": 2,
+    "dpo.steps": 6,
+    "dpo.batch_size": 8,
+    "dpo.warmup_steps": 1,
+    "loop.iterations": 1,
+    "loop.keep": "last",
+    "loop.early_stop": False,
+    "loop.signals": False,
+    "evaluation.limit": 64,
+    "evaluation.every_iteration": False,
+}
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "smoke": {
+        "questions.limit": 8,
+        "pairs.candidates": 1,
+        "dpo.steps": 2,
+        "dpo.batch_size": 2,
+        "dpo.micro_batch_size": 2,
+        "dpo.warmup_steps": 0,
+        "loop.iterations": 1,
+        "loop.keep": "last",
+        "loop.early_stop": False,
+        "loop.signals": False,
+        "evaluation.limit": 6,
+        "evaluation.every_iteration": False,
+    },
+    "cpu": _CPU,
+    # Its pairs are picked; what the experiments vary is mostly how the model writes.
+    "cpu-long": {**_CPU, "questions.source": "own", "pairs.mode": "default"},
+}
+"""Profile -> what makes its experiments small; other profiles keep their own size."""
+
+HEADLINES = ("mc2", "acc")
+"""The metric of a benchmark that is shown: MC2 moves with every answer, MC1 only with flips."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished point of an experiment."""
+
+    name: str
+    """What it varies: ``reference=base``; with its seed where the experiment has several."""
+    values: Mapping[str, Any]
+    run: Run
+
+    def result(self, benchmark: str, *, base: bool = False) -> dict[str, Any]:
+        """Return the evaluation of its final model, or of the base model."""
+        label = BASE if base else model_label(final_iteration(self.run))
+        return read_json(self.run.evaluation(label, benchmark))
+
+
+# --- making one ----------------------------------------------------------------------------------
+
+
+def size_of(run: Run) -> dict[str, Any]:
+    """Return what the experiments of this run change in its profile: its size, then its overrides.
+
+    What the user has set for the run holds for its experiments, so ``OVERRIDES`` makes them larger.
+    """
+    return {**SIZES.get(run.config.profile, {}), **changed_settings(run.config)}
+
+
+def cut_grid(
+    name: str,
+    run: Run,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    common: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a shipped grid, cut to a run's size, beside the run; return the file.
+
+    Args:
+        name: a shipped grid.
+        run: gives the profile, the seed and the size.
+        axes: the values to try, for keys that the grid varies; keys that are not named stay at the
+            profile's value, and the seed is the run's.
+        common: for all points; goes before all else, then what the shipped grid sets for all, then
+            what the user has set, then the size.
+
+    Raises:
+        ConfigError: no such grid.
+        UsageError: the grid does not vary such a key.
+    """
+    grid = read_grid(name)
+    for key in axes:
+        if key not in grid.axes:
+            raise UsageError(f'{name} does not vary "{key}"{did_you_mean(key, grid.axes)}')
+    size, chosen = SIZES.get(run.config.profile, {}), changed_settings(run.config)
+    # What the experiment is about stands last: without it the question would be another one.
+    settings = {**size, **chosen, **grid.common, **(common or {})}
+    tree = {
+        "profile": run.config.profile,
+        "set": {key: value for key, value in settings.items() if key not in axes},
+        "grid": {"seed": [run.config.seed], **{key: list(axes[key]) for key in axes}},
+    }
+    path = folder_of(run) / "grids" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f"# {name}, cut for this run.\n{yaml.safe_dump(tree, sort_keys=False)}")
+    return path
+
+
+def folder_of(run: Run) -> Path:
+    """Return where the experiments of a run live."""
+    return run.path / "what_matters"
+
+
+def run_experiment(
+    grid: Path, *, say: Callable[[str], None] = print
+) -> tuple[list[Trial], list[Outcome]]:
+    """Run a grid of :func:`cut_grid`, or go on with it.
+
+    Returns:
+        The finished points in the grid's order, and the outcomes of those that failed.
+
+    Raises:
+        GrathError: the grid is refused, or not one point ended well.
+    """
+    out = grid.parent.parent / "sweep"
+    outcomes = run_here(str(grid), out, say=say)
+    done = [outcome for outcome in outcomes if outcome.status == "done"]
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if not done:
+        raise GrathError(f"no point of {grid.name} ended well. First: {failed[0].error}")
+    several = len({outcome.values["seed"] for outcome in outcomes}) > 1
+    trials = []
+    for outcome in done:
+        shown = {k: v for k, v in outcome.values.items() if several or k != "seed"}
+        row = read_json(out / "rows" / f"{outcome.name}.json")
+        trials.append(Trial(label(shown), outcome.values, load_run(out / "runs" / row["run"])))
+    return trials, failed
+
+
+def why_not(run: Run, source: str) -> str | None:
+    """Return why the questions of a source cannot be had here, or None where they can.
+
+    Without network the Hub is tried several times, about half a minute; ``HF_HUB_OFFLINE=1`` spares
+    that.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # not a warning for each try: the answer says what is the matter
+    try:
+        load_questions(replace(run.config.questions, source=source), run.config.seed)
+    except (DataError, FetchError) as error:
+        return str(error)
+    finally:
+        hub.setLevel(level)
+    return None
+
+
+# --- reading one ---------------------------------------------------------------------------------
+
+
+def headline(benchmark: Mapping[str, Any]) -> str:
+    """Return the metric of a benchmark's result to show first."""
+    names = list(benchmark["metrics"])
+    return next((name for name in HEADLINES if name in names), names[0])
+
+
+def changes(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
+    """Return every trial's change from the base model in each benchmark's headline metric.
+
+    Returns:
+        (trial and metric, paired difference over the items), benchmark by benchmark.
+    """
+    return [
+        _row(trial, trial.name, benchmark, trial.result(benchmark, base=True))
+        for benchmark in _benchmarks(trials)
+        for trial in trials
+    ]
+
+
+def contrasts(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
+    """Return how the last model of every other trial differs from that of the first.
+
+    This is the experiment's own question. Both models answered the same items, so items that are
+    hard for both fall out; only trials of one seed measure the same items.
+
+    Raises:
+        UsageError: two trials were measured on different items.
+    """
+    first, *others = trials
+    return [
+        _row(other, f"{other.name} against {first.name}", benchmark, first.result(benchmark))
+        for benchmark in _benchmarks(trials)
+        for other in others
+    ]
+
+
+def _benchmarks(trials: Sequence[Trial]) -> tuple[str, ...]:
+    return trials[0].run.config.evaluation.benchmarks
+
+
+def _row(
+    trial: Trial, name: str, benchmark: str, before: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Compare a trial's last model with ``before``, in the headline metric."""
+    settings, metric = trial.run.config, headline(before)
+    found = compare(
+        before,
+        trial.result(benchmark),
+        bootstrap=settings.evaluation.bootstrap,
+        seed=settings.seed,
+    )
+    return f"{name}: {benchmark} {metric}", found["metrics"][metric]
+
+
+def verdicts(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[Any, ...]]:
+    """Return differences as table rows: name, items, points with interval, smallest, verdict."""
+    table = []
+    for name, found in rows:
+        low, high = (100 * bound for bound in found["ci95"])
+        shown = f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        if not found["gained"] + found["lost"]:  # no spread, so nothing to estimate it from
+            least, verdict = "unknown", "no item moved"
+        else:
+            least = f"{100 * found['smallest_detectable']:.1f}"
+            verdict = "cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER"
+        table.append((name, found["n"], shown, least, verdict))
+    return table

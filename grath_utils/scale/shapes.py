@@ -1,0 +1,176 @@
+"""The shape of a Llama-like model, and what follows from it alone: parameters and bytes.
+
+Everything here is counted, nothing is measured. A shape is known for the models that the profiles
+name; for others it is read from ``config.json``, without loading a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grath_utils.config import LoraConfig, ModelConfig
+from grath_utils.errors import ModelError
+from grath_utils.files import read_json
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in NF4 with double quantization (QLoRA, arXiv 2305.14314): 4 bits, an 8-bit scale for
+each block of 64 weights, and a float32 scale for each 256 of those scales: 4.127 bits."""
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": NF4_BYTES}
+BYTES["fp4"] = NF4_BYTES  # other 16 values, the same storage
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of Llama's form: gated MLP, RMS norms, no biases."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+    """Input and output embeddings are one matrix."""
+    head_dim: int = 0
+    """0: hidden / heads."""
+
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            object.__setattr__(self, "head_dim", self.hidden // self.heads)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The matrices of one layer, ``{name: (inputs, outputs)}``."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key),
+            "v_proj": (self.hidden, key),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights in the layers' matrices: what is quantized, and what nearly all time goes to."""
+        return self.layers * sum(a * b for a, b in self.linears.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of input and output embeddings; they stay in 16 bits."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        norms = self.hidden * (2 * self.layers + 1)
+        return self.linear_parameters + self.embedding_parameters + norms
+
+    def weight_bytes(self, dtype: str, quantization: str = "none") -> int:
+        """Return the bytes of the weights; only the layers' matrices are quantized."""
+        stored = BYTES[dtype if quantization == "none" else quantization]
+        rest = self.parameters - self.linear_parameters
+        return round(self.linear_parameters * stored + rest * BYTES[dtype])
+
+    def lora_targets(self, lora: LoraConfig) -> list[str]:
+        """Return which of a layer's matrices are adapted."""
+        everything = "all-linear" in lora.targets
+        return [name for name in self.linears if everything or name in lora.targets]
+
+    def lora_parameters(self, lora: LoraConfig) -> int:
+        """Return the weights of an adapter: r (inputs + outputs) for each adapted matrix."""
+        sides = sum(sum(self.linears[name]) for name in self.lora_targets(lora))
+        return self.layers * lora.r * sides
+
+    def kv_cache_bytes(self, tokens: int, dtype: str) -> int:
+        """Return the bytes of the keys and values of ``tokens`` tokens."""
+        return round(2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype])
+
+
+def _shape(name: str, *sizes: int, tied: bool) -> Shape:
+    return Shape(name, *sizes, tied=tied)
+
+
+SMOLLM2_135M = _shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True)
+SMOLLM2_360M = _shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 49152, tied=True)
+SMOLLM2_1_7B = _shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 49152, tied=True)
+LLAMA2_7B = _shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000, tied=False)
+LLAMA2_70B = _shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000, tied=False)
+MISTRAL_7B = _shape("Mistral-7B", 4096, 14336, 32, 32, 8, 32000, tied=False)
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary: from the models' config.json.
+KNOWN: dict[str, Shape] = {
+    "default": SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": SMOLLM2_360M,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2_1_7B,
+    "meta-llama/Llama-2-7b-chat-hf": LLAMA2_7B,
+    "meta-llama/Llama-2-70b-chat-hf": LLAMA2_70B,
+    "HuggingFaceH4/zephyr-7b-beta": MISTRAL_7B,
+    "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL_7B,
+}
+
+
+def shape_of(model: ModelConfig) -> Shape:
+    """Return the shape of a configured model, without network access.
+
+    Raises:
+        ModelError: the model is neither known, nor a folder, nor in the Hub cache, or its
+            ``config.json`` is not of Llama's form.
+    """
+    if model.name in KNOWN:
+        return KNOWN[model.name]
+    path = Path(model.name).expanduser() / "config.json"
+    if not path.is_file():
+        path = _in_hub_cache(model)
+    return shape_from_config(model.name, read_json(path))
+
+
+def _in_hub_cache(model: ModelConfig) -> Path:
+    found: Any = None
+    with contextlib.suppress(ValueError):  # not of a Hub id's form
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    if not isinstance(found, (str, os.PathLike)):
+        raise ModelError(
+            f'the shape of the model "{model.name}" is not known here: it is none of '
+            f"{', '.join(sorted(KNOWN))}, not a folder, and not in the Hub cache. Download the "
+            "model (or its config.json alone) first"
+        )
+    return Path(found)
+
+
+def shape_from_config(name: str, settings: Mapping[str, Any]) -> Shape:
+    """Return the shape that a model's ``config.json`` tells.
+
+    Raises:
+        ModelError: keys are missing: it is not of Llama's form.
+    """
+    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    missing = [key for key in [*keys, "vocab_size"] if key not in settings]
+    if missing:
+        raise ModelError(
+            f"{name}: config.json lacks {', '.join(missing)}; costs are known for models of "
+            "Llama's form only"
+        )
+    hidden, intermediate, layers, heads = (int(settings[key]) for key in keys)
+    return Shape(
+        Path(name).name,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        int(settings.get("num_key_value_heads") or heads),
+        int(settings["vocab_size"]),
+        tied=bool(settings.get("tie_word_embeddings", False)),
+        head_dim=int(settings.get("head_dim") or 0),
+    )

@@ -1,0 +1,1 @@
+"""Around the course: the environment, checkpoints, a classroom without network, rendering."""

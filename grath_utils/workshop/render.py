@@ -1,0 +1,364 @@
+"""Committed notebooks show the outputs of a real run: taken over, cleaned, stamped.
+
+``make render`` takes the outputs from the executed copies in ``RUN/notebooks/``, executes what is
+missing there, and writes them into the notebooks of the repository. What must not be published or
+would change with every run is left out: papermill's own cells and metadata, paths of this machine,
+progress bars, the state of widgets. A stamp in the notebook's metadata (``grath``) says what the
+outputs come from::
+
+    source_sha256, code_sha256   of the cells, so that a test can tell when the outputs are stale
+    profile, versions, device    what it was run with; no profile for side trips
+    cost                         seconds, peak_memory_gib, stages and files made, and date of the
+                                 execution that had most to do: one that found the stages done
+                                 shows the same outputs, but says nothing about their cost
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from grath_utils.course.notebooks import (
+    WIDGET,
+    execute_notebook,
+    is_current,
+    numbered_notebooks,
+    run_notebooks,
+    work_done,
+)
+from grath_utils.errors import GrathError, UsageError
+from grath_utils.files import cache_dir, notebooks_dir, write_text
+from grath_utils.loop.run_dir import Run, environment_facts, lock_run
+
+STAMP = "grath"
+LARGEST = 400_000
+"""Bytes that a committed notebook may have: GitHub shows it at once, and a clone stays small."""
+
+COLOURS = 64  # of a figure: few enough for a small file, more than a figure here uses
+
+PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
+COST = ("seconds", "peak_memory_gib", "stages", "files", "date")
+DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
+
+_PROGRESS = re.compile(r"\d+%\|.*\| *\d[\d.,kM]*/\d|\d+it \[\d")
+_WIDGET_TEXT = re.compile(r"^(\w*Box|interactive|Output|Tab|Accordion|\w*Progress)\(")
+_PATH = re.compile(
+    r"(?<![\w.~:/-])(/(home|Users|root|work|tmp|var|mnt|opt|srv|private)/\w|[A-Z]:\\\w)"
+)
+_KERNEL_FILE = re.compile(r"\S*ipykernel_\d+[/\\]\d+\.py")
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
+
+
+# --- which, and whether they are up to date ------------------------------------------------------
+
+
+def rendered_notebooks() -> list[Path]:
+    """Return the notebooks that are committed with outputs: the course's and the side trips.
+
+    Raises:
+        UsageError: only the package is installed here, without the notebooks.
+    """
+    course = numbered_notebooks()
+    return [*course, *sorted((course[0].parent / "appendix").glob("*.ipynb"))]
+
+
+def source_digest(cells: Iterable[Mapping[str, Any]], *, code_only: bool = False) -> str:
+    """Return the SHA-256 of the sources of a notebook's cells; outputs and metadata do not count.
+
+    Args:
+        cells: as in the notebook's JSON.
+        code_only: leave the prose out, on which outputs do not depend.
+    """
+    sources = [
+        [cell["cell_type"], "".join(cell["source"])]
+        for cell in cells
+        if cell["cell_type"] == "code" or not code_only
+    ]
+    return hashlib.sha256(json.dumps(sources, ensure_ascii=False).encode("utf-8")).hexdigest()
+
+
+def problems(path: Path) -> list[str]:
+    """Return what is wrong with a committed notebook's outputs; empty where all is well."""
+    notebook = nbformat.read(path, as_version=4)
+    stamp = notebook.metadata.get(STAMP)
+    if not stamp:
+        return ["has no outputs yet (no stamp)"]
+    found = []
+    if stamp["source_sha256"] != source_digest(notebook.cells):
+        found.append("its outputs are older than its source")
+    if path.stat().st_size > LARGEST:
+        found.append(f"has {path.stat().st_size:,} bytes, more than {LARGEST:,}")
+    left = {"papermill", "widgets", "grath_execution"} & notebook.metadata.keys()
+    if left:
+        found.append(f"carries metadata of its execution: {', '.join(sorted(left))}")
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            found.append("holds papermill's injected cell")
+        if cell.cell_type == "code":
+            if cell.source.strip() and cell.execution_count is None:
+                found.append(f"cell {cell.id} was not executed")
+            found += [
+                f"cell {cell.id}: {what}" for what in map(_wrong_output, cell.outputs) if what
+            ]
+    return found
+
+
+def _wrong_output(output: Mapping[str, Any]) -> str | None:
+    if output["output_type"] == "error":
+        return f"ended with {output['ename']}"
+    if WIDGET in output.get("data", {}):
+        return "shows a widget, which is nothing without its kernel"
+    for text in _texts(output):
+        if match := _PATH.search(text):
+            return f"shows a path of a machine: {text[match.start() : match.start() + 40]!r}"
+        if _PROGRESS.search(text):
+            return "shows a progress bar"
+    return None
+
+
+def _texts(output: Mapping[str, Any]) -> list[str]:
+    """Return the texts of an output, pictures apart."""
+    if output["output_type"] == "stream":
+        return ["".join(output["text"])]
+    data = output.get("data", {})
+    return ["".join(v) for kind, v in data.items() if kind.startswith("text/")]
+
+
+# --- rendering -----------------------------------------------------------------------------------
+
+
+def render(
+    run: Run,
+    notebooks: Sequence[Path] = (),
+    *,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Bring the outputs of committed notebooks up to date from a run; return those written.
+
+    Only notebooks whose stamp does not fit are touched. Outputs come from the executed copy in
+    ``RUN/notebooks/`` where it was made from the same code; otherwise the notebook is executed on
+    the run directory, whose finished stages are not done again. Side trips have no profile and are
+    executed as they are. Where only prose was edited, the outputs stay.
+
+    Args:
+        run: the run directory and its configuration.
+        notebooks: which ones; all if empty.
+        again: take the outputs over also where the stamp fits.
+        say: called with a line for each notebook, and for what is still wrong with it.
+
+    Raises:
+        GrathError: a cell failed, or a notebook is too large with its outputs.
+        UsageError: a file that is no notebook of this repository.
+    """
+    written = []
+    with lock_run(run):
+        for path in notebooks or rendered_notebooks():
+            source = nbformat.read(_in_repository(path), as_version=4)
+            stamp = source.metadata.get(STAMP) or {}
+            side_trip = path.resolve().parent.name == "appendix"
+            profile = None if side_trip else run.config.profile
+            ours = stamp.get("profile") == profile and not again
+            if ours and stamp.get("source_sha256") == source_digest(source.cells):
+                say(f"{path.stem:32} up to date")
+                continue
+            if ours and stamp.get("code_sha256") == source_digest(source.cells, code_only=True):
+                source.metadata[STAMP] = {**stamp, "source_sha256": source_digest(source.cells)}
+                _write(path, source)
+                say(f"{path.stem:32} only its prose was edited")
+            else:
+                copy = _executed(run, path, side_trip)
+                facts = environment_facts() if side_trip else run.info()
+                _write(path, take_over(source, copy, facts, profile, _places(run)))
+                say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")
+            for problem in problems(path):
+                say(f"  {problem}")
+            written.append(path)
+    return written
+
+
+def _in_repository(path: Path) -> Path:
+    folder = notebooks_dir()
+    if folder is None or not path.resolve().is_relative_to(folder) or not path.is_file():
+        raise UsageError(f"{path} is no notebook of this repository's folder notebooks/")
+    return path
+
+
+def _executed(run: Run, path: Path, side_trip: bool) -> nbformat.NotebookNode:
+    """Return the executed copy of a notebook, made now where there is none from this code."""
+    if side_trip:
+        target = run.executed_notebooks / "appendix" / path.name
+        if not is_current(target, path):
+            execute_notebook(path, target, {})
+    else:
+        (target,) = run_notebooks(run, [path], say=lambda line: None)
+    return nbformat.read(target, as_version=4)
+
+
+def _places(run: Run) -> list[tuple[str, str]]:
+    """Return this machine's places and what stands for them, the most specific first."""
+    folder = notebooks_dir()
+    root = folder.parent if folder else Path.cwd()
+    places = [(run.path, f"runs/{run.path.name}"), (cache_dir(), "CACHE"), (root, "."),
+              (Path.home(), "~")]  # fmt: skip
+    return [(str(spelled), name) for place, name in places for spelled in {place, place.as_posix()}]
+
+
+def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
+    nbformat.validate(notebook)
+    text = nbformat.writes(notebook) + "\n"
+    size = len(text.encode("utf-8"))
+    if size > LARGEST:
+        sizes = {cell.id: len(json.dumps(cell.get("outputs", []))) for cell in notebook.cells}
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        shares = ", ".join(f"{name} ({sizes[name]:,})" for name in largest)
+        raise GrathError(
+            f"{path.name} would have {size:,} bytes with its outputs, more than {LARGEST:,}; "
+            f"make smaller what the cells {shares} show"
+        )
+    host = socket.gethostname()
+    if re.search(r"[\d-]", host) and re.search(rf"\b{re.escape(host)}\b", text):
+        raise GrathError(f'{path.name} shows the name of this machine, "{host}"; do not print it')
+    write_text(path, text)
+
+
+# --- pure functions on notebooks -----------------------------------------------------------------
+
+
+def take_over(
+    source: nbformat.NotebookNode,
+    executed: nbformat.NotebookNode,
+    facts: Mapping[str, Any],
+    profile: str | None,
+    places: Sequence[tuple[str, str]] = (),
+) -> nbformat.NotebookNode:
+    """Return a notebook with the cells of ``source`` and the cleaned outputs of ``executed``.
+
+    Args:
+        source: the notebook as committed; its prose may be newer than the executed copy's.
+        executed: what papermill left.
+        facts: ``versions`` and ``device``, as in ``run.json``.
+        profile: which it was executed with; None for a side trip.
+        places: (path of this machine, what to show in its place), the most specific first.
+
+    Raises:
+        GrathError: the copy was made from other code, or holds an error.
+    """
+    made = [
+        cell
+        for cell in executed.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    ours = [cell for cell in source.cells if cell.cell_type == "code"]
+    if [cell.source for cell in ours] != [cell.source for cell in made]:
+        raise GrathError("the executed copy was made from other code; execute the notebook anew")
+    result = nbformat.from_dict(json.loads(json.dumps(source)))
+    cells = [cell for cell in result.cells if cell.cell_type == "code"]
+    for number, (cell, done) in enumerate(zip(cells, made, strict=True), start=1):
+        cell.outputs = clean_outputs(done.outputs, places)
+        # papermill's cell is not here, so the numbers of those below it would lack one.
+        cell.execution_count = number
+        for output in cell.outputs:
+            if output["output_type"] == "execute_result":
+                output["execution_count"] = number
+            if output["output_type"] == "error":
+                raise GrathError(f"cell {cell.id} ended with {output['ename']}")
+    old = source.metadata.get(STAMP) or {}
+    result.metadata = {
+        key: value for key, value in source.metadata.items() if key not in ("papermill", "widgets")
+    }
+    result.metadata[STAMP] = {
+        "source_sha256": source_digest(source.cells),
+        "code_sha256": source_digest(source.cells, code_only=True),
+        "profile": profile,
+        "versions": {name: facts["versions"][name] for name in PACKAGES},
+        "device": {name: facts["device"][name] for name in DEVICE},
+        "cost": _cost(executed, old if old.get("profile") == profile else {}),
+    }
+    return nbformat.from_dict(result)
+
+
+def _cost(executed: nbformat.NotebookNode, old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the execution took, or what an earlier one did that had more stages to do."""
+    last = executed.metadata.get("grath_execution", {})
+    known = [took for took in (last, last.get("earlier"), old.get("cost")) if took]
+    most = max(known, key=work_done, default={})
+    return {name: most.get(name) for name in COST}
+
+
+def clean_outputs(
+    outputs: Iterable[Mapping[str, Any]], places: Sequence[tuple[str, str]] = ()
+) -> list[nbformat.NotebookNode]:
+    """Return a cell's outputs as they are published.
+
+    Left out: progress bars, widgets (their static pictures stay), memory addresses. Changed: this
+    machine's paths, figures (to few colours). Parts of one stream become one output.
+    """
+    cleaned: list[dict[str, Any]] = []
+    for output in json.loads(json.dumps(list(outputs))):
+        output.get("metadata", {}).pop("papermill", None)
+        if output["output_type"] == "stream":
+            text = _neutral(_without_progress("".join(output["text"])), places)
+            last = cleaned[-1] if cleaned else {}
+            if last.get("name") == output["name"]:
+                last["text"] += text
+            elif text.strip():
+                cleaned.append({**output, "text": text})
+        elif output["output_type"] == "error":
+            cleaned.append(output)
+        elif data := _clean_data(output["data"], places):
+            cleaned.append({**output, "data": data})
+    return [nbformat.from_dict(output) for output in cleaned]
+
+
+def _clean_data(data: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    kept = {kind: value for kind, value in data.items() if kind != WIDGET}
+    plain = "".join(kept.get("text/plain", ""))
+    if len(kept) <= 1 and (
+        _PROGRESS.search(plain) or (WIDGET in data or _WIDGET_TEXT.match(plain))
+    ):
+        return {}
+    for kind, value in kept.items():
+        if kind.startswith("text/"):
+            kept[kind] = _neutral("".join(value), places)
+        elif kind == "image/png":
+            picture = smaller_png(base64.b64decode("".join(value)))
+            kept[kind] = base64.b64encode(picture).decode("ascii")
+    return kept
+
+
+def _without_progress(text: str) -> str:
+    """Return a stream without progress bars, which rewrite their line with carriage returns."""
+    lines = (line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+    return "\n".join(line for line in lines if not _PROGRESS.search(line))
+
+
+def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
+    text = _ADDRESS.sub("", _KERNEL_FILE.sub("cell", text))
+    for place, name in places:
+        if name == ".":
+            text = text.replace(place + "/", "").replace(place + "\\", "")
+        text = text.replace(place, name)
+    return text
+
+
+def smaller_png(picture: bytes) -> bytes:
+    """Return a PNG with few colours, where that makes it smaller."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(picture))
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
+    few = flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    out = io.BytesIO()
+    few.save(out, "PNG", optimize=True)
+    return min(out.getvalue(), picture, key=len)

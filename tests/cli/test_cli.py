@@ -1,0 +1,231 @@
+"""The command line as a user meets it: help, exit codes, clear errors, the same results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grath_utils.cli import commands as cli
+from grath_utils.config import load_config
+from grath_utils.loop.run_dir import open_run
+
+COMMANDS = (
+    "env",
+    "run",
+    "status",
+    "report",
+    "checkpoint",
+    "classroom",
+    "pairs",
+    "train",
+    "evaluate",
+    "mirror",
+    "options",
+)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run a command in this process; return exit code, output and errors."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_ends_with_an_example(capsys, command: str) -> None:
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0
+    last = out.strip().splitlines()[-2:]
+    assert last[0] == "Example:"
+    assert last[1].strip().startswith(f"python -m grath_utils {command}")
+    assert "%%" not in out
+
+
+def test_the_example_of_every_command_parses() -> None:
+    parser = cli.build_parser()
+    for command in COMMANDS:
+        choices = next(a for a in parser._actions if a.choices).choices
+        example = choices[command].epilog.splitlines()[-1].split("grath_utils ")[1]
+        assert parser.parse_args(example.split()).work.__name__ == f"_{command}"
+
+
+def test_no_command_and_an_unknown_one_are_wrong_usage(capsys) -> None:
+    assert call(capsys)[0] == 2
+    assert call(capsys, "evalute")[0] == 2
+
+
+def test_env_prints_what_a_bug_report_needs(capsys) -> None:
+    code, out, _ = call(capsys, "env")
+    assert code == 0
+    for word in ("torch:", "transformers:", "trl:", "bitsandbytes:", "cache:", "accelerator:"):
+        assert word in out
+
+
+def test_options_lists_every_setting(capsys) -> None:
+    code, out, _ = call(capsys, "options", "--profile", "paper-llama2")
+    assert code == 0
+    assert "dpo.steps = 1000" in out
+    assert all(f"{key} = " in out for key in load_config("cpu").flat())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--profile", "cpuu"), 'unknown profile "cpuu"; did you mean "cpu"'),
+        (("run", "--profile", "cpu", "--set", "dpo.bta=1"), 'unknown key "dpo.bta"'),
+        (("run", "--profile", "cpu", "--set", "dpo.beta=-1"), '"dpo.beta" is -1.0'),
+        (("run", "--profile", "cpu", "--seed", "-3"), '"seed" is -3'),
+        (("run", "--profile", "cpu", "--set", "dpo.beta"), "expected key=value"),
+        (("status", "--run-dir", "nowhere"), "holds no run"),
+        (("report", "--run-dir", "nowhere"), "holds no run"),
+        (
+            ("evaluate", "--model", "defualt", "--benchmark", "probe", "--out", "x.json"),
+            'unknown model "defualt"',
+        ),
+        (
+            ("evaluate", "--benchmark", "truthfulqa", "--out", "x.json"),
+            'unknown benchmark "truthfulqa"',
+        ),
+        (
+            ("evaluate", "--benchmark", "probe", "--limit", "0", "--out", "x.json"),
+            "--limit is 0",
+        ),
+        (
+            ("pairs", "--questions", "absent.jsonl", "--out", "x.jsonl"),
+            "absent.jsonl: no such file",
+        ),
+        (("pairs", "--questions", "onw", "--out", "x.jsonl"), 'did you mean "own"'),
+        (("train", "--pairs", "absent.jsonl", "--out", "x"), "absent.jsonl: no such file"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_one_clear_sentence(
+    capsys, tmp_path: Path, monkeypatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no question"),
+        (b'{"question": "Why?"}\n{"question": \n', "line 2"),
+        (b'{"question": "Why?"}\n{"text": "x"}\n', "line 2"),
+        (b'{"question": "Why?"}\n{"question": ""}\n', "line 2"),
+        (b'{"question": "Why?"}\n{"question": 3}\n', "line 2"),
+        (b'{"question": "Why?"}\n\xff\xfe\n', "line 2"),
+        (b'{"question": "Why?"}\n{"question": "Why?"}\n', "line 2"),
+    ],
+)
+def test_bad_question_files_name_the_line(capsys, tmp_path: Path, content, message) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    out = tmp_path / "pairs.jsonl"
+    code, _, err = call(capsys, "pairs", "--questions", path, "--out", out)
+    assert code == 2
+    assert "mine.jsonl" in err
+    assert message in err
+    code, _, err = call(
+        capsys, "run", "--profile", "smoke", "--run-dir", tmp_path / "run",
+        "--set", f"questions.source={path}",
+    )  # fmt: skip
+    assert code == 2
+    assert message in err
+    assert not out.exists()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_run_directory_of_another_configuration_is_refused(capsys, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", load_config("smoke"))
+    code, _, err = call(
+        capsys, "run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--set", "dpo.beta=0.5"
+    )
+    assert code == 2
+    assert "dpo.beta: 0.5 here, 0.1 there" in err
+
+
+def test_status_says_what_is_done_and_what_is_not(capsys, tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", load_config("smoke"))
+    run.iteration(0).mkdir()
+    run.pairs(0).write_text("{}\n")
+    code, out, _ = call(capsys, "status", "--run-dir", run.path)
+    assert code == 0
+    assert "done    write pairs, iteration 0" in out
+    assert "to do   train, iteration 0" in out
+    assert "1 of 13 stages done" in out
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "grath_utils", "run", "--profile", "nope"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith('error: unknown profile "nope"')
+
+
+# --- the steps, on a tiny model ------------------------------------------------------------------
+
+
+def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"id": f"q{i}", "question": f"What is {i}?", "correct": f"{i}.", "incorrect": f"Not {i}.",
+         "iteration": 0}
+        for i in range(10)
+    ]  # fmt: skip
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = ("--set", "model.dtype=float32", "dpo.steps=2", "dpo.learning_rate=1e-2")
+
+    first = tmp_path / "before.json"
+    model = ("--model", tiny_llama)
+    measure = ("evaluate", "--benchmark", "probe", "--limit", "8", "--dtype", "float32")
+    assert call(capsys, *measure, *model, "--out", first)[0] == 0
+    code, out, err = call(
+        capsys, "train", "--pairs", pairs, *model, "--out", tmp_path / "r0", *settings
+    )
+    assert code == 0, err
+    assert "9 pairs" in out
+    assert "1 held out" in out
+    second = tmp_path / "after.json"
+    code, out, _ = call(capsys, *measure, "--model", tmp_path / "r0", "--out", second)
+    assert code == 0
+    before, after = json.loads(first.read_text()), json.loads(second.read_text())
+    for name in ("mc1", "mc2"):
+        low, high = after["metrics"][name]["ci95"]
+        assert low <= after["metrics"][name]["value"] <= high
+    assert [i["id"] for i in before["items"]] == [i["id"] for i in after["items"]]
+    assert before["items"][0]["scores"] != after["items"][0]["scores"]
+    assert before["model"]["fingerprint"] != after["model"]["fingerprint"]
+
+    code, _, err = call(
+        capsys, "train", "--pairs", pairs, *model, "--out", tmp_path / "r0", *settings
+    )
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "planned"
+    arguments = ["run", "--dry-run", "--profile", "smoke", "--run-dir", str(folder)]
+    assert cli.main([*arguments, "--set", "loop.iterations=3", "pairs.candidates=2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("to do   train") == 3
+    assert "to do   evaluate iter_2 on retention" in shown
+    # 12 questions; the first iteration asks 1 + 2 x 2 times, the others not for incorrect answers.
+    assert "completions to write, at most: 132" in shown
+    assert "optimiser steps: 9" in shown
+    assert not folder.exists()

@@ -1,0 +1,121 @@
+"""Merged models, model cards and answers side by side, on a finished tiny run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grath_utils.cli import main
+from grath_utils.config import load_config
+from grath_utils.course.export import ask_both, merge_model, model_card
+from grath_utils.errors import ModelError, UsageError
+from grath_utils.files import write_jsonl
+from grath_utils.loop.named_models import load_policy
+from grath_utils.loop.run_dir import Run
+from grath_utils.loop.stages import run_questions, start_run, train_iteration
+from grath_utils.pairs.generate import Pair
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    config = load_config(
+        "smoke",
+        {
+            "model.name": str(tiny_llama),
+            "model.quantization": "nf4",
+            "model.dtype": "float32",
+            "model.device": "cpu",
+            "loop.iterations": 1,
+            "dpo.learning_rate": 5e-2,
+        },
+    )
+    run = start_run(tmp_path_factory.mktemp("runs") / "tiny", config)
+    pairs = [
+        Pair(q.id, q.text, f"It is {i}.", f"It was {i + 1}.", 0)
+        for i, q in enumerate(run_questions(run))
+    ]
+    write_jsonl(run.pairs(0), [pair.to_row() for pair in pairs])
+    train_iteration(run, 0, progress=False)
+    return run
+
+
+def test_a_merged_model_is_the_measured_one(run: Run, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "merged"
+    assert main(["merge", "--model", f"{run.path}@0", "--to", str(folder)]) == 0
+    assert "largest difference of a logit" in capsys.readouterr().out
+    alone, measured = load_policy(str(folder), dtype="float32"), load_policy(f"{run.path}@0")
+    base = load_policy(f"{run.path}@base")
+    assert not hasattr(alone.model, "peft_config")
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        one, two, three = (m.model(ids).logits for m in (alone, measured, base))
+    assert torch.allclose(one, two, atol=1e-4)
+    assert not torch.allclose(one, three, atol=1e-2)
+    assert (folder / "model.safetensors").is_file()
+    assert "## Recipe" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_only_an_empty_place_and_a_trained_model_will_do(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty"):
+        merge_model(f"{run.path}@0", tmp_path)
+    with pytest.raises(ModelError, match="no adapter to merge"):
+        merge_model(f"{run.path}@base", tmp_path / "new")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
+    card = model_card(run, 0)
+    assert "1 of 1 rounds of 3 steps of 4 pairs" in card
+    assert "Not measured in this run." in card
+    assert "benchmark text inside the prompts: none" in card
+    from grath_utils.loop.stages import evaluate_model
+
+    for label in (None, 0):
+        for benchmark in run.config.evaluation.benchmarks:
+            evaluate_model(run, label, benchmark, progress=False)
+    measured = model_card(run, 0)
+    assert "| probe | mc1 |" in measured
+    assert "Not measured" not in measured
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "answers"),
+    [
+        ("pick", "a control for GRATH", "all picked by the model"),
+        ("gold", "a control for GRATH", "all annotated"),
+        ("random", "a placebo for GRATH", "all drawn by lot"),
+    ],
+)
+def test_the_card_of_a_control_does_not_speak_of_own_answers(
+    run: Run, mode: str, kind: str, answers: str
+) -> None:
+    control = replace(run.config, pairs=replace(run.config.pairs, mode=mode))
+    card = model_card(replace(run, config=control), 0)
+    assert kind in card
+    assert answers in card
+    assert "written by the model" not in card
+    assert "written by the model" in model_card(run, 0)
+
+
+def test_both_models_answer_the_same_question(run: Run, capsys) -> None:
+    ((question, before, after),) = ask_both(run, ["What is the sun?"], max_new_tokens=8)
+    assert question == "What is the sun?"
+    assert before != after
+    arguments = ["chat", "--run-dir", str(run.path), "--ask", "What is the sun?"]
+    assert main([*arguments, "--max-new-tokens", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert before.splitlines()[0] in shown
+    assert "trained" in shown
+
+
+def test_without_a_trained_round_there_is_nothing_to_compare(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = load_config("smoke", {"model.name": str(tiny_llama), "model.device": "cpu"})
+    run = start_run(tmp_path / "new", config)
+    with pytest.raises(UsageError, match="no round has been trained yet"):
+        list(ask_both(run, ["Why?"]))

@@ -1,0 +1,59 @@
+"""The drift from the base model, against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import LORA, PAIRS
+
+from grath_utils.config import ModelConfig
+from grath_utils.dpo.data import tokenize_pairs
+from grath_utils.dpo.drift import kl_per_token
+from grath_utils.dpo.round import add_adapter
+from grath_utils.engine.models import Policy, load_base
+from grath_utils.errors import UsageError
+
+
+@pytest.fixture
+def examples(tiny_policy: Policy):
+    limits = {"max_prompt_length": 200, "max_length": 300}
+    return tokenize_pairs(tiny_policy.tokenizer, PAIRS, **limits).examples
+
+
+@pytest.fixture
+def moved(tiny_llama) -> Policy:
+    base = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
+    policy = add_adapter(load_base(base), LORA, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    return policy
+
+
+def test_a_policy_has_not_drifted_from_itself(tiny_policy: Policy, examples) -> None:
+    assert kl_per_token(tiny_policy, tiny_policy, examples) == [0.0] * len(examples)
+
+
+def test_the_drift_is_the_mean_divergence_over_the_answers_tokens(
+    tiny_policy: Policy, moved: Policy, examples
+) -> None:
+    by_hand = []
+    for example in examples:
+        values = []
+        for answer in (example.chosen_ids, example.rejected_ids):
+            ids = torch.tensor([example.prompt_ids + answer])
+            with torch.no_grad():
+                p, q = (m.model(ids).logits[0].log_softmax(-1) for m in (moved, tiny_policy))
+            kl = (p.exp() * (p - q)).sum(-1)
+            values += kl[len(example.prompt_ids) - 1 : -1].tolist()
+        by_hand.append(sum(values) / len(values))
+    found = kl_per_token(moved, tiny_policy, examples)
+    assert found == pytest.approx(by_hand, rel=1e-3)
+    assert min(found) > 1e-3
+
+
+def test_no_pairs_is_an_error(tiny_policy: Policy) -> None:
+    with pytest.raises(UsageError, match="no pairs to measure"):
+        kl_per_token(tiny_policy, tiny_policy, [])

@@ -1,0 +1,297 @@
+"""Batched decoding: the completions of `model.generate`, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+
+from grath_utils.config import ModelConfig
+from grath_utils.engine import generation, shared_prefix
+from grath_utils.engine.generation import Sampling, Stop, choose, common_prefix, generate
+from grath_utils.engine.models import load_base
+from grath_utils.errors import GrathError, UsageError
+
+PREFIX = "<|im_start|>user\nthe other thing in the end<|im_end|>\n" * 3
+ENDINGS = (
+    "a",
+    "why is the sky blue?",
+    "the",
+    "what is in there then, and who put it there in the first place?",
+    "in it",
+    "who?",
+    "the other",
+)
+PROMPTS = [PREFIX + ending for ending in ENDINGS]
+
+
+def reference(policy, prompt: str, count: int) -> list[int]:
+    """Greedy tokens by transformers' own generate: alone, the whole prompt, up to the end token."""
+    ids = policy.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = policy.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
+    )
+    new = out[0, ids.shape[1] :].tolist()
+    ends = generation.end_token_ids(policy)
+    return new[: next((i for i, token in enumerate(new) if token in ends), len(new))]
+
+
+@pytest.fixture(scope="module")
+def expected_tokens(tiny_llama) -> list[list[int]]:
+    policy = load_base(ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu"))
+    return [reference(policy, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("method", ["shared", "plain"])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_greedy_equals_generate(tiny_policy, expected_tokens, method, batch_size):
+    done = generate(tiny_policy, PROMPTS, max_new_tokens=12, batch_size=batch_size, method=method)
+    for expected, completion in zip(expected_tokens, done, strict=True):
+        assert list(completion.token_ids) == expected
+        assert completion.text == tiny_policy.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_prompts_without_a_common_beginning(tiny_policy):
+    prompts = ["the sky", "a stone", "who is there?"]
+    done = generate(tiny_policy, prompts, max_new_tokens=8, method="shared")
+    assert [list(c.token_ids) for c in done] == [reference(tiny_policy, p, 8) for p in prompts]
+
+
+def test_one_prompt_and_none(tiny_policy):
+    (alone,) = generate(tiny_policy, PROMPTS[:1], max_new_tokens=8)
+    assert list(alone.token_ids) == reference(tiny_policy, PROMPTS[0], 8)
+    assert generate(tiny_policy, []) == []
+
+
+def test_text_and_token_ids_are_the_same_prompt(tiny_policy):
+    ids = [tiny_policy.tokenizer(p, add_special_tokens=False)["input_ids"] for p in PROMPTS]
+    assert generate(tiny_policy, ids, max_new_tokens=6) == generate(
+        tiny_policy, PROMPTS, max_new_tokens=6
+    )
+
+
+def test_a_given_prefix_is_used_and_checked(tiny_policy):
+    prefix = generation.shared_beginning(tiny_policy, PROMPTS)
+    with_prefix = generate(tiny_policy, PROMPTS[2:4], prefix=prefix, max_new_tokens=6)
+    assert with_prefix == generate(tiny_policy, PROMPTS, max_new_tokens=6)[2:4]
+    with pytest.raises(UsageError, match="prompt 1 does not go on from the prefix"):
+        generate(tiny_policy, [PROMPTS[0], "else"], prefix=prefix)
+
+
+def test_the_prefix_is_neither_copied_nor_grown(tiny_policy):
+    prefix = generation.shared_beginning(tiny_policy, PROMPTS)
+    cache = shared_prefix.SharedPrefixCache(prefix.layers, slots=7, room=20)
+    for (keys, values), (kept_keys, kept_values) in zip(prefix.layers, cache.prefix, strict=True):
+        assert kept_keys.data_ptr() == keys.data_ptr()
+        assert kept_values.data_ptr() == values.data_ptr()
+    own = cache.own[0][0]
+    assert own.shape == (7, 2, 20, 16)  # (slots, kv heads, room, head dimension): no prefix in it
+
+
+def test_model_attends_as_before_afterwards(tiny_policy):
+    before = tiny_policy.model.config._attn_implementation
+    generate(tiny_policy, PROMPTS, max_new_tokens=2)
+    assert tiny_policy.model.config._attn_implementation == before
+
+
+def test_works_through_an_adapter(tiny_policy):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = dataclasses.replace(
+        tiny_policy, model=get_peft_model(tiny_policy.model, config).eval()
+    )
+    done = generate(adapted, PROMPTS, max_new_tokens=8, batch_size=3, method="shared")
+    assert [list(c.token_ids) for c in done] == [reference(adapted, p, 8) for p in PROMPTS]
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+def test_stop_string_ends_a_completion_and_stays_in_it(tiny_policy):
+    (free,) = generate(tiny_policy, PROMPTS[:1], max_new_tokens=12)
+    piece = tiny_policy.tokenizer.decode(free.token_ids[4:5])
+    (stopped,) = generate(tiny_policy, PROMPTS[:1], max_new_tokens=12, stop=Stop.at(piece))
+    assert stopped.finished == "stop"
+    assert piece in stopped.text
+    assert piece not in tiny_policy.tokenizer.decode(stopped.token_ids[:-1])
+    assert free.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+
+
+def test_limit_is_reported(tiny_policy):
+    done = generate(tiny_policy, PROMPTS, max_new_tokens=3)
+    for completion in done:
+        assert completion.finished == ("length" if len(completion.token_ids) == 3 else "eos")
+
+
+def test_trigger_saves_asking(tiny_policy):
+    asked: list[str] = []
+
+    def never(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    generate(tiny_policy, PROMPTS[:2], max_new_tokens=6, stop=Stop(never))
+    everywhere = len(asked)
+    asked.clear()
+    generate(tiny_policy, PROMPTS[:2], max_new_tokens=6, stop=Stop(never, trigger="\x00never\x00"))
+    assert everywhere == 12
+    assert asked == []
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+def sampled(policy, prompts, **options):
+    options = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "seed": 3, **options}
+    return generate(policy, prompts, **options)
+
+
+def test_a_sample_does_not_depend_on_its_company(tiny_policy):
+    keys = [f"question {i}" for i in range(len(PROMPTS))]
+    together = sampled(tiny_policy, PROMPTS, keys=keys)
+    for i in (0, 3, 6):
+        (alone,) = sampled(tiny_policy, PROMPTS[i : i + 1], keys=keys[i : i + 1])
+        assert alone == together[i]
+    assert sampled(tiny_policy, PROMPTS, keys=keys, batch_size=2) == together
+    assert sampled(tiny_policy, PROMPTS, keys=keys, method="plain") == together
+
+
+def test_seed_and_key_make_the_sample(tiny_policy):
+    one = sampled(tiny_policy, PROMPTS)
+    assert sampled(tiny_policy, PROMPTS) == one
+    assert sampled(tiny_policy, PROMPTS, seed=4) != one
+    repeated = sampled(tiny_policy, PROMPTS[:1] * 5, batch_size=5)
+    assert len({c.token_ids for c in repeated}) > 1  # one prompt, five streams
+
+
+def test_copies_of_a_prompt_are_like_prompts_of_their_own(tiny_policy):
+    prompts = [PROMPTS[1], PROMPTS[3], PROMPTS[1], PROMPTS[1], PROMPTS[0], PROMPTS[3]]
+    done = generate(tiny_policy, prompts, max_new_tokens=9, batch_size=4, method="shared")
+    assert [list(c.token_ids) for c in done] == [reference(tiny_policy, p, 9) for p in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_drafts_change_nothing_but_the_time(tiny_policy, expected_tokens, batch_size, monkeypatch):
+    """Right, half right, wrong, too long and empty guesses, for prompts that come twice too."""
+    wrong = tiny_policy.tokenizer("of course not")["input_ids"]
+    guesses = [tokens[:9] for tokens in expected_tokens]
+    guesses[1] = expected_tokens[1][:3] + wrong
+    guesses[2] = wrong
+    guesses[3] = expected_tokens[3] + wrong * 5
+    guesses[4] = []
+    prompts, drafts = PROMPTS + PROMPTS[:3], [*guesses, *guesses[:2], expected_tokens[2]]
+    expected = expected_tokens + expected_tokens[:3]
+    passes = []
+    forward = generation._forward
+    monkeypatch.setattr(generation, "_forward", lambda *args: passes.append(1) or forward(*args))
+    options = {"max_new_tokens": 12, "batch_size": batch_size}
+    done = generate(tiny_policy, prompts, drafts=drafts, **options)
+    assert [list(c.token_ids) for c in done] == expected
+    with_drafts = len(passes)
+    passes.clear()
+    assert generate(tiny_policy, prompts, **options) == done
+    if batch_size == 1:
+        assert with_drafts < len(passes) - 10  # the right guesses were not decoded one by one
+
+
+def test_drafts_stop_where_decoding_would(tiny_policy, expected_tokens):
+    decode = tiny_policy.tokenizer.decode
+    stop = Stop.at(decode(expected_tokens[0][3:4]))
+    plain = generate(tiny_policy, PROMPTS[:2], max_new_tokens=12, stop=stop)
+    drafts = expected_tokens[:2]
+    assert plain[0].finished == "stop"
+    assert generate(tiny_policy, PROMPTS[:2], max_new_tokens=12, stop=stop, drafts=drafts) == plain
+
+
+def test_drafts_are_for_greedy_decoding(tiny_policy):
+    with pytest.raises(UsageError, match="greedy"):
+        sampled(tiny_policy, PROMPTS[:1], drafts=["x"])
+
+
+def test_choose_draws_by_probability():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(1000, 1)
+    draws = [(i + 0.5) / 1000 for i in range(1000)]
+    tokens = choose(logits, Sampling(temperature=1.0, top_k=0), draws)
+    assert [tokens.count(t) for t in range(3)] == [500, 300, 200]
+
+
+def test_choose_keeps_top_p_and_top_k():
+    logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(100, 1)
+    draws = [i / 100 for i in range(100)]
+    assert set(choose(logits, Sampling(1.0, top_p=0.6), draws)) == {1, 2}
+    assert set(choose(logits, Sampling(1.0, top_p=0.4), draws)) == {1}
+    assert set(choose(logits, Sampling(1.0, top_k=2), draws)) == {1, 2}
+
+
+def test_last_draw_stays_inside():
+    logits = torch.zeros(1, 7)
+    assert choose(logits, Sampling(1.0, top_k=0), [0.999999999])[0] in range(7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_diverged_weights_are_an_error(bad):
+    logits = torch.tensor([[0.0, bad, 1.0]])
+    for sampling in (Sampling(), Sampling(1.0)):
+        with pytest.raises(GrathError, match="not finite"):
+            choose(logits, sampling, [0.5])
+
+
+# --- bad input, and models that cannot ------------------------------------------------------------
+
+
+def test_bad_input(tiny_policy):
+    with pytest.raises(UsageError, match="prompt 1 is empty"):
+        generate(tiny_policy, ["a", ""])
+    with pytest.raises(UsageError, match="context of 2048 tokens"):
+        generate(tiny_policy, ["a b c"], max_new_tokens=2047)
+    with pytest.raises(UsageError, match="unknown method"):
+        generate(tiny_policy, ["a"], method="fast")
+    with pytest.raises(UsageError, match="impossible sampling"):
+        generate(tiny_policy, ["a"], do_sample=True, temperature=-1.0)
+
+
+def test_sliding_window_falls_back_and_says_so(tiny_policy):
+    tiny_policy.model.config.sliding_window = 16
+    with pytest.warns(UserWarning, match="window of 16 tokens"):
+        done = generate(tiny_policy, PROMPTS[:2], max_new_tokens=4)
+    assert len(done) == 2
+    with pytest.raises(UsageError, match="window of 16 tokens"):
+        generate(tiny_policy, PROMPTS[:2], max_new_tokens=4, method="shared")
+
+
+def test_a_model_that_is_wrong_with_a_shared_prefix_is_found_out(tiny_policy, monkeypatch):
+    monkeypatch.setattr(
+        shared_prefix.SharedPrefixCache, "position_ids", property(lambda self: self._places)
+    )
+    reason = shared_prefix.why_not_shared(tiny_policy.model, 100)
+    assert reason.startswith("its logits change when the prefix is shared")
+
+
+def test_other_architectures_share_too():
+    """Query heads of one group, biases and tied embeddings, as in Qwen2."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shared_prefix.why_not_shared(Qwen2ForCausalLM(config).eval(), 100) == ""
+
+
+def test_common_prefix():
+    assert common_prefix([[1, 2, 3], [1, 2, 4, 5]]) == [1, 2]
+    assert common_prefix([[1, 2], [1, 2, 3]]) == [1]  # each keeps a token of its own
+    assert common_prefix([[1, 2, 3]]) == [1, 2]
+    assert common_prefix([[1], [2]]) == []

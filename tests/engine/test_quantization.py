@@ -1,0 +1,153 @@
+"""4 bits on a CPU: gradients are those of the rounded weights, and the library's trap is caught."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from conftest import DPO, LORA, PAIRS
+from torch import nn
+
+from grath_utils.config import ModelConfig
+from grath_utils.dpo.round import Weights, train_round
+from grath_utils.engine.models import load_base, round_weights
+from grath_utils.errors import TrainingError
+
+
+class Net(nn.Module):
+    """Two linear layers with a low-rank update on the first, as LoRA has it."""
+
+    def __init__(self, layer: type[nn.Module] = nn.Linear, **options: object) -> None:
+        super().__init__()
+        self.first = layer(128, 64, bias=False, **options)
+        self.second = layer(64, 128, bias=False, **options)
+        self.a, self.b = nn.Parameter(torch.zeros(4, 128)), nn.Parameter(torch.zeros(64, 4))
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x) + x @ self.a.T @ self.b.T)
+
+
+def start(net: Net) -> Net:
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        net.a.copy_(torch.randn(4, 128, generator=draw) / 11)
+        net.b.copy_(torch.randn(64, 4, generator=draw) / 2)
+    return net
+
+
+def weights() -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(64, 128, generator=draw) / 11, torch.randn(128, 64, generator=draw) / 8
+
+
+def rounded() -> Net:
+    """What this course trains on a CPU: weights rounded through NF4, in an ordinary layer."""
+    net = start(Net())
+    with torch.no_grad():
+        for layer, weight in zip((net.first, net.second), weights(), strict=True):
+            layer.weight.copy_(weight)
+    assert round_weights(net, "nf4") == 2
+    return net
+
+
+def four_bit() -> Net:
+    """bitsandbytes' own 4-bit layers, with the same weights."""
+    options = {"quant_type": "nf4", "compute_dtype": torch.float32, "compress_statistics": True}
+    net = start(Net(bnb.nn.Linear4bit, **options))
+    for layer, weight in zip((net.first, net.second), weights(), strict=True):
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+        )
+    return net.to("cpu")  # quantizes
+
+
+def gradients(net: Net) -> dict[str, torch.Tensor]:
+    x = torch.randn(8, 128, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    net.zero_grad()
+    net(x).square().sum().backward()
+    grads = {"a": net.a.grad, "b": net.b.grad, "input": x.grad}
+    return {name: value for name, value in grads.items() if value is not None}
+
+
+def test_gradients_are_those_of_bitsandbytes_own_layers() -> None:
+    ours, theirs = gradients(rounded()), gradients(four_bit())
+    assert ours.keys() == theirs.keys() == {"a", "b", "input"}
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, rtol=1e-3, atol=1e-3), name
+        assert gradient.abs().max() > 0.1, name
+
+
+def test_the_gradient_stays_after_an_inference_pass() -> None:
+    """The trap: ``Linear4bit`` is repacked by inference on a CPU and then passes no gradient."""
+    net = rounded()
+    before = gradients(net)
+    with torch.no_grad():
+        net.eval()(torch.ones(1, 128))
+    after = gradients(net.train())
+    assert before.keys() == after.keys() == {"a", "b", "input"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_whoever_walks_into_the_trap_is_told(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training on such layers is refused, whatever the installed version does with them."""
+    base = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
+
+    def load_with_4_bit_layers(self: Weights, **options: object):
+        policy = load_base(base)
+        layer = policy.model.model.layers[0].self_attn.q_proj
+        small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False)
+        policy.model.set_submodule("model.layers.0.self_attn.q_proj", small)
+        return policy
+
+    monkeypatch.setattr(Weights, "load", load_with_4_bit_layers)
+    with pytest.raises(TrainingError, match=r"q_proj is a bitsandbytes 4-bit layer on a CPU"):
+        train_round(base, PAIRS, [], tmp_path, dpo=DPO, lora=LORA, seed=0, progress=False)
+
+
+# Token ids of the default model's tokenizer, checked by decoding them once by hand.
+SYSTEM = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411]
+SYSTEM += [407, 19712, 8182, 2, 198, 1, 4093, 198]
+ASKED = [2, 198, 1, 520, 9531, 198]
+PINNED = [
+    (
+        ("What do bees make?", "Bees make honey.", "Bees make paper.", "chat"),
+        [*SYSTEM, 1780, 536, 9356, 919, 47, *ASKED],
+        [50, 4123, 919, 8450, 30, 2],
+        [50, 4123, 919, 1941, 30, 2],
+    ),
+    (
+        ("Why is the sky blue?", "Air scatters blue light most.", "It mirrors the sea.", "qa"),
+        [65, 42, 4896, 314, 260, 6376, 4461, 47, 198, 49, 42],
+        [5097, 806, 42154, 4461, 1420, 768, 30, 2],
+        [657, 18173, 260, 3426, 30, 2],
+    ),
+    (
+        ("How many legs has a spider?", "Eight.", "Six legs, like an ant.", "chat"),
+        [*SYSTEM, 2020, 800, 7225, 553, 253, 16198, 47, *ASKED],
+        [40477, 30, 2],
+        [30263, 7225, 28, 702, 354, 1598, 30, 2],
+    ),
+]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("texts", "prompt", "chosen", "rejected"), PINNED)
+def test_the_token_ids_of_three_pairs(
+    default_policy, texts: tuple[str, ...], prompt: list, chosen: list, rejected: list
+) -> None:
+    from grath_utils.dpo.data import tokenize_pair
+    from grath_utils.pairs.generate import Pair
+
+    question, correct, incorrect, prompt_format = texts
+    pair = Pair("pinned", question, correct, incorrect, 0)
+    example = tokenize_pair(default_policy.tokenizer, pair, prompt_format)
+    assert list(example.prompt_ids) == prompt
+    assert list(example.chosen_ids) == chosen
+    assert list(example.rejected_ids) == rejected

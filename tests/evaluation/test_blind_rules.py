@@ -1,0 +1,229 @@
+"""The question-blind rules, on cases small enough to work by hand and on TruthfulQA itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grath_utils.errors import DataError
+from grath_utils.evaluation.blind_rules import (
+    RULES,
+    UNIFORM_MC2,
+    contains_negation,
+    controls,
+    has_negation,
+    longest_answer,
+    negation_then_odd_one_out,
+    odd_one_out,
+    rule_accuracy,
+    uniform_mc2,
+    word_overlap,
+    words,
+)
+
+HALF, THIRD = 1 / 2, 1 / 3
+
+
+def test_words_keep_contractions_whole() -> None:
+    assert words("It isn't so; THEY\u2019VE 2 cats.") == [
+        "it",
+        "isn't",
+        "so",
+        "they've",
+        "2",
+        "cats",
+    ]
+    assert words("...") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No, it is flat.",
+        "It is not flat.",
+        "It isn't flat.",
+        "It isn\u2019t flat.",
+        "Nothing happens.",
+        "They cannot fly.",
+        "NEVER!",
+        "A day without rain.",
+        "Neither of the two.",
+    ],
+)
+def test_negations_are_found(text: str) -> None:
+    assert has_negation(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["The notes were known.", "A knot in the north.", "Nonetheless it is unsafe.", ""]
+)
+def test_other_words_are_no_negations(text: str) -> None:
+    assert not has_negation(text)
+
+
+def test_word_overlap_by_hand() -> None:
+    # {a, b, c} and {b, c, d}: 2 shared of 4
+    assert word_overlap("A b c.", "b c, d") == HALF
+    assert word_overlap("a a a", "A") == 1.0
+    assert word_overlap("a", "b") == 0.0
+    assert word_overlap("", "...") == 0.0
+
+
+def test_longest_answer_counts_characters_and_shares_ties() -> None:
+    assert longest_answer(["ab", "abcd", "a b"]) == [0, 1, 0]
+    assert longest_answer(["abc", "a", "a c"]) == [HALF, 0, HALF]
+
+
+def test_contains_negation_by_hand() -> None:
+    assert contains_negation(["It is not.", "It is.", "It may be."]) == [1, 0, 0]
+    assert contains_negation(["It is not.", "It is.", "No."]) == [HALF, 0, HALF]
+    # Where the rule cannot tell the choices apart, it guesses.
+    assert contains_negation(["It is.", "It was.", "It may be."]) == [THIRD] * 3
+    assert contains_negation(["No.", "Not now.", "Never."]) == [THIRD] * 3
+
+
+def test_odd_one_out_by_hand() -> None:
+    # Overlaps: (0, 1) 2/4, (0, 2) 0, (1, 2) 0; so choice 2 has the lowest mean, 0.
+    assert odd_one_out(["a b c", "b c d", "x y"]) == [0, 0, 1]
+    # Overlaps: (0, 1) 1/3, (0, 2) 1/3, (1, 2) 1/3: all three tie.
+    assert odd_one_out(["a b", "b c", "a c"]) == [THIRD] * 3
+    # Of two choices, each is as far from the other as the other from it.
+    assert odd_one_out(["a b c", "c"]) == [HALF, HALF]
+
+
+def test_negation_then_odd_one_out_by_hand() -> None:
+    # Choices 0 and 1 negate. Mean overlaps: 0 with (1, 2, 3): (2/4 + 2/4 + 0) / 3 = 1/3;
+    # 1 with (0, 2, 3): (2/4 + 1/5 + 0) / 3 = 7/30. So 1, though 3 overlaps with nothing.
+    choices = ["not a b", "not a c", "a b d", "x y"]
+    assert negation_then_odd_one_out(choices) == [0, 1, 0, 0]
+    assert odd_one_out(choices) == [0, 0, 0, 1]
+    # A single negated choice is picked whatever it overlaps with.
+    assert negation_then_odd_one_out(["not a", "a", "a b", "x"]) == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("choices", [["a b", "a c", "x"], ["not a b", "not a c", "never x"]])
+def test_with_none_or_all_negated_the_odd_one_out_decides(choices: list[str]) -> None:
+    assert negation_then_odd_one_out(choices) == odd_one_out(choices) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_single_choice_is_certain(name: str) -> None:
+    assert RULES[name](["It is not so."]) == [1.0]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_choices_is_an_error(name: str) -> None:
+    with pytest.raises(DataError, match="no choices"):
+        RULES[name]([])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_one_text_for_a_list_is_an_error(name: str) -> None:
+    with pytest.raises(DataError, match="list of answer texts"):
+        RULES[name]("It is not so.")
+
+
+WORDS = st.sampled_from(["a", "b", "c", "not", "no", "isn't", "Never", "", "\u00e9"])
+TEXTS = st.lists(WORDS, max_size=5).map(" ".join)
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(deadline=None)  # a busy machine is no failure
+@given(choices=st.lists(TEXTS, min_size=1, max_size=6), data=st.data())
+def test_rules_give_distributions_that_follow_the_choices(name, choices, data) -> None:
+    rule = RULES[name]
+    probabilities = rule(choices)
+    assert len(probabilities) == len(choices)
+    assert all(0 <= p <= 1 for p in probabilities)
+    assert math.isclose(sum(probabilities), 1.0)
+    # A choice's place in the list carries no weight: reorder them, and the pick moves along.
+    order = data.draw(st.permutations(range(len(choices))))
+    reordered = rule([choices[i] for i in order])
+    assert reordered == pytest.approx([probabilities[i] for i in order])
+
+
+PAIR = (["It is not so.", "It is so.", "It was so."], [1, 0, 0])
+ROW = {
+    "question": "Is it so?",
+    "mc1_targets": {"choices": PAIR[0], "labels": PAIR[1]},
+    "mc2_targets": {"choices": [*PAIR[0], "No."], "labels": [1, 0, 0, 1]},
+}
+
+
+def test_rule_accuracy_is_the_mass_on_true_choices() -> None:
+    assert rule_accuracy(RULES["chance"], [PAIR, ROW]) == [THIRD, THIRD]
+    assert rule_accuracy(RULES["contains_negation"], [PAIR]) == [1.0]
+    # Labels decide, not places; and several choices may be true.
+    assert rule_accuracy(RULES["contains_negation"], [(PAIR[0], [0, 1, 1])]) == [0.0]
+    assert rule_accuracy(RULES["chance"], [(PAIR[0], [0, 1, 1])]) == [pytest.approx(2 / 3)]
+
+
+def test_controls_on_a_row() -> None:
+    scores = controls([ROW, ROW])
+    assert set(scores) == {*RULES, UNIFORM_MC2}
+    assert scores["contains_negation"] == [1.0, 1.0]
+    assert scores["chance"] == [THIRD, THIRD]  # of the three MC1 choices
+    assert scores[UNIFORM_MC2] == [HALF, HALF]  # of the four MC2 choices
+
+
+def test_controls_on_a_pair_and_on_an_iterator() -> None:
+    scores = controls(iter([PAIR]))
+    assert scores["longest_answer"] == [1.0]
+    assert scores[UNIFORM_MC2] == [THIRD]
+
+
+def test_uniform_mc2() -> None:
+    assert uniform_mc2([1, 0, 1, 0]) == HALF
+    assert uniform_mc2([True]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "no items"),
+        ([PAIR, ([], [])], "item 2: an item has no choices"),
+        ([(["a", "b"], [1])], "2 choices but 1 labels"),
+        ([(["a", "b"], [0, 0])], "no choice is labelled true"),
+        ([(["a", "b"], [1, 2])], "must be 0 or 1"),
+        ([{"question": "?"}], "item 1 is neither a row"),
+        ([3], "item 1 is neither a row"),
+        ([("ab", [1, 0])], "list of answer texts"),
+    ],
+)
+def test_bad_items_are_named(items: list, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        controls(items)
+
+
+# Percent on all 817 questions of TruthfulQA. The mirror holds about half of them, drawn by a
+# hash: a figure from it strays by sampling noise, less than sd / sqrt(n) as each question is
+# drawn but once. Three such standard errors, plus half a point for unlike tokenization.
+ON_ALL_817 = {
+    "chance": 22.3,
+    "longest_answer": 35.7,
+    "contains_negation": 50.4,
+    "odd_one_out": 51.5,
+    "negation_then_odd_one_out": 63.0,
+    UNIFORM_MC2: 46.4,
+}
+MIRROR = os.environ.get("GRATH_MIRROR")
+
+
+@pytest.mark.skipif(not MIRROR, reason="GRATH_MIRROR names no mirror of TruthfulQA to measure on")
+def test_figures_on_truthful_qa() -> None:
+    path = Path(MIRROR) / "truthful_qa" / "multiple_choice" / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    scores = controls(rows)
+    assert set(scores) == set(ON_ALL_817)
+    for name, expected in ON_ALL_817.items():
+        percent = 100 * np.array(scores[name])
+        unseen = max(0.0, 1 - len(rows) / 817)  # finite population: all 817 leave no noise
+        bound = 3 * percent.std() * math.sqrt(unseen / len(rows)) + 0.5
+        assert abs(percent.mean() - expected) <= bound, f"{name}: {percent.mean():.1f} %"

@@ -1,0 +1,219 @@
+"""Intervals, tests, power and calibration against closed forms and scipy-free references."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grath_utils.errors import UsageError
+from grath_utils.evaluation.statistics import (
+    bootstrap_means,
+    expected_calibration_error,
+    holm,
+    interval,
+    items_needed,
+    mcnemar_exact,
+    paired_difference,
+    reliability,
+    selective_accuracy,
+    sign_flip_test,
+    smallest_detectable_effect,
+    summarize,
+    t_interval,
+    t_quantile,
+)
+
+
+def test_the_bootstrap_interval_is_the_normal_one_for_many_items() -> None:
+    values = np.random.default_rng(0).binomial(1, 0.3, size=4000)
+    result = summarize(values, 4000, seed=1)
+    p = values.mean()
+    half = 1.96 * math.sqrt(p * (1 - p) / len(values))
+    assert result["value"] == p
+    assert result["ci95"] == pytest.approx([p - half, p + half], abs=0.1 * half)
+    assert result["n"] == 4000
+
+
+def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
+    rng = np.random.default_rng(5)
+    hits = 0
+    for trial in range(300):
+        low, high = summarize(rng.binomial(1, 0.4, size=150), 500, seed=trial)["ci95"]
+        hits += low <= 0.4 <= high
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_the_seed_decides_the_resamples_and_columns_are_drawn_together() -> None:
+    values = np.random.default_rng(0).random((50, 2))
+    values[:, 1] = values[:, 0] + 1
+    means = bootstrap_means(values, 200, seed=3)
+    assert np.allclose(means[:, 1], means[:, 0] + 1)
+    assert np.array_equal(means, bootstrap_means(values, 200, seed=3))
+    assert not np.array_equal(means, bootstrap_means(values, 200, seed=4))
+
+
+def test_memory_is_bounded_without_changing_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    import grath_utils.evaluation.statistics as statistics
+
+    values = np.arange(100.0)
+    whole = bootstrap_means(values, 64, seed=0)
+    monkeypatch.setattr(statistics, "RESAMPLES_AT_ONCE", 700)
+    assert np.array_equal(bootstrap_means(values, 64, seed=0), whole)
+
+
+def test_no_items_is_an_error() -> None:
+    with pytest.raises(UsageError, match="at least one"):
+        summarize([], 100, 0)
+
+
+def test_one_item_has_a_point_for_an_interval() -> None:
+    assert summarize([0.25], 100, 0) == {"value": 0.25, "ci95": [0.25, 0.25], "n": 1}
+
+
+def test_interval_levels() -> None:
+    assert interval(np.arange(101) / 100) == pytest.approx([0.025, 0.975])
+
+
+# --- paired --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"),
+    # Exact binomial: 2 * P(X <= min) with X ~ B(gained + lost, 1/2), capped at 1.
+    [
+        (0, 0, 1.0),
+        (5, 5, 1.0),
+        (1, 0, 1.0),
+        (6, 0, 2 / 64),
+        (1, 9, 2 * 11 / 1024),
+        (8, 2, 112 / 1024),
+    ],
+)
+def test_mcnemar(gained: int, lost: int, p: float) -> None:
+    before = [0] * gained + [1] * lost + [1] * 20 + [0] * 20
+    after = [1] * gained + [0] * lost + [1] * 20 + [0] * 20
+    assert mcnemar_exact(before, after) == pytest.approx(p)
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
+def test_sign_flips_agree_with_all_of_them(differences: list[int]) -> None:
+    sums = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    exact = np.mean([s >= abs(sum(differences)) for s in sums])
+    assert sign_flip_test(differences, 4000, seed=0) == pytest.approx(exact, abs=0.04)
+
+
+def test_a_paired_comparison_sees_what_two_intervals_cannot() -> None:
+    rng = np.random.default_rng(2)
+    before = rng.random(200)
+    after = before + 0.02 + 0.01 * rng.standard_normal(200)
+    result = paired_difference(before, after, 2000, 0)
+    assert result["value"] == pytest.approx(0.02, abs=0.003)
+    assert result["ci95"][0] > 0
+    assert result["p_value"] < 0.01
+    assert result["test"] == "sign-flip randomization"
+    low, high = summarize(before, 2000, 0)["ci95"]
+    assert low < after.mean() < high  # unpaired, the difference drowns
+
+
+def test_a_paired_comparison_of_hits() -> None:
+    result = paired_difference([0, 0, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1, 1, 1], 500, 0)
+    assert (result["gained"], result["lost"], result["n"]) == (6, 1, 8)
+    assert result["test"] == "exact McNemar"
+    assert result["p_value"] == pytest.approx(2 * 8 / 128)
+    assert result["value"] == result["after"] - result["before"] == 5 / 8
+
+
+def test_no_change_at_all() -> None:
+    result = paired_difference([0, 1, 1], [0, 1, 1], 100, 0)
+    assert (result["value"], result["ci95"], result["p_value"]) == (0.0, [0.0, 0.0], 1.0)
+
+
+# --- several tests, power ------------------------------------------------------------------------
+
+
+def test_holm() -> None:
+    # Holm 1979 by hand: 0.01 * 4, 0.02 * 3, max(0.03 * 2, 0.06), max(0.04 * 1, 0.06).
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm({"a": 0.9, "b": 0.5}) == {"a": 1.0, "b": 1.0}
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("bad", [[0.5, float("nan")], [1.5], [-0.1]])
+def test_holm_refuses_what_is_no_p_value(bad: list[float]) -> None:
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        holm(bad)
+
+
+def test_the_smallest_detectable_effect_is_detected_about_80_times_in_100() -> None:
+    n, spread = 200, 0.5
+    effect = smallest_detectable_effect(n, spread)
+    assert effect == pytest.approx((1.95996 + 0.84162) * spread / math.sqrt(n), rel=1e-4)
+    rng = np.random.default_rng(0)
+    draws = effect + spread * rng.standard_normal((2000, n))
+    z = draws.mean(1) / (spread / math.sqrt(n))
+    assert np.mean(np.abs(z) > 1.95996) == pytest.approx(0.8, abs=0.03)
+    assert items_needed(effect * 1.0001, spread) == n
+    with pytest.raises(UsageError):
+        smallest_detectable_effect(0, 1.0)
+    with pytest.raises(UsageError):
+        items_needed(0, 1.0)
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def test_calibration_of_a_calibrated_and_of_a_boastful_model() -> None:
+    rng = np.random.default_rng(1)
+    confidence = rng.random(20000)
+    honest = rng.random(20000) < confidence
+    assert expected_calibration_error(confidence, honest) < 0.02
+    assert expected_calibration_error(np.ones(50), np.zeros(50)) == 1.0
+    rows = reliability(confidence, honest)
+    assert sum(row["n"] for row in rows) == 20000
+    for row in rows:
+        assert row["low"] <= row["confidence"] <= row["high"]
+        assert row["accuracy"] == pytest.approx(row["confidence"], abs=0.05)
+
+
+def test_bins_hold_their_edges() -> None:
+    (low, high) = reliability([0.0, 1.0], [0, 1], bins=2)
+    assert (low["n"], high["n"]) == (1, 1)
+
+
+def test_selective_accuracy() -> None:
+    rows = selective_accuracy([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 0], coverages=(0.5, 1.0))
+    assert rows == [
+        {"coverage": 0.5, "accuracy": 1.0, "n": 2},
+        {"coverage": 1.0, "accuracy": 0.5, "n": 4},
+    ]
+    # Equal confidence: the order of the data does not decide.
+    for right in ([1, 0, 0, 0], [0, 0, 0, 1]):
+        assert selective_accuracy([0.5] * 4, right, coverages=(0.25,))[0]["accuracy"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"),
+    # From the printed table of Student's t, two-sided 5 %.
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042)],
+)
+def test_students_quantiles(freedom: int, expected: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(expected, abs=5e-4)
+    assert t_quantile(freedom, 0.99) > t_quantile(freedom)
+
+
+def test_an_interval_over_few_runs_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    runs = rng.normal(0.3, 0.1, size=(4000, 3))
+    inside = [low <= 0.3 <= high for low, high in map(t_interval, runs)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+    assert t_interval([0.3]) is None
+    with pytest.raises(UsageError, match="at least 1"):
+        t_quantile(0)

@@ -1,0 +1,114 @@
+"""The drawings: the committed pictures are what the code draws, and each says what it should."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from grath_utils.figures import drawings, plots
+
+matplotlib.use("Agg")
+
+IMAGES = Path(__file__).resolve().parents[2] / "notebooks" / "images"
+_spec = importlib.util.spec_from_file_location("draw", IMAGES / "draw.py")
+draw = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(draw)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def grey(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("L"), dtype=float)
+
+
+def test_there_is_a_picture_for_each_drawing_and_no_other() -> None:
+    assert {path.stem for path in IMAGES.glob("*.png")} == draw.PICTURES.keys()
+
+
+@pytest.mark.parametrize("name", draw.PICTURES)
+def test_committed_pictures_are_what_the_code_draws(name: str) -> None:
+    committed = Image.open(IMAGES / f"{name}.png")
+    drawn = Image.open(io.BytesIO(draw.picture(name)))
+    # Platforms round text a little differently; another text or box is far beyond this.
+    assert abs(np.subtract(committed.size, drawn.size)).max() <= 3
+    before, after = grey(committed), grey(drawn.resize(committed.size))
+    assert abs(before - after).mean() < 1.0, f"run `python notebooks/images/draw.py` ({name})"
+    assert (IMAGES / f"{name}.png").stat().st_size < 60_000
+
+
+def coloured(figure, colour: str) -> int:
+    """Count the boxes of one colour in a drawing of tokens."""
+    boxes = [p for p in figure.axes[0].patches if isinstance(p, Rectangle) and p.get_fill()]
+    return sum(np.allclose(box.get_facecolor()[:3], to_rgb(colour)) for box in boxes)
+
+
+def test_the_anatomy_of_a_pair_colours_what_differs_and_nothing_else() -> None:
+    shared = "ice is dense than water".split()
+    correct, incorrect = (
+        [*shared[:2], "less", *shared[2:]],
+        [*shared[:2], "far", "more", *shared[2:]],
+    )
+    figure = drawings.draw_pair(["why"], correct, incorrect)
+    assert coloured(figure, plots.BLUE) == 1
+    assert coloured(figure, plots.VERMILION) == 2
+    hatched = [p for p in figure.axes[0].patches if p.get_hatch()]
+    assert len(hatched) == 2, "a grey print shows the difference, too"
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert [t for t in texts if t in {*correct, *incorrect}] == correct + incorrect
+
+
+def test_long_texts_go_on_in_the_next_line() -> None:
+    words = ["word"] * 60
+    figure = drawings.draw_pair(words, words, words)
+    left, right = figure.axes[0].get_xlim()
+    boxes = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+    assert len(boxes) == 180
+    assert all(left <= p.get_x() and p.get_x() + p.get_width() <= right for p in boxes)
+    assert len({p.get_y() for p in boxes}) >= 9
+
+
+@pytest.mark.parametrize(
+    ("scores", "mc1", "mc3"), [((-1.0, -3.0, -2.0), 1, "1 of 2"), ((-3.0, -1.0, -2.0), 0, "1 of 2")]
+)
+def test_mc_scoring_shows_the_metrics_of_the_library(scores, mc1: int, mc3: str) -> None:
+    from grath_utils.evaluation import metrics
+
+    labels = [1, 1, 0]
+    figure = drawings.draw_mc_scoring(["a", "b", "c"], scores, labels)
+    left, right = figure.axes
+    assert f"line?  {mc1}" in left.get_title(loc="left")
+    assert mc1 == metrics.mc1([scores[0], scores[2]], gold=0)
+    assert mc3 in left.get_title(loc="left")
+    shown = [text.get_text() for text in right.texts]
+    assert f"{metrics.mc2(np.array(scores), np.array(labels)):.3f}" in shown
+    assert sum(bar.get_width() for bar in right.patches) == pytest.approx(1)
+
+
+def result(values: dict[str, list[float]]) -> dict:
+    """An evaluation's items: a metric's values in each category."""
+    items = [{"category": c, "metrics": {"mc2": v}} for c, row in values.items() for v in row]
+    return {"items": items}
+
+
+def test_category_changes_are_sorted_and_have_their_paired_interval() -> None:
+    before = {"a": [0.5, 0.5, 0.5], "b": [0.2, 0.4, 0.6], "c": [0.3]}
+    after = {"a": [0.2, 0.3, 0.7], "b": [0.5, 0.7, 0.901], "c": [0.31]}
+    figure = plots.plot_category_change(result(before), result(after))
+    left, right = figure.axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == ["a (n = 3)", "c (n = 1)", "b (n = 3)"]
+    markers = [container.lines[0].get_marker() for container in right.containers]
+    assert markers == ["o", "o", "D"], "only b rose beyond its interval; one item has none"
+    assert right.containers[2].lines[0].get_xdata()[0] == pytest.approx(100 * 0.901 / 3)

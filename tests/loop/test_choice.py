@@ -1,0 +1,161 @@
+"""Which round is kept and when the loop stops: rules on made-up signals, then on a tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import DPO, PAIRS
+
+from grath_utils.errors import DataError
+from grath_utils.loop.choice import (
+    alarms,
+    choose,
+    displacement,
+    margins,
+    measure_signals,
+    text_health,
+)
+from grath_utils.pairs.questions import Question
+
+FINE = {"words": 12.0, "distinct": 0.8, "repetition": 0.0, "non_answers": 0.0}
+
+
+def signals(gains: list[float], *, kl: float | None = 0.1, **health: float) -> dict[str, Any]:
+    """Signals whose margins over :data:`BASE` are ``gains``."""
+    return {
+        "pairs": [f"q{i}" for i in range(len(gains))],
+        "chosen": [-20.0 + gain for gain in gains],
+        "rejected": [-20.0] * len(gains),
+        "kl": None if kl is None else [kl] * len(gains),
+        "health": {**FINE, **health},
+    }
+
+
+def base(n: int = 8) -> dict[str, Any]:
+    return signals([0.0] * n, kl=0.0)
+
+
+def chosen(*rounds: dict[str, Any]) -> Any:
+    return choose(base(len(rounds[0]["pairs"])), rounds, max_kl=1.0, seed=0)
+
+
+# --- the rules -----------------------------------------------------------------------------------
+
+
+def test_margins_are_gains_over_the_base_in_nats() -> None:
+    after = {**signals([1.0, 2.0]), "chosen": [-22.0, -21.0], "rejected": [-25.0, -20.0]}
+    # chosen moved by -2 and -1, rejected by -5 and 0
+    assert margins(base(2), after).tolist() == [3.0, -1.0]
+    assert displacement(base(2), after).tolist() == [-2.0, -1.0]
+    with pytest.raises(DataError, match="different held-out pairs"):
+        margins(base(3), after)
+
+
+def test_a_clear_rise_takes_the_later_round() -> None:
+    found = chosen(signals([1.0, 1.1] * 4), signals([3.0, 3.1] * 4))
+    assert found.iteration == 1
+    assert found.stop is None
+    assert "round 2" in found.why
+    assert "no alarm" in found.why
+
+
+def test_a_round_whose_drift_was_not_measured_is_kept_with_that_said() -> None:
+    found = chosen(signals([1.0] * 8, kl=None))
+    assert found.iteration == 0
+    assert "drift could not be measured" in found.why
+    assert "drift" not in chosen(signals([1.0] * 8)).why
+
+
+def test_a_rise_within_noise_takes_the_earlier_round() -> None:
+    noisy = [6.0, -4.0, 5.0, -3.0, 4.0, -2.0, 3.0, 0.6]  # mean 1.2, spread 3.9
+    found = chosen(signals([1.0] * 8), signals(noisy))
+    assert found.iteration == 0
+    assert "within one standard error" in found.why
+
+
+def test_no_rise_stops_the_loop_and_keeps_the_best() -> None:
+    found = chosen(signals([3.0, 3.1] * 4), signals([2.0, 2.1] * 4))
+    assert found.iteration == 0
+    assert found.stop is not None
+    assert "did not raise the held-out margin (+2.05 nats, +3.05 before)" in found.stop
+
+
+def test_an_alarm_stops_the_loop_and_is_never_kept() -> None:
+    found = chosen(signals([1.0] * 8), signals([9.0] * 8, kl=2.0))
+    assert found.iteration == 0
+    assert found.stop is not None
+    assert "drifted 2.00 nats a token" in found.stop
+    assert found.alarms[0] == ()
+    assert len(found.alarms[1]) == 1
+
+
+def test_where_every_round_is_bad_the_base_is_kept() -> None:
+    assert chosen(signals([9.0] * 8, kl=2.0)).iteration is None
+    found = chosen(signals([-1.0] * 8))
+    assert found.iteration is None
+    assert "no round raised the held-out margin (best: -1.00 nats)" in found.why
+
+
+def test_without_held_out_pairs_the_last_round_without_alarm_is_kept() -> None:
+    found = chosen(signals([]), signals([]), signals([], non_answers=0.9))
+    assert found.iteration == 1
+    assert "no held-out pair" in found.why
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"words": 3.0}, "answers went from 12 words to 3"),
+        ({"words": 40.0}, "answers went from 12 words to 40"),
+        ({"distinct": 0.5}, "distinct two-word sequences fell from 80% to 50%"),
+        ({"repetition": 0.3}, "30% of the answers turn in circles (0% before)"),
+        ({"non_answers": 0.3}, "30% of the answers refuse or are empty (0% before)"),
+        ({"words": 0.0}, "answers went from 12 words to 0"),
+    ],
+)
+def test_each_sign_of_collapse_raises_its_alarm(change: dict[str, float], text: str) -> None:
+    assert alarms(base(), signals([1.0] * 8, **change), max_kl=1.0) == [text]
+
+
+@pytest.mark.parametrize(
+    "change", [{"words": 5.0}, {"distinct": 0.6}, {"repetition": 0.2}, {"non_answers": 0.2}]
+)
+def test_small_changes_are_no_alarm(change: dict[str, float]) -> None:
+    assert alarms(base(), signals([1.0] * 8, **change), max_kl=1.0) == []
+    assert alarms(base(), signals([1.0] * 8, kl=None), max_kl=0.001) == []
+
+
+def test_health_of_texts() -> None:
+    found = text_health(
+        ["What is tea?"] * 4,
+        ["Some drink made of leaves.", "", "I have no comment.", "tea tea tea tea tea tea"],
+    )
+    assert found["non_answers"] == 0.5
+    assert found["repetition"] == 0.25
+    assert found["words"] == pytest.approx((5 + 0 + 4 + 6) / 4)
+    # 4 + 3 different sequences, and five times "tea tea"
+    assert found["distinct"] == pytest.approx(8 / 12)
+
+
+# --- measured on a model -------------------------------------------------------------------------
+
+
+def test_the_base_against_itself_gains_nothing(tiny_policy) -> None:
+    questions = [Question(p.id, p.question) for p in PAIRS]
+    found = measure_signals(tiny_policy, tiny_policy, PAIRS, questions, DPO, progress=False)
+    assert found["pairs"] == [p.id for p in PAIRS]
+    assert found["questions"] == found["pairs"]
+    assert len(found["answers"]) == len(PAIRS)
+    assert not np.any(margins(found, found))
+    assert found["kl"] == [0.0] * len(PAIRS)
+    assert alarms(found, found, max_kl=1.0) == []
+
+
+def test_without_pairs_only_the_answers_are_measured(tiny_policy) -> None:
+    found = measure_signals(
+        tiny_policy, tiny_policy, [], [Question("q", "Why?")], DPO, progress=False
+    )
+    assert (found["pairs"], found["chosen"], found["rejected"], found["kl"]) == ([], [], [], [])
+    assert len(found["answers"]) == 1

@@ -1,0 +1,307 @@
+"""The loop's bookkeeping on a tiny model: one configuration, one model, one set of questions."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import config_for, make_tiny_llama, write_pairs
+
+from grath_utils.config import Config, LoopConfig, load_config
+from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
+from grath_utils.files import read_jsonl, write_json, write_jsonl
+from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.stages import (
+    check_ready,
+    evaluate_model,
+    evaluated_iterations,
+    final_iteration,
+    load_model,
+    model_label,
+    plan_stages,
+    planned_iterations,
+    round_choice,
+    run_pairs,
+    run_questions,
+    start_run,
+    train_iteration,
+)
+
+
+def test_questions_are_split_once_and_kept(tmp_path: Path, tiny_llama, questions) -> None:
+    config = config_for(tiny_llama, questions)
+    run = start_run(tmp_path / "run", config)
+    rows = read_jsonl(run.questions)
+    assert sorted(row["id"] for row in rows) == [f"q{i}" for i in range(8)]
+    assert sum(row["split"] == "held_out" for row in rows) == 2
+    before = run.questions.read_bytes()
+    assert start_run(tmp_path / "run", config).questions.read_bytes() == before
+    other_seed = load_config("smoke", {**_overrides(config)}, seed=1)
+    other = start_run(tmp_path / "other", other_seed)
+    assert {q.id for q in run_questions(other, "held_out")} | {
+        q.id for q in run_questions(run, "held_out")
+    } != {q.id for q in run_questions(run, "held_out")}
+
+
+def _overrides(config: Config) -> dict[str, object]:
+    plain = load_config(config.profile).flat()
+    return {k: v for k, v in config.flat().items() if v != plain[k] and k != "profile"}
+
+
+def test_changed_questions_are_noticed(tmp_path: Path, tiny_llama, questions) -> None:
+    config = config_for(tiny_llama, questions)
+    start_run(tmp_path / "run", config)
+    with open(questions, "a", encoding="utf-8") as file:
+        file.write('{"id": "q9", "question": "And this one?"}\n')
+    with pytest.raises(ConfigError, match="the questions have changed since"):
+        start_run(tmp_path / "run", config)
+
+
+def test_changed_weights_are_noticed(tmp_path: Path, tiny_llama, questions) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    config = config_for(model, questions)
+    start_run(tmp_path / "run", config)
+    shutil.rmtree(model)
+    make_tiny_llama(model, seed=3)
+    with pytest.raises(ConfigError, match="the base model's weights have changed since"):
+        start_run(tmp_path / "run", config)
+
+
+def test_an_unknown_benchmark_is_named_before_anything_is_made(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    config = config_for(tiny_llama, questions, **{"evaluation.benchmarks": ["probe", "retension"]})
+    with pytest.raises(ConfigError, match='names "retension"; did you mean "retention"'):
+        start_run(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_in_order(tmp_path: Path, tiny_llama, questions) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+    assert [stage.name for stage in plan_stages(run)] == [
+        "write pairs, iteration 0",
+        "measure base on held-out pairs",
+        "train, iteration 0",
+        "measure on held-out pairs, iteration 0",
+        "write pairs, iteration 1",
+        "train, iteration 1",
+        "measure on held-out pairs, iteration 1",
+        "evaluate base on probe",
+        "evaluate base on retention",
+        "evaluate iter_0 on probe",
+        "evaluate iter_0 on retention",
+        "evaluate iter_1 on probe",
+        "evaluate iter_1 on retention",
+    ]
+    assert not any(stage.done for stage in plan_stages(run))
+    config = load_config("smoke", "loop.iterations=4 evaluation.every_iteration=false")
+    assert evaluated_iterations(Run(tmp_path / "none", config)) == [None, 3]
+    config = load_config("smoke", "loop.iterations=1")
+    assert evaluated_iterations(Run(tmp_path / "none", config)) == [None, 0]
+
+
+def write_signals(run, t: int | None, gain: float, **health: float) -> None:
+    """Leave the signals of a round that gained ``gain`` nats on each held-out pair."""
+    ids = [q.id for q in run_questions(run, "held_out")]
+    fine = {"words": 12.0, "distinct": 0.8, "repetition": 0.0, "non_answers": 0.0}
+    write_json(
+        run.signals(model_label(t)),
+        {
+            "pairs": ids,
+            "chosen": [-9.0 + gain] * len(ids),
+            "rejected": [-9.0] * len(ids),
+            "kl": [0.1] * len(ids),
+            "health": {**fine, **health},
+        },
+    )
+
+
+def four_rounds(tmp_path: Path, tiny_llama, questions, **more: object):
+    settings = {"loop.iterations": 4, "loop.keep": "best", "loop.early_stop": True, **more}
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions, **settings))
+    write_signals(run, None, 0.0)
+    return run
+
+
+def test_a_round_without_gain_ends_the_loop_and_the_best_is_kept(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    run = four_rounds(tmp_path, tiny_llama, questions)
+    assert round_choice(run) is None
+    for t, gain in enumerate([1.0, 3.0]):
+        write_signals(run, t, gain)
+        assert planned_iterations(run) == [0, 1, 2, 3]
+    write_signals(run, 2, 2.0)
+    assert planned_iterations(run) == [0, 1, 2]
+    assert final_iteration(run) == 1
+    assert evaluated_iterations(run) == [None, 0, 1, 2]
+    assert not any("iteration 3" in stage.name for stage in plan_stages(run))
+    assert "did not raise" in round_choice(run).stop
+    fewer = replace(run.config, evaluation=replace(run.config.evaluation, every_iteration=False))
+    assert evaluated_iterations(replace(run, config=fewer)) == [None, 1, 2]
+
+
+def test_the_paper_s_rule_keeps_the_last_and_never_stops(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    run = four_rounds(
+        tmp_path, tiny_llama, questions, **{"loop.keep": "last", "loop.early_stop": False}
+    )
+    for t, gain in enumerate([3.0, 2.0, 1.0]):
+        write_signals(run, t, gain)
+    assert planned_iterations(run) == [0, 1, 2, 3]
+    assert final_iteration(run) == 3
+    write_signals(run, 3, 0.5, non_answers=0.9)
+    assert final_iteration(run) == 3
+    assert round_choice(run).alarms[3]
+    assert round_choice(run).stop is None
+
+
+def test_without_signals_nothing_is_measured_and_the_last_round_stands(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    settings = {"loop.keep": "last", "loop.early_stop": False}
+    without = four_rounds(
+        tmp_path / "a", tiny_llama, questions, **settings, **{"loop.signals": False}
+    )
+    plain = four_rounds(tmp_path / "b", tiny_llama, questions, **settings)
+    names = [stage.name for stage in plan_stages(without)]
+    assert names == [s.name for s in plan_stages(plain) if not s.name.startswith("measure")]
+    assert len(names) == len(plan_stages(plain)) - 5  # the base and four rounds
+    assert round_choice(without) is None
+    assert final_iteration(without) == 3
+
+
+def test_a_later_round_that_collapses_ends_the_loop_before_it(
+    tmp_path: Path, tiny_llama, questions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = four_rounds(tmp_path, tiny_llama, questions)
+    write_pairs(run, 0)
+    write_pairs(run, 1)
+    write_pairs(run, 2)
+
+    def collapses(*given: object, **named: object) -> None:
+        raise CollapseError("at step 7 the chosen answers have lost 400 nats")
+
+    monkeypatch.setattr("grath_utils.loop.stages.train_round", collapses)
+    with pytest.raises(CollapseError):
+        train_iteration(run, 0, progress=False)  # nothing to fall back on
+    assert not run.collapsed(0).exists()
+    write_signals(run, 0, 1.0)
+    for _ in range(2):  # the second time it is left alone
+        train_iteration(run, 1, progress=False)
+    assert not run.adapter(1).exists()
+    assert planned_iterations(run) == [0]
+    assert final_iteration(run) == 0
+    assert round_choice(run).stop.startswith("round 2 collapsed: at step 7")
+    with pytest.raises(CollapseError):
+        never = replace(run.config, loop=LoopConfig(early_stop=False))
+        train_iteration(replace(run, config=never), 2, progress=False)
+
+
+def test_edited_signals_are_named(tmp_path: Path, tiny_llama, questions) -> None:
+    run = four_rounds(tmp_path, tiny_llama, questions)
+    write_json(run.signals("iter_0"), {"pairs": []})
+    with pytest.raises(DataError, match="delete the folder, and they are measured again"):
+        plan_stages(run)
+
+
+# --- touched by hand -----------------------------------------------------------------------------
+
+
+def test_what_was_changed_by_hand_is_noticed(tmp_path: Path, tiny_llama, questions) -> None:
+    config = config_for(tiny_llama, questions)
+    run = start_run(tmp_path / "run", config)
+    write_pairs(run, 0)
+    train_iteration(run, 0, progress=False)
+    for path, change in (
+        (run.training_log(0), lambda p: p.write_text(p.read_text()[:-9])),
+        (run.adapter(0) / "adapter_model.safetensors", lambda p: p.write_bytes(b"")),
+        (run.adapter(0) / "grath.json", lambda p: p.unlink()),
+    ):
+        kept = path.read_bytes()
+        change(path)
+        for opened in (lambda: start_run(run.path, config), lambda: load_run(run.path)):
+            with pytest.raises(RunError, match="is not as it was made: .* Restore it, or delete"):
+                opened()
+        path.write_bytes(kept)
+        assert load_run(run.path) == run
+    run.manifest.write_text('{"iter_0/adapter": 3}')
+    with pytest.raises(RunError, match="manifest.json is damaged. Delete it"):
+        load_run(run.path)
+    run.manifest.unlink()
+    assert start_run(run.path, config) == run
+
+
+def test_what_was_deleted_is_made_again_the_same(tmp_path: Path, tiny_llama, questions) -> None:
+    config = config_for(tiny_llama, questions)
+    run = start_run(tmp_path / "run", config)
+    write_pairs(run, 0)
+    train_iteration(run, 0, progress=False)
+    made = run.manifest.read_bytes()
+    shutil.rmtree(run.adapter(0))
+    train_iteration(start_run(run.path, config), 0, progress=False)
+    assert run.manifest.read_bytes() == made
+
+
+def test_what_no_longer_fits_is_named(tmp_path: Path, tiny_llama, questions) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+    write_pairs(run, 0)
+    train_iteration(run, 0, progress=False)
+    write_pairs(run, 1)
+    shutil.rmtree(run.adapter(0))
+    # As if another machine, with other rounding, had made it anew.
+    rows = read_jsonl(run.pairs(0))
+    write_jsonl(run.pairs(0), [{**row, "correct": "It is another."} for row in rows])
+    with pytest.raises(RunError, match="was made again and is not the same.* Delete iter_1/pairs"):
+        train_iteration(run, 0, progress=False)
+
+
+def test_training_sees_no_held_out_question(tmp_path: Path, tiny_llama, questions) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+    write_pairs(run, 0)
+    train, held_out = run_pairs(run, 0)
+    assert {p.id for p in held_out} == {q.id for q in run_questions(run, "held_out")}
+    assert {p.id for p in train} == {q.id for q in run_questions(run, "train")}
+    assert len(train) == 6
+
+
+def test_two_rounds_and_their_evaluation(tmp_path: Path, tiny_llama, questions) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+    with pytest.raises(RunError, match="round 0 has not been trained"):
+        load_model(run, 0)
+    fingerprints = [load_model(run, None).fingerprint]
+    for t in range(2):
+        write_pairs(run, t)
+        train_iteration(run, t, progress=False)
+        fingerprints.append(load_model(run, t).fingerprint)
+    assert len(set(fingerprints)) == 3
+    result = evaluate_model(run, 1, "probe", progress=False)
+    assert result["model"]["fingerprint"] == fingerprints[2]
+    assert result["model"]["name"] == "run@1"
+    assert run.evaluation("iter_1", "probe").exists()
+    # What is done is read, not done again.
+    run.evaluation("iter_1", "probe").write_text('{"read": true}')
+    assert evaluate_model(run, 1, "probe", progress=False) == {"read": True}
+    adapter = run.adapter(0) / "adapter_model.safetensors"
+    before = adapter.stat().st_mtime_ns
+    train_iteration(run, 0, progress=False)
+    assert adapter.stat().st_mtime_ns == before
+
+
+def test_what_is_missing_is_said_with_the_way_to_make_it(
+    tmp_path: Path, tiny_llama, questions
+) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+    with pytest.raises(RunError) as caught:
+        check_ready(run, [run.questions, run.pairs(0)], "01_pair_generation")
+    message = str(caught.value)
+    assert "lacks iter_0/pairs.jsonl" in message
+    assert "01_pair_generation" in message
+    assert "python -m grath_utils run --profile smoke" in message
+    assert "python -m grath_utils checkpoint --at 02 --profile smoke" in message
+    write_pairs(run, 0)
+    check_ready(run, [run.questions, run.pairs(0)], "01_pair_generation")

@@ -1,0 +1,539 @@
+"""Pair generation: the files, refinement, interruptions, and bad input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from grath_utils.config import UNASKED_MODES, PairsConfig
+from grath_utils.engine.generation import Completion
+from grath_utils.errors import ConfigError, DataError, RunError
+from grath_utils.files import read_jsonl, write_jsonl
+from grath_utils.pairs import generate as pairs_module
+from grath_utils.pairs import writers
+from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs, refine_pairs
+from grath_utils.pairs.parsing import Reason
+from grath_utils.pairs.questions import Question
+
+QUESTIONS = [Question(f"q{i}", f"Why does thing number {i} fall down?") for i in range(10)]
+PAPER = PairsConfig(mode="paper", shots=1, batch_size=1)  # chunks of four questions
+DEFAULT = PairsConfig(shots=1, batch_size=4, candidates=2, max_new_tokens=16)
+
+
+def completion(text: str, finished: str = "eos") -> Completion:
+    return Completion(text, tuple(range(len(text.split()))), finished)
+
+
+class Scripted:
+    """Stands for `generate`: answers by what the prompt asks, and counts its prompts."""
+
+    def __init__(self, answer=None):
+        self.answer = answer or self.default
+        self.asked: list[str] = []
+
+    @staticmethod
+    def default(number: int) -> Completion:
+        if number == 3:
+            return completion("I would rather not.")
+        if number == 5:
+            return completion("Correct answer: Wind.\nIncorrect answer: wind\n")
+        return completion(f"Correct answer: Force {number}.\nIncorrect answer: Magic {number}.\n")
+
+    def __call__(self, policy, prompts, **_):
+        texts = [policy.tokenizer.decode(ids) for ids in prompts]
+        self.asked += texts
+        return [self.answer(int(text.rsplit("number ", 1)[1].split()[0])) for text in texts]
+
+
+@pytest.fixture
+def scripted(monkeypatch) -> Scripted:
+    script = Scripted()
+    monkeypatch.setattr(writers, "generate", script)
+    return script
+
+
+def make(policy, folder: Path, config=PAPER, questions=QUESTIONS, **options):
+    options = {"seed": 0, "progress": False, **options}
+    return generate_pairs(
+        policy,
+        questions,
+        config,
+        out=folder / "pairs.jsonl",
+        rejects=folder / "rejects.jsonl",
+        **options,
+    )
+
+
+def refine(policy, folder: Path, previous, config=PAPER, iteration=1, questions=QUESTIONS):
+    return refine_pairs(
+        policy,
+        questions,
+        previous,
+        config,
+        iteration=iteration,
+        seed=0,
+        out=folder / "pairs.jsonl",
+        rejects=folder / "rejects.jsonl",
+        progress=False,
+    )
+
+
+# --- the files -----------------------------------------------------------------------------------
+
+
+def test_pairs_and_rejects_account_for_every_question(tiny_policy, tmp_path, scripted):
+    report = make(tiny_policy, tmp_path)
+    pairs = read_pairs(tmp_path / "pairs.jsonl")
+    rejects = read_jsonl(tmp_path / "rejects.jsonl")
+    assert [p.id for p in pairs] == [f"q{i}" for i in range(10) if i not in (3, 5)]
+    assert pairs[0] == Pair("q0", QUESTIONS[0].text, "Force 0.", "Magic 0.")
+    assert [(r["id"], r["reason"]) for r in rejects] == [("q3", "no_correct"), ("q5", "equal")]
+    assert rejects[0]["completion"] == "I would rather not."
+    assert (report.questions, report.pairs, report.kept) == (10, 8, 0)
+    assert report.rejected == {"no_correct": 1, "equal": 1}
+    assert report.completions == 10
+    assert len(scripted.asked) == 10
+    assert not (tmp_path / "pairs.jsonl.journal").exists()
+    assert "8 pairs from 10 questions" in str(report)
+
+
+def test_filters_can_be_switched_off(tiny_policy, tmp_path, scripted):
+    config = replace(PAPER, filters=("none",))
+    assert make(tiny_policy, tmp_path, config).rejected == {"no_correct": 1}
+
+
+def test_legacy_keeps_equal_pairs(tiny_policy, tmp_path, scripted):
+    report = make(tiny_policy, tmp_path, replace(PAPER, legacy=True))
+    kept = {p.id: p for p in map(Pair.from_row, read_jsonl(tmp_path / "pairs.jsonl"))}
+    assert (kept["q5"].correct, kept["q5"].incorrect) == ("Wind.", "wind")
+    assert report.rejected == {"no_incorrect": 1}
+
+
+def test_answer_cut_off_at_the_limit_is_rejected(tiny_policy, tmp_path, scripted):
+    text = "Correct answer: Force one.\nIncorrect answer: Magic by the"
+    scripted.answer = lambda n: completion(text, "length" if n == 0 else "eos")
+    make(tiny_policy, tmp_path)
+    (reject,) = read_jsonl(tmp_path / "rejects.jsonl")
+    assert (reject["id"], reject["reason"]) == ("q0", "cut_off")
+
+
+def test_no_pair_at_all_is_an_error(tiny_policy, tmp_path, scripted):
+    scripted.answer = lambda n: completion("No.")
+    with pytest.raises(RunError, match=r"none of 10 questions .*10 no_correct"):
+        make(tiny_policy, tmp_path)
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_self_check_drops_what_the_model_does_not_believe(tiny_policy, tmp_path, scripted):
+    class Fake:
+        def __init__(self, logprob):
+            self.logprob, self.tokens = logprob, 2
+
+    def score(policy, requests):
+        return [
+            Fake(-9.0 if "Force 1." in r.completion else -5.0 if "Magic" in r.completion else -1.0)
+            for r in requests
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "score_completions", score)
+        make(tiny_policy, tmp_path, replace(PAPER, self_check=True))
+    reasons = {r["id"]: r["reason"] for r in read_jsonl(tmp_path / "rejects.jsonl")}
+    assert reasons["q1"] == "self_check"
+    assert list(reasons.values()).count("self_check") == 1
+
+
+# --- refinement ----------------------------------------------------------------------------------
+
+
+def test_refinement_renews_the_correct_answer_only(tiny_policy, tmp_path, scripted):
+    make(tiny_policy, tmp_path)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+
+    def second(number: int) -> Completion:
+        if number == 0:
+            return completion("I cannot tell.")  # fails: the old pair stays
+        if number == 1:
+            return completion("Correct answer: magic 1\nIncorrect answer: Else.\n")  # equal: stays
+        return completion(f"Correct answer: New {number}.\nIncorrect answer: Else {number}.\n")
+
+    scripted.answer = second
+    report = refine(tiny_policy, tmp_path / "1", first)
+    new = {p.id: p for p in read_pairs(tmp_path / "1" / "pairs.jsonl")}
+    assert new["q0"] == first[0]
+    assert new["q1"] == first[1]
+    assert new["q2"] == Pair("q2", QUESTIONS[2].text, "New 2.", "Magic 2.", iteration=1)
+    # Failed in iteration 0, tried again: both answers are of now.
+    assert new["q3"] == Pair("q3", QUESTIONS[3].text, "New 3.", "Else 3.", iteration=1)
+    assert (report.pairs, report.kept) == (10, 2)
+    rejects = read_jsonl(tmp_path / "1" / "rejects.jsonl")
+    assert [(r["id"], r["reason"]) for r in rejects] == [("q0", "no_correct"), ("q1", "equal")]
+    assert {r["iteration"] for r in rejects} == {1}
+
+
+def test_failed_questions_can_be_left_alone(tiny_policy, tmp_path, scripted):
+    make(tiny_policy, tmp_path)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    scripted.asked.clear()
+    refine(tiny_policy, tmp_path / "1", first, replace(PAPER, retry_failed=False))
+    assert len(scripted.asked) == 8
+    assert len(read_pairs(tmp_path / "1" / "pairs.jsonl")) == 8
+
+
+def test_a_missing_incorrect_answer_does_not_matter_in_refinement(tiny_policy, tmp_path, scripted):
+    make(tiny_policy, tmp_path)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    scripted.answer = lambda n: completion(f"Correct answer: New {n}.")
+    refine(tiny_policy, tmp_path / "1", first, replace(PAPER, retry_failed=False))
+    new = read_pairs(tmp_path / "1" / "pairs.jsonl")
+    assert all(p.iteration == 1 and p.incorrect.startswith("Magic") for p in new)
+
+
+def test_refinement_of_strangers_is_refused(tiny_policy, tmp_path, scripted):
+    stranger = Pair("zz", "Why?", "a", "b")
+    with pytest.raises(DataError, match=r"no question, first: zz"):
+        refine(tiny_policy, tmp_path, [stranger])
+    with pytest.raises(DataError, match="from 1 on"):
+        refine(tiny_policy, tmp_path, [], iteration=0)
+
+
+# --- mode default --------------------------------------------------------------------------------
+
+
+class ScriptedCandidates:
+    """Answers the three kinds of prompt, greedy and sampled."""
+
+    def __call__(self, policy, prompts, *, keys=None, do_sample=False, **_):
+        texts = [policy.tokenizer.decode(ids) for ids in prompts]
+        out = []
+        for text, key in zip(texts, keys or [""] * len(texts), strict=True):
+            tail = text[text.rindex("<|im_start|>user") :]
+            if "Consider the following" in tail:
+                out.append(
+                    completion("Correct answer: Gravity pulls it.\nIncorrect answer: Wind.\n")
+                )
+            elif "truthfully" in tail:
+                out.append(completion("Gravity pulls it down." if not key else "Gravity does it."))
+            else:
+                out.append(completion("A ghost pushes it." if not key else "I don't know."))
+        return out
+
+
+@pytest.fixture
+def candidates(monkeypatch):
+    monkeypatch.setattr(writers, "generate", ScriptedCandidates())
+
+
+def test_default_mode_takes_the_clearest_contrast(tiny_policy, tmp_path, candidates, monkeypatch):
+    class Fake:
+        def __init__(self, logprob):
+            self.logprob, self.tokens = logprob, 1
+
+    def score(policy, requests):
+        neutral = "say something true"
+        return [
+            Fake(-3.0 if neutral in r.prompt else -1.0 if "Gravity" in r.completion else -5.0)
+            for r in requests
+        ]
+
+    monkeypatch.setattr(writers, "score_completions", score)
+    report = make(tiny_policy, tmp_path, DEFAULT, QUESTIONS[:2])
+    for pair in read_pairs(tmp_path / "pairs.jsonl"):
+        assert pair.correct.startswith("Gravity")
+        assert not pair.incorrect.startswith("Gravity")
+        assert pair.contrast > 0
+    assert report.completions == 2 * (1 + 2 + 2)
+    assert report.rejected == {"non_answer": 2}
+
+
+def test_default_mode_refines_against_the_first_incorrect_answer(tiny_policy, tmp_path, candidates):
+    old = [Pair("q0", QUESTIONS[0].text, "Old answer.", "It was blown away.")]
+    report = refine(
+        tiny_policy, tmp_path, old, replace(DEFAULT, retry_failed=False), questions=QUESTIONS[:1]
+    )
+    (new,) = read_pairs(tmp_path / "pairs.jsonl")
+    assert new.incorrect == "It was blown away."
+    assert report.completions == 1 + 2  # none for the incorrect answer
+    assert new == old[0] or new.iteration == 1
+
+
+def test_pairs_of_default_mode_are_alike_in_length_and_negation():
+    assert writers.balanced("The heat leaves it.", "The cold enters it.")
+    assert not writers.balanced("The heat leaves it.", "The heat does not leave.")
+    assert not writers.balanced("Heat.", "The cold enters it from the air all around.")
+
+
+def test_agreement_counts_no_vote_for_oneself():
+    pool = [writers.Candidate("abc", 1), writers.Candidate("abd", 2), writers.Candidate("xyz", 0)]
+    lone, shared, odd = writers.agreement(pool, ["abc", "abd", "xyz"])
+    assert shared > lone > odd == 0
+    assert writers.agreement([writers.Candidate("abc", 1)], ["abc"]) == [0.0]
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As if the process had been killed: nothing catches it."""
+
+
+def read_all(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("pairs.jsonl", "rejects.jsonl")]
+
+
+@pytest.mark.parametrize("config", [PAPER, DEFAULT], ids=["paper", "default"])
+def test_a_killed_run_resumes_with_the_same_bytes(tiny_policy, tmp_path, monkeypatch, config):
+    """The tiny model itself writes here; its babble passes when nothing is filtered."""
+    config = replace(config, filters=("none",), legacy=config.mode == "paper")
+    if config.mode == "paper":
+        monkeypatch.setattr(writers, "generate", Scripted())
+    make(tiny_policy, tmp_path / "whole", config)
+    real = pairs_module.Journal.append
+    for kill_at in (0, 1, 2):
+        folder = tmp_path / f"killed-{kill_at}"
+
+        def append(self, number, outcomes, kill_at=kill_at):
+            if number == kill_at:
+                # The last thing on the disk is half a line.
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab") as handle:
+                    handle.write(b'{"chunk": 1, "outcom')
+                raise Killed
+            real(self, number, outcomes)
+
+        monkeypatch.setattr(pairs_module.Journal, "append", append)
+        with pytest.raises(Killed):
+            make(tiny_policy, folder, config)
+        assert not (folder / "pairs.jsonl").exists()
+        monkeypatch.setattr(pairs_module.Journal, "append", real)
+        if kill_at == 0:
+            with pytest.warns(UserWarning, match="starting over"):
+                report = make(tiny_policy, folder, config)
+        else:
+            report = make(tiny_policy, folder, config)
+        assert report.resumed == 4 * kill_at
+        assert read_all(folder) == read_all(tmp_path / "whole")
+
+
+def test_resuming_asks_no_question_twice(tiny_policy, tmp_path, scripted, monkeypatch):
+    calls = []
+    real = pairs_module.Journal.append
+
+    def append(self, number, outcomes):
+        real(self, number, outcomes)
+        calls.append(number)
+        if len(calls) == 2:
+            raise Killed
+
+    monkeypatch.setattr(pairs_module.Journal, "append", append)
+    with pytest.raises(Killed):
+        make(tiny_policy, tmp_path)
+    make(tiny_policy, tmp_path)
+    assert len(scripted.asked) == 10
+    assert len(set(scripted.asked)) == 10
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"config": replace(PAPER, shots=2)}, {"questions": QUESTIONS[:9]}],
+    ids=["seed", "config", "questions"],
+)
+def test_a_journal_of_other_inputs_is_not_continued(
+    tiny_policy, tmp_path, scripted, monkeypatch, change
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs_module, "_finish", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            make(tiny_policy, tmp_path)
+    assert (tmp_path / "pairs.jsonl.journal").exists()
+    with pytest.warns(UserWarning, match="other inputs"):
+        report = make(tiny_policy, tmp_path, **change)
+    assert report.resumed == 0
+
+
+def test_full_disk_says_what_is_kept(tiny_policy, tmp_path, scripted, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pairs_module.os, "fsync", full)
+    with pytest.raises(RunError, match="No space left on device; what was finished is kept"):
+        make(tiny_policy, tmp_path)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_question_longer_than_the_context(tiny_policy, tmp_path, scripted):
+    long = Question("long", "Why " * 2100 + "number 99 ?", where="my.jsonl, line 7")
+    with pytest.raises(DataError, match=r'my.jsonl, line 7 \("long"\): its prompt has'):
+        make(tiny_policy, tmp_path, questions=[*QUESTIONS, long])
+    report = make(tiny_policy, tmp_path, questions=[*QUESTIONS, long], skip_long=True)
+    assert report.rejected["too_long"] == 1
+    assert read_jsonl(tmp_path / "rejects.jsonl")[-1]["reason"] == Reason.TOO_LONG
+
+
+def test_bad_questions_and_options(tiny_policy, tmp_path, scripted):
+    with pytest.raises(DataError, match="no questions"):
+        make(tiny_policy, tmp_path, questions=[])
+    with pytest.raises(DataError, match='2 questions have the id "q0"'):
+        make(tiny_policy, tmp_path, questions=[QUESTIONS[0], QUESTIONS[0]])
+    with pytest.raises(DataError, match="this one has none"):
+        make(tiny_policy, tmp_path, replace(PAPER, annotated=True))
+    with pytest.raises(ConfigError, match='did you mean "near_equal"'):
+        make(tiny_policy, tmp_path, replace(PAPER, filters=("near_equals",)))
+    with pytest.raises(ConfigError, match='"none"'):
+        make(tiny_policy, tmp_path, replace(PAPER, filters=("none", "equal")))
+    with pytest.raises(ConfigError, match="belongs to pairs.mode=paper"):
+        make(tiny_policy, tmp_path, replace(DEFAULT, legacy=True))
+
+
+def test_annotated_mode_shows_the_candidates(tiny_policy, tmp_path, scripted):
+    question = replace(QUESTIONS[0], candidates=("gravity", "a ghost"), gold=0)
+    make(tiny_policy, tmp_path, replace(PAPER, annotated=True), [question])
+    assert "gravity; a ghost" in scripted.asked[0]
+    scripted.asked.clear()
+    make(tiny_policy, tmp_path / "plain", PAPER, [question])
+    assert "a ghost" not in scripted.asked[0]
+
+
+ANNOTATED = [
+    Question("a", "What falls?", ("a stone", "a hill", "a lake"), 0),
+    Question("b", "What burns?", ("water", "dry wood", "a pebble"), 1),
+]
+
+
+def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted):
+    gold = PairsConfig(mode="gold", shots=1)
+    report = make(tiny_policy, tmp_path, gold, ANNOTATED)
+    assert scripted.asked == []
+    assert report.completions == report.tokens == 0
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    for pair, question in zip(first, ANNOTATED, strict=True):
+        assert pair.correct == question.candidates[question.gold]
+        assert pair.incorrect in set(question.candidates) - {pair.correct}
+    refine(tiny_policy, tmp_path / "later", first, gold, questions=ANNOTATED)
+    later = read_pairs(tmp_path / "later" / "pairs.jsonl")
+    assert [(p.correct, p.incorrect) for p in later] == [(p.correct, p.incorrect) for p in first]
+    with pytest.raises(DataError, match="gold needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", gold, [QUESTIONS[0]])
+    with pytest.raises(ConfigError, match='"pairs.annotated" is about answers'):
+        make(tiny_policy, tmp_path / "both", replace(gold, annotated=True), ANNOTATED)
+
+
+def test_random_mode_draws_lots(tiny_policy, tmp_path, scripted):
+    mode = PairsConfig(mode="random", shots=1)
+    many = [replace(ANNOTATED[0], id=f"q{i}", text=f"What falls in case {i}?") for i in range(60)]
+    report = make(tiny_policy, tmp_path, mode, many)
+    assert scripted.asked == []
+    assert (report.pairs, report.completions) == (60, 0)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    refine(tiny_policy, tmp_path / "later", first, mode, questions=many)
+    later = read_pairs(tmp_path / "later" / "pairs.jsonl")
+    assert [p.incorrect for p in later] == [p.incorrect for p in first]
+    for pairs in (first, later):
+        assert all(pair.correct != pair.incorrect for pair in pairs)
+        # By chance a third is right: 20 of 60, with a standard deviation of 3.7.
+        assert 5 <= sum(pair.correct == "a stone" for pair in pairs) <= 42
+    with pytest.raises(DataError, match="random needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", mode, [QUESTIONS[0]])
+    with pytest.raises(ConfigError, match='"pairs.self_check" is about answers'):
+        make(tiny_policy, tmp_path / "both", replace(mode, self_check=True), many)
+
+
+def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path, monkeypatch):
+    credible = {"a stone": -1.0, "a hill": -3.0, "a lake": -2.0}
+    credible |= {"dry wood": -3.0, "a pebble": -1.0, "water": -2.0}
+
+    def judge(policy, requests):
+        end = policy.tokenizer.eos_token
+        answers = [r.completion.removesuffix(end).strip() for r in requests]
+        values = [0.0 if i % 2 else credible[a] for i, a in enumerate(answers)]  # no question: 0
+        return [SimpleNamespace(logprob=value, tokens=1) for value in values]
+
+    monkeypatch.setattr("grath_utils.pairs.writers.score_completions", judge)
+    pick = PairsConfig(mode="pick", shots=1)
+    report = make(tiny_policy, tmp_path, pick, ANNOTATED)
+    assert report.completions == report.tokens == 0
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    # The gold of the second question is what the model believes least: it is not told.
+    assert [(p.correct, p.incorrect) for p in first] == [
+        ("a stone", "a hill"),
+        ("a pebble", "dry wood"),
+    ]
+    credible |= {"a stone": -2.0, "a lake": -1.0}  # the trained model sees it otherwise
+    refine(tiny_policy, tmp_path / "later", first, pick, questions=ANNOTATED)
+    later = read_pairs(tmp_path / "later" / "pairs.jsonl")
+    assert [(p.correct, p.incorrect) for p in later] == [
+        ("a lake", "a hill"),
+        ("a pebble", "dry wood"),
+    ]
+    with pytest.raises(DataError, match="pick needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", pick, [QUESTIONS[0]])
+
+
+@pytest.mark.parametrize("mode", UNASKED_MODES)
+def test_a_question_whose_options_are_all_the_same_is_rejected(tiny_policy, tmp_path, mode):
+    same = Question("c", "Where?", ("here", "here"), 1)
+    config = PairsConfig(mode=mode)
+    report = make(tiny_policy, tmp_path, config, [*ANNOTATED, same])
+    assert (report.pairs, report.rejected) == (2, {"equal": 1})
+    first = [*read_pairs(tmp_path / "pairs.jsonl"), Pair("c", "Where?", "there", "here")]
+    refine(tiny_policy, tmp_path / "later", first, config, questions=[*ANNOTATED, same])
+
+
+def test_gold_pairs_pass_the_same_filters(tiny_policy, tmp_path):
+    odd = Question("c", "Where?", ("here", "Here."), 1)
+    report = make(tiny_policy, tmp_path, PairsConfig(mode="gold"), [*ANNOTATED, odd])
+    assert (report.pairs, report.rejected) == (2, {"equal": 1})
+
+
+PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iteration": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no pair in it"),
+        ([PAIR, {**PAIR, "id": "b", "correct": " "}], 'pair 2: "correct" holds'),
+        ([{k: v for k, v in PAIR.items() if k != "incorrect"}], 'pair 1: "incorrect" is missing'),
+        ([PAIR, PAIR], 'pair 2: id "a" is that of pair 1'),
+        ([{**PAIR, "incorrect": "x "}], 'both answers are "x"'),
+        ([{**PAIR, "iteration": -1}], '"iteration" holds -1'),
+        ([{**PAIR, "contrast": "big"}], '"contrast" holds'),
+    ],
+)
+def test_bad_pair_files(tmp_path, rows, message):
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, rows)
+    with pytest.raises(DataError, match=message):
+        read_pairs(path)
+
+
+def test_pair_round_trip(tmp_path):
+    pairs = [Pair("a", "Why?", "x", "y", 2, 0.5), Pair("b", "Who?", "v", "w")]
+    write_jsonl(tmp_path / "p.jsonl", [p.to_row() for p in pairs])
+    assert read_pairs(tmp_path / "p.jsonl") == pairs
+    assert "contrast" not in json.loads((tmp_path / "p.jsonl").read_text().splitlines()[1])
+
+
+# --- the real model ------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_default_model_writes_pairs_in_both_modes(default_policy, tmp_path):
+    questions = [
+        Question("a", "Which organ pumps blood through the body?"),
+        Question("b", "Why do leaves look green?"),
+        Question("c", "What do bees collect from flowers?"),
+        Question("d", "What is ice made of?"),
+    ]
+    paper = make(default_policy, tmp_path / "paper", PairsConfig(mode="paper"), questions)
+    default = make(default_policy, tmp_path / "default", PairsConfig(candidates=2), questions)
+    assert default.pairs >= paper.pairs >= 1
+    assert paper.pairs + sum(paper.rejected.values()) == 4
+    for pair in read_pairs(tmp_path / "default" / "pairs.jsonl"):
+        assert pair.contrast > 0

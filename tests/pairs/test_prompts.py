@@ -1,0 +1,147 @@
+"""Prompts: the official structure, any chat template, and what DPO trains on."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoTokenizer
+
+from grath_utils.errors import UsageError
+from grath_utils.pairs import prompts
+from grath_utils.pairs.parsing import check_pair, parse_pair
+from grath_utils.pairs.prompts import (
+    answer_messages,
+    demonstrations,
+    pair_messages,
+    question_messages,
+    render_chat,
+    training_completion,
+    training_prompt,
+)
+from grath_utils.pairs.questions import Question
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama):
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.mark.parametrize("mode", ["paper", "default"])
+def test_pair_prompt_has_the_official_structure(mode):
+    messages = pair_messages("Why?", demonstrations(mode, "pair", 6))
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 6 + ["user"]
+    for user, assistant in zip(messages[:-1:2], messages[1::2], strict=True):
+        first, second = user["content"].split("\n")
+        asked = first.removeprefix("Consider the following question: ")
+        assert asked != first
+        assert "correct answer" in second
+        assert "incorrect answer" in second
+        lines = assistant["content"].split("\n")
+        assert lines[0] == f"Question: {asked}"
+        assert lines[1].startswith("Correct answer: ")
+        assert lines[2].startswith("Incorrect answer: ")
+        assert len(lines) == 3
+    assert messages[-1]["content"].startswith("Consider the following question: Why?\n")
+
+
+@pytest.mark.parametrize("mode", ["paper", "default"])
+def test_demonstrations_pass_their_own_parser_and_filters(mode):
+    for shot, message in zip(
+        demonstrations(mode, "pair", 6),
+        pair_messages("Why?", demonstrations(mode, "pair", 6))[1::2],
+        strict=True,
+    ):
+        parsed = parse_pair(message["content"])
+        assert (parsed.correct, parsed.incorrect) == (shot.correct, shot.incorrect)
+        if shot.correct != "I have no comment.":
+            assert check_pair(shot.question, parsed) is None
+
+
+def test_zero_shot_and_too_many_shots():
+    assert len(pair_messages("Why?", demonstrations("paper", "pair", 0))) == 1
+    with pytest.raises(UsageError, match="there are 6"):
+        demonstrations("paper", "pair", 7)
+
+
+def test_sets_of_demonstrations_are_disjoint():
+    sets = [
+        {d.question for d in demonstrations(mode, kind, 6)}
+        for mode, kind in (("paper", "pair"), ("default", "pair"), ("default", "single"))
+    ]
+    assert [len(s) for s in sets] == [6, 6, 6]
+    assert not sets[0] & sets[1]
+    assert not sets[0] & sets[2]
+    assert not sets[1] & sets[2]
+
+
+def test_only_paper_mode_shows_benchmark_text():
+    assert "TruthfulQA" in prompts.PROMPT_OVERLAP["paper"]
+    assert prompts.PROMPT_OVERLAP["default"] == ""
+    primer = {d.question for d in prompts.PRIMER_DEMONSTRATIONS}
+    shown = {m["content"] for m in pair_messages("Why?", demonstrations("default", "pair", 6))}
+    assert not any(question in text for question in primer for text in shown)
+
+
+def test_single_answer_prompts_differ_in_kind_only():
+    shots = demonstrations("default", "single", 2)
+    true, false = (answer_messages("Why?", shots, kind) for kind in ("correct", "incorrect"))
+    assert true[1]["content"] == shots[0].correct
+    assert false[1]["content"] == shots[0].incorrect
+    assert true[0]["content"] != false[0]["content"]
+    assert true[-1]["content"].endswith(": Why?")
+
+
+def test_candidates_are_shown_only_where_given():
+    asked = pair_messages("Why?", (), candidates=("this", "that"))[-1]["content"]
+    assert "this; that" in asked
+    assert "candidates" not in pair_messages("Why?", ())[-1]["content"]
+    assert (
+        "this; that"
+        in answer_messages("Why?", (), "correct", candidates=("this", "that"))[-1]["content"]
+    )
+
+
+# --- rendering -----------------------------------------------------------------------------------
+
+
+def test_chat_prompt_ends_where_the_answer_begins(tokenizer):
+    text = training_prompt(tokenizer, Question("q", "Why?"))
+    assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert text == render_chat(tokenizer, question_messages("Why?"))
+
+
+def test_qa_prompt_is_the_one_of_the_test(tokenizer):
+    assert training_prompt(tokenizer, "Why?", "qa").endswith("Q: Why?\nA:")
+    with pytest.raises(UsageError, match="valid ones are: chat, qa"):
+        training_prompt(tokenizer, "Why?", "plain")
+
+
+def test_completion_ends_with_the_end_token_once(tokenizer):
+    assert training_completion(tokenizer, "So.", "chat") == "So.<|im_end|>"
+    assert training_completion(tokenizer, "So.", "qa") == " So.<|im_end|>"
+
+
+@pytest.mark.parametrize("prompt_format", ["chat", "qa"])
+def test_prompt_and_completion_tokenize_apart_as_together(tokenizer, prompt_format):
+    prompt = training_prompt(tokenizer, "Why is the sky there?", prompt_format)
+    completion = training_completion(tokenizer, "The end.", prompt_format)
+    ids = [prompts.token_ids(tokenizer, text) for text in (prompt, completion, prompt + completion)]
+    assert ids[0] + ids[1] == ids[2]
+
+
+def test_without_a_template_there_are_plain_lines(tiny_llama):
+    base = AutoTokenizer.from_pretrained(tiny_llama)
+    base.chat_template = None
+    text = render_chat(base, pair_messages("Why?", demonstrations("default", "pair", 1)))
+    assert text.startswith("User: Consider the following question: ")
+    assert text.endswith("\nAssistant:")
+    assert text.count("Assistant:") == 2
+
+
+def test_begin_of_sequence_comes_once(tiny_llama):
+    """Templates write it themselves; adding special tokens would double it."""
+    llama = AutoTokenizer.from_pretrained(tiny_llama)
+    llama.chat_template = "{{ bos_token }}" + llama.chat_template
+    ids = prompts.token_ids(llama, render_chat(llama, question_messages("Why?")))
+    assert ids[0] == llama.bos_token_id
+    # In this vocabulary the same token opens the user's turn: once for the text, once for it.
+    assert ids[:3].count(llama.bos_token_id) == 2

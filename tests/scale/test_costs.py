@@ -1,0 +1,222 @@
+"""The cost model: counted parts exactly, measured ones within a factor, the table as published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from grath_utils.cli import commands as cli
+from grath_utils.config import LoraConfig, ModelConfig, load_config, profile_names
+from grath_utils.errors import DataError, ModelError
+from grath_utils.evaluation.benchmarks import BENCHMARKS
+from grath_utils.loop import stages
+from grath_utils.loop.run_dir import Run
+from grath_utils.scale import costs
+from grath_utils.scale.costs import DEVICES, GIB, cpu_device, estimate, total
+from grath_utils.scale.shapes import KNOWN, NF4_BYTES, shape_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = cpu_device(1e12, 24 * GIB)
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+# --- counted -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as the models' pages on the Hub state them
+        ("default", 134_515_008),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120),
+        ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384),
+        ("meta-llama/Llama-2-7b-chat-hf", 6_738_415_616),
+        ("HuggingFaceH4/zephyr-7b-beta", 7_241_732_096),
+        ("meta-llama/Llama-2-70b-chat-hf", 68_976_648_192),
+    ],
+)
+def test_parameters_of_the_known_models(name: str, parameters: int) -> None:
+    assert KNOWN[name].parameters == parameters
+
+
+def test_a_shape_is_read_from_a_folder_and_its_parameters_are_the_models(tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    shape = shape_of(ModelConfig(name=str(tiny_llama)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.weight_bytes("float32") == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("all-linear",)])
+def test_lora_parameters_are_those_that_peft_adds(tiny_policy, tiny_llama, targets) -> None:
+    from grath_utils.dpo.round import add_adapter
+
+    lora = LoraConfig(r=4, alpha=8, targets=targets)
+    policy = add_adapter(tiny_policy, lora, seed=0)
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    assert shape_of(ModelConfig(name=str(tiny_llama))).lora_parameters(lora) == trained
+
+
+def test_the_cache_of_keys_and_values_has_the_bytes_that_are_counted(tiny_policy) -> None:
+    shape = shape_of(tiny_policy.config)
+    cache = tiny_policy.model(torch.arange(3, 40)[None], use_cache=True).past_key_values
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert shape.kv_cache_bytes(37, "float32") == found
+
+
+def test_four_bits_are_4_127_bits() -> None:
+    assert abs(8 * NF4_BYTES - 4.127) < 5e-4  # QLoRA, arXiv 2305.14314, section 3
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("q_proj",), ALL])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(tiny_llama, targets, dtype, checkpointing) -> None:
+    small, large = (
+        saved_bytes(tiny_llama, layers, targets, dtype, checkpointing) for layers in (2, 4)
+    )
+    shape = shape_of(ModelConfig(name=str(tiny_llama)))
+    counted = costs.activation_bytes(
+        shape, LoraConfig(r=4, targets=targets), dtype, checkpointing=checkpointing
+    )
+    assert (large - small) / 2 == pytest.approx(counted, rel=0.01)
+
+
+def saved_bytes(folder: Path, layers: int, targets, dtype: str, checkpointing: bool) -> float:
+    """Bytes a token that the forward pass of a model with an adapter keeps for the backward."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(folder, num_hidden_layers=layers)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model = get_peft_model(model, PeftLora(r=4, target_modules=list(targets)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = 64
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.arange(3, 3 + tokens)[None]
+        mask = torch.zeros(1, 1, tokens, tokens, dtype=getattr(torch, dtype))
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    assert output.logits.requires_grad
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / tokens
+
+
+def test_a_model_of_unknown_shape_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="shape of the model .*not known here"):
+        shape_of(ModelConfig(name="someone/unheard-of"))
+    (tmp_path / "config.json").write_text('{"hidden_size": 8, "vocab_size": 9}')
+    with pytest.raises(ModelError, match="lacks intermediate_size, num_hidden_layers"):
+        shape_of(ModelConfig(name=str(tmp_path)))
+
+
+# --- estimated -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_every_stage_of_every_profile_has_an_estimate(profile: str, tmp_path: Path) -> None:
+    config = load_config(profile)
+    found = estimate(config, DEVICES["H100"])
+    assert {s.name for s in stages(Run(tmp_path, config))} <= {cost.name for cost in found}
+    assert all(cost.seconds > 0 and cost.memory > 0 and cost.flops > 0 for cost in found)
+
+
+def test_more_work_takes_longer_and_a_larger_model_more_memory() -> None:
+    base = total(estimate(load_config("cpu"), CPU))
+    for change in (
+        "dpo.steps=60",
+        "questions.limit=300",
+        "pairs.candidates=8",
+        "loop.iterations=3",
+    ):
+        assert total(estimate(load_config("cpu", change), CPU)).seconds > base.seconds
+    larger = load_config("cpu", "model.name=HuggingFaceTB/SmolLM2-360M-Instruct")
+    assert total(estimate(larger, CPU)).memory > base.memory
+    assert set(costs.BENCHMARK_WORK) == set(BENCHMARKS)
+
+
+def test_four_bits_and_checkpointing_save_memory_on_a_gpu() -> None:
+    def peak(overrides: str) -> float:
+        config = load_config("paper-llama2", overrides)
+        found = {c.name: c for c in estimate(config, DEVICES["H100"])}
+        return found["train, iteration 0"].memory
+
+    assert peak("") < peak("dpo.gradient_checkpointing=false")
+    assert peak("") < peak("model.quantization=none") - 8 * GIB
+    # A CPU holds the rounded weights in 16 bits.
+    on_cpu = [total(estimate(load_config("cpu", o), CPU)).memory for o in ("", QUANTIZED)]
+    assert on_cpu[0] == on_cpu[1]
+
+
+QUANTIZED = "model.quantization=none"
+
+
+def test_unknown_sizes_are_said_to_be_so() -> None:
+    config = load_config("cpu", {"questions.source": "someone/set", "questions.limit": None})
+    with pytest.raises(DataError, match=r"set questions\.limit"):
+        costs.question_count(config)
+    assert costs.question_count(load_config("paper-llama2")) == 1119
+
+
+# --- compared ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", costs.compare_with_measurements(), ids=lambda row: row[0])
+def test_predictions_are_within_a_factor_of_two_of_what_was_measured(row) -> None:
+    what, unit, measured, predicted = row
+    assert measured / 2 < predicted < measured * 2, f"{what}: {measured} against {predicted} {unit}"
+
+
+def test_the_readme_holds_the_table_as_it_is_computed() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert costs.scale_markdown() in text, (
+        "README.md, `How long on what`: put in what this prints:\n"
+        "python -c 'from grath_utils import costs; print(costs.scale_markdown())'"
+    )
+
+
+# --- the dry run ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", profile_names())
+def test_a_dry_run_estimates_time_and_memory(profile, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(costs, "this_device", lambda model: CPU)
+    folder = tmp_path / "planned"
+    assert cli.main(["run", "--dry-run", "--profile", profile, "--run-dir", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("  to do")]
+    assert len(lines) == len(stages(Run(folder, load_config(profile))))
+    assert all(line.endswith("GiB") for line in lines)
+    assert "to do: about" in shown
+    assert ("on one H100" in shown) == profile.startswith("paper-")
+    assert ("on one T4" in shown) == (profile == "colab-t4")
+    assert not folder.exists()
+
+
+def test_a_dry_run_without_a_known_shape_still_shows_the_plan(tmp_path, capsys) -> None:
+    arguments = ["run", "--dry-run", "--profile", "smoke", "--run-dir", str(tmp_path / "x")]
+    assert cli.main([*arguments, "--set", "model.name=someone/unheard-of"]) == 0
+    shown = capsys.readouterr().out
+    assert "to do   train, iteration 1" in shown
+    assert "no estimate of time and memory: the shape of the model" in shown
+
+
+def test_this_machine_can_be_measured() -> None:
+    device = costs.this_device(ModelConfig(), seconds=0.05)
+    assert device.peak > 1e8
+    assert device.memory > GIB

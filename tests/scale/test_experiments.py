@@ -1,0 +1,173 @@
+"""Experiments beside a run: what they are cut to, that they share and resume, and how they read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from grath_utils.config import load_config
+from grath_utils.errors import GrathError, UsageError
+from grath_utils.files import read_json, write_text
+from grath_utils.loop.run_dir import Run, open_run
+from grath_utils.scale.experiments import (
+    SIZES,
+    changes,
+    contrasts,
+    cut_grid,
+    folder_of,
+    run_experiment,
+    size_of,
+    verdicts,
+    why_not,
+)
+from grath_utils.scale.grids import expand, read_grid
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose experiments are as little as they can be."""
+    folder = tmp_path_factory.mktemp("experiments")
+    rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(6)]
+    write_text(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model.name": str(tiny_llama),
+        "model.dtype": "float32",
+        "model.device": "cpu",
+        "questions.source": str(folder / "questions.jsonl"),
+        "questions.limit": None,
+        "pairs.filters": ["none"],
+        "pairs.shots": 0,
+        "pairs.candidates": 6,
+        "pairs.max_new_tokens": 8,
+        "dpo.learning_rate": 0.05,
+        "dpo.steps": 1,
+        "evaluation.benchmarks": ["probe"],
+        "evaluation.limit": 6,
+        "evaluation.bootstrap": 100,
+    }
+    return open_run(folder / "run", load_config("smoke", settings))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_the_sizes_are_settings_of_their_profiles() -> None:
+    for profile, size in SIZES.items():
+        config = load_config(profile, size)
+        assert {key: config.flat()[key] for key in size} == size
+        assert config.pairs.mode == "default"  # the experiments are about answers that are written
+        assert config.questions.source == "own"
+
+
+def test_a_cut_grid_is_small_and_keeps_what_the_user_and_the_experiment_set(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", load_config("cpu", {"dpo.steps": 20, "dpo.beta": 0.3}, seed=4))
+    assert size_of(run) == {**SIZES["cpu"], "dpo.steps": 20, "dpo.beta": 0.3}
+    path = cut_grid("what_matters_chain", run, {"dpo.chain": ["continue", "fresh"]})
+    assert path.is_relative_to(folder_of(run))
+    points = expand(read_grid(str(path)))
+    assert [point.config.dpo.chain for point in points] == ["continue", "fresh"]
+    for point in points:
+        assert point.config.seed == 4
+        assert point.config.dpo.steps == 20  # the user's
+        assert point.config.dpo.beta == 0.3
+        assert point.config.questions.limit == SIZES["cpu"]["questions.limit"]
+        assert point.config.loop.iterations == 3  # the shipped grid's, for the small one has one
+    common = {"dpo.beta": 1, "loop.iterations": 2}
+    again = cut_grid("what_matters_chain", run, {"dpo.chain": ["fresh"]}, common=common)
+    tree = yaml.safe_load(again.read_text(encoding="utf-8"))
+    assert tree["set"]["dpo.beta"] == 1  # else the experiment would ask something else
+    assert tree["set"]["loop.iterations"] == 2
+
+
+def test_an_axis_goes_before_a_size_and_before_the_user(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", load_config("smoke", {"questions.limit": 30}))
+    axes = {"questions.limit": [4, 8], "seed": [1, 2]}
+    points = expand(read_grid(str(cut_grid("what_matters_pairs", run, axes))))
+    found = [(point.config.questions.limit, point.config.seed) for point in points]
+    assert found == [(4, 1), (4, 2), (8, 1), (8, 2)]
+
+
+def test_a_key_that_the_grid_does_not_vary_is_refused(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", load_config("smoke"))
+    with pytest.raises(UsageError, match=r'does not vary "dpo.chian"; did you mean "dpo.chain"'):
+        cut_grid("what_matters_chain", run, {"dpo.chian": ["fresh"]})
+
+
+def test_an_experiment_runs_shares_and_reads(tiny_run: Run) -> None:
+    said: list[str] = []
+    grid = cut_grid("what_matters_iterations", tiny_run, {"loop.iterations": [1, 2]})
+    trials, failed = run_experiment(grid, say=said.append)
+    assert failed == []
+    assert [trial.name for trial in trials] == ["iterations=1", "iterations=2"]
+    assert [line.split()[0] for line in said] == ["done", "done"]
+    one, two = trials
+    assert one.result("probe", base=True)["items"] == two.result("probe", base=True)["items"]
+
+    moved = dict(changes(trials))
+    assert list(moved) == ["iterations=1: probe mc2", "iterations=2: probe mc2"]
+    (row,) = contrasts(trials)
+    assert row[0] == "iterations=2 against iterations=1: probe mc2"
+    by_item = [
+        [item["metrics"]["mc2"] for item in trial.result("probe")["items"]] for trial in trials
+    ]
+    assert row[1]["value"] == pytest.approx(np.mean(by_item[1]) - np.mean(by_item[0]))
+    assert row[1]["value"] == pytest.approx(
+        moved["iterations=2: probe mc2"]["value"] - moved["iterations=1: probe mc2"]["value"]
+    )
+    ((name, n, shown, least, verdict),) = verdicts([row])
+    assert (name, n) == (row[0], 6)
+    assert f"{100 * row[1]['value']:+.1f} [" in shown
+    assert float(least) == pytest.approx(100 * row[1]["smallest_detectable"], abs=0.06)
+    low, high = row[1]["ci95"]
+    assert verdict == ("cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER")
+
+    nothing = {**row[1], "value": 0.0, "ci95": [0.0, 0.0], "gained": 0, "lost": 0}
+    assert verdicts([("same", nothing)])[0][3:] == ("unknown", "no item moved")
+
+    # Another experiment has the first point as well: it is not run again.
+    runs = folder_of(tiny_run) / "sweep" / "runs"
+    before = sorted(path.name for path in runs.iterdir())
+    grid = cut_grid(
+        "what_matters_shots", tiny_run, {"pairs.shots": [0]}, common={"loop.iterations": 1}
+    )
+    (same,), _ = run_experiment(grid, say=silent)
+    assert same.run.path == one.run.path
+    assert sorted(path.name for path in runs.iterdir()) == before
+
+
+def test_failed_points_are_returned_and_an_experiment_without_any_other_stops(
+    tiny_run: Run,
+) -> None:
+    # The course's tiny questions have no candidates to choose from.
+    common = {"questions.source": tiny_run.config.questions.source}
+    axes = {"pairs.annotated": [False, True]}
+    grid = cut_grid("what_matters_answers", tiny_run, axes, common=common)
+    (trial,), (failed,) = run_experiment(grid, say=silent)
+    assert trial.name == "annotated=false"
+    assert "needs questions with candidates" in failed.error
+    axes = {"pairs.annotated": [True]}
+    with pytest.raises(GrathError, match="no point of what_matters_answers.yaml ended well"):
+        run_experiment(cut_grid("what_matters_answers", tiny_run, axes, common=common), say=silent)
+
+
+def test_runs_of_several_seeds_are_named_by_them(tiny_run: Run) -> None:
+    grid = cut_grid("what_matters_seed", tiny_run, {"seed": [0, 1]})
+    trials, _ = run_experiment(grid, say=silent)
+    assert [trial.name for trial in trials] == ["seed=0", "seed=1"]
+    rows = read_json(folder_of(tiny_run) / "sweep" / "points.json")
+    assert len(rows["points"]) == 2
+    with pytest.raises(UsageError, match="cannot be compared"):  # a limit draws items by the seed
+        contrasts(trials)
+
+
+def test_a_source_that_is_not_there_says_why(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_not(tiny_run, "own") is None
+    monkeypatch.setenv("GRATH_MIRROR", str(tmp_path))
+    assert "has no ai2_arc/ARC-Challenge/train.jsonl" in str(why_not(tiny_run, "arc_challenge"))

@@ -1,0 +1,326 @@
+"""The classroom folder: packed, checked, and installed with no network, by real pip, from toys."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from grath_utils.config import load_config
+from grath_utils.errors import FetchError, UsageError
+from grath_utils.files import read_json, write_json
+from grath_utils.loop.run_dir import Run
+from grath_utils.loop.stages import start_run
+from grath_utils.workshop import checkpoints as workshop
+from grath_utils.workshop import classroom, classroom_install
+from grath_utils.workshop.classroom import (
+    Target,
+    find_target,
+    lacking_requirements,
+    pack,
+    pack_wheels,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] = ()) -> Path:
+    """Write a tiny wheel that runs anywhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {line}" for line in requires]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}.py", f"version = {version!r}\n")
+        archive.writestr(f"{info}/METADATA", "\n".join(lines) + "\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index of toys, the only one that pip may ask."""
+    folder = tmp_path / "index"
+    make_wheel(folder, "torch", "0.1")
+    windows = ('toy_console>=1; sys_platform == "win32"', 'toy_never; extra == "never"')
+    make_wheel(folder, "toy_lab", "1.0", (*windows, 'toy_cuda; sys_platform != "win32"'))
+    make_wheel(folder, "toy_cuda", "2.0")
+    make_wheel(folder, "toy_console", "1.2")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.delenv("GRATH_TORCH_INDEX", raising=False)
+    return folder
+
+
+# An in-tree build backend, so that nothing has to be there to install the toy course.
+BACKEND = """\
+import zipfile
+
+
+def build_editable(folder, config_settings=None, metadata_directory=None):
+    name = "toy_course-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(f"{folder}/{name}", "w") as archive:
+        info = "toy_course-1.0.dist-info"
+        metadata = "Metadata-Version: 2.1\\nName: toy_course\\nVersion: 1.0\\n"
+        archive.writestr(f"{info}/METADATA", metadata)
+        wheel = "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+        archive.writestr(f"{info}/WHEEL", wheel)
+        archive.writestr(f"{info}/RECORD", "")
+    return name
+"""
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toy checkout with the real set-up program."""
+    root = tmp_path / "checkout"
+    for name in ("grath_utils", "notebooks", "runs"):
+        (root / name).mkdir(parents=True)
+    (root / "requirements.txt").write_text("torch==0.1\ntoy_lab==1.0  # a comment\n")
+    (root / "grath_utils" / "bootstrap.py").write_bytes(
+        (ROOT / "grath_utils" / "bootstrap.py").read_bytes()
+    )
+    (root / "notebooks" / "00_start_here.ipynb").write_text("{}")
+    (root / "runs" / "private.txt").write_text("not to be packed")
+    (root / "backend.py").write_text(BACKEND)
+    (root / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    monkeypatch.setattr(classroom.bootstrap, "ROOT", root)
+    monkeypatch.setattr(classroom, "notebooks_dir", lambda: root / "notebooks")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    monkeypatch.setattr(classroom, "default_model_dir", lambda: model)
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run that counts as finished, and whose model counts as the default one."""
+    settings = {"model.name": str(tiny_llama), "model.dtype": "float32", "model.device": "cpu"}
+    monkeypatch.setattr(classroom, "DEFAULT_MODEL", str(tiny_llama))
+    monkeypatch.setattr(classroom, "run_stages", lambda run, say: None)
+    run = start_run(tmp_path / "run", load_config("smoke", settings))
+    run.iteration(0).mkdir()
+    run.pairs(0).write_text("{}\n")
+    return run
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+# --- machines ------------------------------------------------------------------------------------
+
+
+def test_platform_tags() -> None:
+    windows = find_target("win_amd64", "3.12")
+    assert (windows.system, windows.machine, windows.tags) == ("Windows", "AMD64", ("win_amd64",))
+    assert windows.markers()["sys_platform"] == "win32"
+    mac = find_target("macosx_14_0_arm64", "3.13")
+    assert (mac.system, mac.machine, mac.python) == ("Darwin", "arm64", "3.13")
+    linux = find_target("manylinux_2_28_x86_64", "3.11")
+    assert linux.machine == "x86_64"
+    assert linux.tags[0] == "manylinux_2_28_x86_64"
+    assert {"manylinux_2_17_x86_64", "manylinux2014_x86_64"} <= {*linux.tags}
+    for tag, version in (("windows", "3.12"), ("win_amd64", "312"), ("macosx_arm64", "3.12")):
+        with pytest.raises(UsageError):
+            find_target(tag, version)
+
+
+def test_conditions_are_those_of_the_machine_they_are_packed_for(index: Path) -> None:
+    lab, wanted = [index / "toy_lab-1.0-py3-none-any.whl"], [Requirement("toy_lab==1.0")]
+    windows, mac = find_target("win_amd64", "3.12"), find_target("macosx_14_0_arm64", "3.12")
+    assert lacking_requirements(lab, windows, wanted) == {"toy-console": "toy-console>=1"}
+    assert lacking_requirements(lab, mac, wanted) == {"toy-cuda": "toy-cuda"}
+    both = [*lab, index / "toy_console-1.2-py3-none-any.whl"]
+    assert lacking_requirements(both, windows, wanted) == {}
+    extra = [Requirement("toy_lab[never]"), Requirement("toy-never<3")]
+    assert lacking_requirements(both, windows, extra)["toy-never"] == "toy-never<3"
+    assert lacking_requirements([], mac, wanted) == {"toy-lab": "toy-lab==1.0"}
+
+
+# --- wheels --------------------------------------------------------------------------------------
+
+
+def test_wheels_for_another_machine_bring_what_only_it_needs(
+    tmp_path: Path, index: Path, course: Path
+) -> None:
+    # Not to be had, and not needed there: as torch's CUDA packages are for Windows.
+    (index / "toy_cuda-2.0-py3-none-any.whl").unlink()
+    windows = find_target("win_amd64", "3.12")
+    record = pack_wheels(tmp_path / "wheels", course, windows, say=quiet)
+    assert [name.split("-")[0] for name in record["wheels"]] == ["torch", "toy_console", "toy_lab"]
+    assert record["missing"] == []
+    assert read_json(tmp_path / "wheels" / "windows-amd64-3.12.json") == record
+    # Done is done: pip would fail now.
+    for path in index.glob("*.whl"):
+        path.unlink()
+    assert pack_wheels(tmp_path / "wheels", course, windows, say=quiet) == record
+
+
+def test_what_cannot_be_had_is_listed(tmp_path: Path, index: Path, course: Path) -> None:
+    with open(course / "requirements.txt", "a") as file:
+        file.write("toy_absent==3.0  # nowhere\n")
+    lines: list[str] = []
+    mac = find_target("macosx_14_0_arm64", "3.12")
+    record = pack_wheels(tmp_path / "wheels", course, mac, say=lines.append)
+    assert record["missing"] == ["toy-absent==3.0"]
+    assert "NOT to be had for darwin-arm64-3.12: toy-absent==3.0" in lines[-1]
+    assert [name.split("-")[0] for name in record["wheels"]] == ["torch", "toy_cuda", "toy_lab"]
+    with pytest.raises(FetchError, match=r"packages for this machine cannot be had.*toy.absent"):
+        pack_wheels(tmp_path / "wheels", course, classroom.this_machine(), say=quiet)
+    assert not [p for p in (tmp_path / "wheels").iterdir() if p.name.startswith(".pip")]
+    page = classroom.start_page([record], mirror=False)
+    assert "Python 3.12 on Darwin arm64 (**without** toy-absent==3.0)" in page
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def test_packed_without_network_installed_without_network(
+    tmp_path: Path, index: Path, course: Path, run: Run
+) -> None:
+    mirror = tmp_path / "mirror"
+    (mirror / "mmlu").mkdir(parents=True)
+    (mirror / "mmlu" / "dev.jsonl").write_text("{}\n")
+    folder = pack(tmp_path / "room", run, mirror=mirror, say=quiet)
+    assert {p.name for p in folder.iterdir()} == {
+        "START.md", "install.py", "manifest.json",
+        "course", "model", "wheels", "checkpoints", "mirror",
+    }  # fmt: skip
+    assert not (folder / "course" / "runs").exists()
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["finished"] is True
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert there - manifest["files"].keys() == {
+        "manifest.json", f"wheels/{classroom.this_machine().name}.json"
+    }  # fmt: skip
+    assert workshop.find_checkpoint(folder).pairs(0).read_text() == "{}\n"
+
+    # A second call copies nothing, and one after a change what changed.
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("course/**/*") if p.is_file()}
+    (course / "notebooks" / "00_start_here.ipynb").write_text('{"cells": []}')
+    (course / "backend.py").rename(course / "backend2.py")
+    pack(folder, run, mirror=mirror, say=quiet)
+    assert not (folder / "course" / "backend.py").exists()
+    changed = [p.name for p, time in before.items() if p.exists() and p.stat().st_mtime_ns != time]
+    assert changed == ["00_start_here.ipynb"]
+    (course / "backend2.py").rename(course / "backend.py")
+    pack(folder, run, mirror=mirror, say=quiet)
+
+    # No package index, no proxy that works: the folder alone.
+    offline = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "GRATH_", "HF_"))}
+    offline |= {"PIP_CONFIG_FILE": os.devnull, "HTTPS_PROXY": "http://127.0.0.1:9"}
+    install = [sys.executable, str(folder / "install.py")]
+    done = subprocess.run(install, capture_output=True, text=True, env=offline)
+    assert done.returncode == 0, done.stderr
+    assert "-m jupyterlab" in done.stdout
+    python = classroom.bootstrap.python_of(folder / "course" / ".venv")
+    code = "import os, json, torch, toy_lab; print(json.dumps([torch.version, dict(os.environ)]))"
+    said = subprocess.run([python, "-c", code], capture_output=True, text=True, env=offline)
+    version, environment = json.loads(said.stdout)
+    assert version == "0.1"
+    assert environment["GRATH_CACHE"] == str(folder / "model")
+    assert environment["GRATH_MIRROR"] == str(folder / "mirror")
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    own = {**offline, "GRATH_CACHE": "elsewhere"}
+    said = subprocess.run([python, "-c", code], capture_output=True, text=True, env=own)
+    assert json.loads(said.stdout)[1]["GRATH_CACHE"] == "elsewhere"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that install.py can judge."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    entry = {"bytes": 2, "sha256": classroom.sha256_file(tmp_path / "model" / "config.json")}
+    here = classroom.this_machine()
+    targets = [{"system": here.system, "machine": here.machine, "python": here.python}]
+    write_json(
+        tmp_path / "manifest.json",
+        {"finished": True, "targets": targets, "files": {"model/config.json": entry}},
+    )
+    return tmp_path
+
+
+def test_a_damaged_or_unfinished_folder_is_refused(folder: Path) -> None:
+    manifest = classroom_install.read_manifest(folder)
+    classroom_install.check_files(folder, manifest)
+    for content in ("{x", "{ }"):
+        (folder / "model" / "config.json").write_text(content)
+        with pytest.raises(classroom_install.InstallError, match=r"(?s)1 files .*config.json"):
+            classroom_install.check_files(folder, manifest)
+    write_json(folder / "manifest.json", {**manifest, "finished": False})
+    with pytest.raises(classroom_install.InstallError, match="not packed to the end"):
+        classroom_install.read_manifest(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(classroom_install.InstallError, match="no readable manifest"):
+        classroom_install.read_manifest(folder)
+
+
+def test_another_machine_is_told_what_there_is(folder: Path, monkeypatch) -> None:
+    manifest = classroom_install.read_manifest(folder)
+    classroom_install.check_machine(manifest)
+    monkeypatch.setattr(classroom_install.platform, "machine", lambda: "riscv64")
+    with pytest.raises(classroom_install.InstallError, match=r"(?s)riscv64.*packages for: Python"):
+        classroom_install.check_machine(manifest)
+    with pytest.raises(classroom_install.InstallError, match="packed without packages"):
+        classroom_install.check_machine({**manifest, "targets": []})
+
+
+def test_what_cannot_be_taken_elsewhere_is_refused(
+    tmp_path: Path, course: Path, run: Run, tiny_llama: Path
+) -> None:
+    settings = {"model.name": str(tiny_llama), "questions.source": "arc_challenge"}
+    with pytest.raises(UsageError, match='takes its questions from "arc_challenge"'):
+        pack(tmp_path / "room", Run(tmp_path / "r", load_config("smoke", settings)), say=quiet)
+    with pytest.raises(UsageError, match='uses the model "default"'):
+        pack(tmp_path / "room", Run(tmp_path / "r", load_config("smoke")), say=quiet)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "holiday.jpg").write_text("x")
+    with pytest.raises(UsageError, match="is not empty and no classroom folder"):
+        pack(full, run, say=quiet)
+    with pytest.raises(UsageError, match="holds this checkout"):
+        pack(course, run, say=quiet)
+    with pytest.raises(UsageError, match="holds no benchmark"):
+        pack(tmp_path / "room", run, mirror=full, say=quiet)
+    assert not (tmp_path / "room").exists()
+
+
+def test_a_packing_that_was_stopped_goes_on(
+    tmp_path: Path, course: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(classroom, "start_page", killed)
+        pack(tmp_path / "room", run, wheels=False, say=quiet)
+    with pytest.raises(classroom_install.InstallError, match="not packed to the end"):
+        classroom_install.read_manifest(tmp_path / "room")
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "room" / "course").rglob("*.py")}
+    folder = pack(tmp_path / "room", run, wheels=False, say=quiet)
+    assert {p: p.stat().st_mtime_ns for p in there} == there
+    manifest = classroom_install.read_manifest(folder)
+    classroom_install.check_files(folder, manifest)
+    assert "START.md" in manifest["files"]
+
+
+def test_a_target_has_one_name() -> None:
+    assert Target("Windows", "AMD64", "3.12").name == "windows-amd64-3.12"
