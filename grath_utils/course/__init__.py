@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "round_rows",
             "sample_rows",
         ],
-        "exercises": ["check"],
+        "exercises.catalogue": ["check"],
         "notebooks": ["Table", "open_notebook_run"],
         "report": ["summary_table", "write_report"],
     },

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from grath_utils.config import load_config
-from grath_utils.course import exercises
-from grath_utils.course.exercises import EXERCISES, NONE_YET, NOT_YET, RIGHT, check
+from grath_utils.course.exercises import nb00, nb04, nb06
+from grath_utils.course.exercises.catalogue import EXERCISES, check
+from grath_utils.course.exercises.judging import NONE_YET, NOT_YET, RIGHT, score_answers
 from grath_utils.course.notebooks import execute_notebook, numbered_notebooks
 from grath_utils.dpo.round import preference_loss
 from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
+from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.stages import planned_iterations, run_pairs
 from grath_utils.scale import costs
 from grath_utils.scale.experiments import Trial
 
@@ -184,7 +187,7 @@ def test_eight_gpus_are_judged_by_the_total_and_by_the_stage() -> None:
 def test_operations_are_counted_anew() -> None:
     run = Run(Path("nowhere"), load_config("smoke"))
     adapter, everything = (
-        exercises._backward_over_forward(run, everything=every) for every in (False, True)
+        nb06._backward_over_forward(run, everything=every) for every in (False, True)
     )
     assert adapter == pytest.approx(1, abs=0.05), "the gradient of inputs alone"
     assert everything == pytest.approx(2, abs=0.05), "and that of the weights"
@@ -222,13 +225,13 @@ def test_checks_of_notebook_0(run: Run, default_policy: Policy) -> None:
     }  # fmt: skip
     assert judge("easy", (planet, venus, venus)) == NOT_YET
     assert judge("easy", (planet, venus, "No.")) == NOT_YET
-    scores = exercises._score(default_policy, exercises.ANT_QUESTION, exercises.ANT_ANSWERS)
+    scores = score_answers(default_policy, nb00.ANT_QUESTION, nb00.ANT_ANSWERS)
     means = [s.logprob / s.tokens for s in scores]
-    differences = [means[a] - means[b] for a, b in exercises.ANT_PAIRS]
+    differences = [means[a] - means[b] for a, b in nb00.ANT_PAIRS]
     assert judge("medium", differences) == RIGHT
     assert judge("medium", [-d for d in differences]) == NOT_YET
     assert judge("medium", [s.logprob for s in scores[:3]]) == NOT_YET
-    blank = exercises._score(default_policy, "Say something.", exercises.ANT_ANSWERS)
+    blank = score_answers(default_policy, "Say something.", nb00.ANT_ANSWERS)
     gains = [a.logprob - b.logprob for a, b in zip(scores, blank, strict=True)]
     assert judge("hard", gains) == RIGHT
     assert judge("hard", [-gain for gain in gains]) == NOT_YET
@@ -237,13 +240,13 @@ def test_checks_of_notebook_0(run: Run, default_policy: Policy) -> None:
 
 @pytest.mark.model
 def test_checks_of_notebook_1(run: Run, default_policy: Policy) -> None:
-    n = min(10, len(exercises.run_pairs(run, 0)[0]))
+    n = min(10, len(run_pairs(run, 0)[0]))
     assert check(run, "01.easy", [0] * n).state == RIGHT
     assert check(run, "01.easy", [0] * (n - 1)).state == NOT_YET
     assert check(run, "01.easy", [0.5] * n).state == NOT_YET
     assert check(run, "01.medium", Counter(nonsense=8), default_policy).state == NOT_YET
     assert check(run, "01.medium", Counter(usable=3), default_policy).state == NOT_YET
-    train, _ = exercises.run_pairs(run, 0)
+    train, _ = run_pairs(run, 0)
 
     def by_length(pair: Any, side: str) -> float:
         return len(side)
@@ -266,8 +269,8 @@ def test_wrong_answers_in_notebooks_2_to_4(run: Run, default_policy: Policy) -> 
         assert check(run, "02.medium", answer, default_policy).state == NOT_YET
     assert check(run, "03.easy", [0.0, 0.0, 0.0]).state == NOT_YET
     assert check(run, "03.medium", (1.5, 0.5)).state == NOT_YET
-    last = exercises.planned_iterations(run)[-1]
-    own = exercises.read_jsonl(run.training_log(last))
+    last = planned_iterations(run)[-1]
+    own = read_jsonl(run.training_log(last))
     assert "the run itself" in check(run, "03.hard", own).text
     assert check(run, "04.easy", ([0, 0, 1], [2, 3, 4])).state == NOT_YET
     assert check(run, "04.medium", (0.123, 0.123)).state == NOT_YET
@@ -285,7 +288,7 @@ def test_without_a_changed_item_nobody_can_say_how_many_are_needed(run: Run) -> 
 
 @pytest.mark.model
 def test_movers_are_judged_by_value(run: Run) -> None:
-    items, before, after = exercises._measured(run)[0]
+    items, before, after = nb04._measured(run)[0]
     moved = [b["metrics"]["mc2"] - a["metrics"]["mc2"] for a, b in zip(before, after, strict=True)]
     order = sorted(range(len(items)), key=moved.__getitem__)
     assert check(run, "04.easy", (order[-3:], order[:3])).state == RIGHT

@@ -27,7 +27,7 @@ VARIES = "…"
 def messages() -> str:
     """Return every text of the package's code, with a mark where a value is filled in."""
     found = []
-    for path in sorted((ROOT / "grath_utils").glob("*.py")):
+    for path in sorted((ROOT / "grath_utils").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (
@@ -53,9 +53,9 @@ def test_quoted_messages_are_what_the_program_says(quoted: str) -> None:
 @pytest.mark.parametrize("title", ENTRIES)
 def test_every_entry_is_tested_or_dated(title: str) -> None:
     text = " ".join(ENTRIES[title].split())
-    assert re.search(r"\*Tested: `tests/|Checked 20\d\d-\d\d", text), f"{title}: how is it known?"
-    for name, _, test in re.findall(r"tests/(test_\w+)\.py(::(\w+))?", text):
-        path = ROOT / "tests" / f"{name}.py"
+    assert re.search(r"\*Tested: `tests/\w+/test_|Checked 20\d\d-\d\d", text), f"{title}: how is it known?"
+    for name, _, test in re.findall(r"(tests/\w+/test_\w+\.py)(::(\w+))?", text):
+        path = ROOT / name
         assert path.is_file(), f"{title}: {path.name}"
         source = path.read_text(encoding="utf-8")
         assert not test or f"def {test}(" in source, f"{title}: {path.name} has no {test}"
@@ -70,7 +70,7 @@ def test_the_checks_can_fail() -> None:
 
 
 def said_in_help(error: BaseException) -> bool:
-    """Tell whether the page quotes what an error says."""
+    """Return True if the page quotes what an error says."""
     return any(
         all(piece.strip() in str(error) for piece in quoted.split(VARIES)) for quoted in QUOTED
     )

@@ -1,0 +1,102 @@
+"""What the checks of the exercises have in common: a verdict, and the tools to reach it.
+
+No check compares with an answer that is written down: each computes from the run what a right
+answer must be, or tries what was handed in (a function, say) on cases that tell. The last word on
+what is *true* stays with the reader: no check can know that.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grath_utils.engine.encoding import Request
+from grath_utils.engine.models import Policy
+from grath_utils.engine.scoring import score_completions
+from grath_utils.loop.run_dir import Run
+from grath_utils.loop.stages import (
+    load_model,
+)
+from grath_utils.pairs.prompts import question_messages, render_chat
+
+NONE_YET, RIGHT, NOT_YET = "no answer yet", "right", "not yet"
+MARKS = {NONE_YET: "…", RIGHT: "✓", NOT_YET: "✗"}
+VERDICT_COLOURS = {NONE_YET: "#666666", RIGHT: "#009E73", NOT_YET: "#D55E00"}
+
+ROUNDING = 0.5  # nats: what bfloat16 leaves unsure in an answer's sum
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: one of the three states, and a sentence for the reader."""
+
+    state: str
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{MARKS[self.state]} {self.state}: {self.text}"
+
+    def _repr_html_(self) -> str:
+        colour = VERDICT_COLOURS[self.state]
+        return (
+            f"<div style='border-left:4px solid {colour};padding:2px 10px'>"
+            f"<b style='color:{colour}'>{MARKS[self.state]} {self.state}:</b> "
+            f"{html.escape(self.text)}</div>"
+        )
+
+
+class NotYetError(Exception):
+    """An answer is not right yet; the message is a nudge for the reader."""
+
+
+Judge = Callable[[Run, Any, Policy | None], str]
+"""``judge(run, answer, policy)`` returns a sentence if the answer is right, and raises otherwise.
+
+``policy`` is the run's base model, or None: then the judge loads it if it needs it.
+"""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """One exercise: its name (notebook and level), the form of an answer, and what judges it."""
+
+    name: str
+    wanted: str
+    judge: Judge
+
+
+def exercise(name: str, wanted: str) -> Callable[[Judge], Exercise]:
+    """Make an :class:`Exercise` of the function that judges it."""
+    return lambda judge: Exercise(name, wanted, judge)
+
+
+def hold(condition: bool, nudge: str) -> None:
+    """Raise NotYetError with a nudge for the reader unless ``condition`` holds."""
+    if not condition:
+        raise NotYetError(nudge)
+
+
+def finite_numbers(answer: Any, count: int) -> list[float]:
+    """Return an answer as ``count`` finite numbers."""
+    values = [float(value) for value in answer]
+    hold(len(values) == count, f"{count} numbers are wanted, not {len(values)}.")
+    hold(all(map(math.isfinite, values)), "every number has to be finite.")
+    return values
+
+
+def near(found: Sequence[float], wanted: Sequence[float], slack: float) -> bool:
+    return bool(np.allclose(found, wanted, rtol=0, atol=slack))
+
+
+def base_model(run: Run, policy: Policy | None) -> Policy:
+    return policy if policy is not None else load_model(run, None)
+
+
+def score_answers(policy: Policy, question: str, answers: Sequence[str]) -> list[Any]:
+    prompt = render_chat(policy.tokenizer, question_messages(question))
+    return score_completions(policy, [Request(prompt, a, "exercise") for a in answers])

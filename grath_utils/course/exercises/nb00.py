@@ -1,0 +1,87 @@
+"""Notebook 00: one question, two answers, and what their scores compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grath_utils.course.exercises.judging import (
+    ROUNDING,
+    base_model,
+    exercise,
+    finite_numbers,
+    hold,
+    near,
+    score_answers,
+)
+from grath_utils.engine.models import Policy
+from grath_utils.loop.run_dir import Run
+from grath_utils.pairs.parsing import split_words
+
+ANT_QUESTION = "How many legs does an ant have?"  # notebook 0, section 3
+ANT_ANSWERS = ("An ant has six legs.", "An ant has four legs.", "Six legs.", "Four legs.")
+ANT_PAIRS = ((0, 1), (2, 3), (2, 1))
+BLANK_QUESTION = "Say something."
+
+
+@exercise("00.easy", "(question, true answer, false answer), three texts")
+def own_question(run: Run, answer: Any, policy: Policy | None) -> str:
+    question, true, false = (str(part).strip() for part in answer)
+    hold(all((question, true, false)), "one of the three texts is empty.")
+    hold(true != false, "the two answers are the same text.")
+    first, second = split_words(true), split_words(false)
+    shared = len(set(first) & set(second)) / max(len({*first, *second}), 1)
+    hold(
+        abs(len(first) - len(second)) <= 1 and shared >= 0.4,
+        "the answers differ in more than the fact: use the same wording and the same length, or "
+        "the score compares styles.",
+    )
+    right, wrong = (
+        s.logprob for s in score_answers(base_model(run, policy), question, [true, false])
+    )
+    hold(wrong > right, f"the model gets this one right, by {right - wrong:.2f} nats. Try another.")
+    return (
+        f"the model prefers the answer that you call false, by {wrong - right:.2f} nats. Whether "
+        "it is false, only you can look up."
+    )
+
+
+@exercise("00.medium", "three differences, one for each comparison of section 3")
+def ant_mean(run: Run, answer: Any, policy: Policy | None) -> str:
+    found = finite_numbers(answer, len(ANT_PAIRS))
+    scores = score_answers(base_model(run, policy), ANT_QUESTION, ANT_ANSWERS)
+    sums = [scores[a].logprob - scores[b].logprob for a, b in ANT_PAIRS]
+    means = [
+        scores[a].logprob / scores[a].tokens - scores[b].logprob / scores[b].tokens
+        for a, b in ANT_PAIRS
+    ]
+    slack = ROUNDING / 4
+    hold(not near(found, [-m for m in means], slack), "the signs are turned: true minus false.")
+    hold(
+        not near(found[-1:], sums[-1:], slack) or near(sums[-1:], means[-1:], slack),
+        "these look like differences of sums; divide each sum by its number of tokens first.",
+    )
+    hold(near(found, means, slack), "at least one of the three differences is another one.")
+    turned = sum((a > 0) != (b > 0) for a, b in zip(sums, means, strict=True))
+    return f"and {turned} of the three MC1 values differ between sum and mean for this model."
+
+
+@exercise("00.hard", "four gains in nats, in the order of the four answers")
+def ant_information(run: Run, answer: Any, policy: Policy | None) -> str:
+    found = finite_numbers(answer, len(ANT_ANSWERS))
+    model = base_model(run, policy)
+    asked, blank = (
+        [s.logprob for s in score_answers(model, q, ANT_ANSWERS)]
+        for q in (ANT_QUESTION, BLANK_QUESTION)
+    )
+    gains = [a - b for a, b in zip(asked, blank, strict=True)]
+    hold(not near(found, asked, ROUNDING), "these are the scores themselves, not yet a difference.")
+    hold(
+        not near(found, [-gain for gain in gains], ROUNDING),
+        "the sign is turned: what does the real question add?",
+    )
+    hold(
+        near(found, gains, ROUNDING),
+        f'at least one gain is another one. Is the second prompt "{BLANK_QUESTION}", in the same '
+        "chat form?",
+    )
+    return "and what is left when the wording cancels is what the question adds."
