@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render book lab test lint format bench classroom clean
+.PHONY: help setup setup-dev run render book lab test test-fast lint format bench classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -35,8 +35,13 @@ book: setup-dev  ## the whole course as an HTML book with search, in build/book
 lab: setup  ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks
 
-test: setup-dev lint  ## lint and all tests
-	@$(VENV_PYTHON) -m pytest
+test test-fast: export OMP_NUM_THREADS = 1
+
+test: setup-dev lint  ## lint and all tests, on two cores
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup
+
+test-fast: setup-dev lint  ## lint and the tests that take seconds: no real model, no notebook
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not model and not notebook"
 
 lint: setup-dev
 	@$(VENV_PYTHON) -m ruff check .

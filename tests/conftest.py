@@ -17,6 +17,19 @@ from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import run_questions
 from grath_utils.pairs.generate import Pair
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one worker, and all that use the one smoke run in the first."""
+    modules = {item.path for item in items if "smoke" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "smoke" if item.path in modules else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    # What takes longest begins first, so that no worker waits for it at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in modules, item.path not in slow))
+
+
 # Tests never ask a hub for anything; the default model comes from the package index.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

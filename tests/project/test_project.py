@@ -133,7 +133,7 @@ def test_nothing_at_the_top_that_the_layout_does_not_have() -> None:
     allowed = {
         "notebooks", "grath_utils", "data", "tests", "environment.yml", "README.md",
         "pyproject.toml", "requirements.txt", "requirements-dev.txt", "Makefile", "LICENSE",
-        "CITATION.cff", ".ci", ".github", ".gitignore",
+        "CITATION.cff", "CONTRIBUTING.md", "requirements.lock", ".ci", ".github", ".gitignore",
     }  # fmt: skip
     top = {path.relative_to(ROOT).parts[0] for path in tracked_text_files()}
     assert top <= allowed, f"not in the layout: {sorted(top - allowed)}"
