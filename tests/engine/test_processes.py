@@ -19,6 +19,8 @@ from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, DataError, UsageError
 from grath_utils.files import read_json, read_jsonl
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
 LAUNCH += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]

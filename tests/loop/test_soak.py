@@ -13,7 +13,10 @@ from fault_injection import check_same
 
 from grath_utils.files import read_json
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 and fork are POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 and fork are POSIX"),
+]
 
 GRID = """
 profile: smoke

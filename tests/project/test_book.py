@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("myst_nb")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 PAGES = sorted(

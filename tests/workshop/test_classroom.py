@@ -27,6 +27,8 @@ from grath_utils.workshop.classroom import (
     pack_wheels,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
