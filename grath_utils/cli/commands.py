@@ -241,6 +241,7 @@ def _show_plan(options: argparse.Namespace, config: Config) -> None:
     from grath_utils.loop.stages import plan_stages
     from grath_utils.scale import costs
     from grath_utils.scale.shapes import shape_of
+    from grath_utils.text import duration
 
     run = Run(Path(options.run_dir or Path("runs") / Path(options.profile).stem), config)
     plan = plan_stages(run)
@@ -257,14 +258,14 @@ def _show_plan(options: argparse.Namespace, config: Config) -> None:
     expected = {cost.name: cost for cost in costs.estimate(every, device, shape=shape)}
     for stage in plan:
         cost = expected[stage.name]
-        about = f"{costs.show_seconds(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
+        about = f"{duration(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
         print(f"  {'done   ' if stage.done else 'to do  '} {stage.name:40} {about}")
     for what, amount in amounts.items():
         print(f"{what}: {amount:,}")
     left = costs.total([expected[stage.name] for stage in plan if not stage.done])
     print(
         f"here ({device.name}, {device.peak / 1e9:,.0f} GFLOP/s {device.source}), to do: about "
-        f"{costs.show_seconds(left.seconds)}, up to {left.memory / costs.GIB:.1f} GiB"
+        f"{duration(left.seconds)}, up to {left.memory / costs.GIB:.1f} GiB"
     )
     print("notebooks do more than the stages: expect up to half as much again")
     if left.memory > device.memory:
@@ -274,7 +275,7 @@ def _show_plan(options: argparse.Namespace, config: Config) -> None:
         cost = costs.total(costs.estimate(config, gpu, shape=shape))
         print(
             f"on one {gpu.name} (a prediction), all of it: about "
-            f"{costs.show_seconds(cost.seconds)}, {cost.memory / costs.GIB:.1f} GiB of GPU memory"
+            f"{duration(cost.seconds)}, {cost.memory / costs.GIB:.1f} GiB of GPU memory"
         )
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grath_utils.config import LoraConfig, ModelConfig
 from grath_utils.errors import ModelError
@@ -64,15 +62,10 @@ class Shape:
         return self.layers * sum(a * b for a, b in self.linears.values())
 
     @property
-    def embedding_parameters(self) -> int:
-        """Weights of input and output embeddings; they stay in 16 bits."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    @property
     def parameters(self) -> int:
-        """All weights."""
-        norms = self.hidden * (2 * self.layers + 1)
-        return self.linear_parameters + self.embedding_parameters + norms
+        """All weights: the layers' matrices, the embeddings, and the norms."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.linear_parameters + embeddings + self.hidden * (2 * self.layers + 1)
 
     def weight_bytes(self, dtype: str, quantization: str = "none") -> int:
         """Return the bytes of the weights; only the layers' matrices are quantized."""
@@ -95,19 +88,15 @@ class Shape:
         return round(2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype])
 
 
-def _shape(name: str, *sizes: int, tied: bool) -> Shape:
-    return Shape(name, *sizes, tied=tied)
-
-
-SMOLLM2_135M = _shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True)
-SMOLLM2_360M = _shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 49152, tied=True)
-SMOLLM2_1_7B = _shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 49152, tied=True)
-LLAMA2_7B = _shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000, tied=False)
-LLAMA2_70B = _shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000, tied=False)
-MISTRAL_7B = _shape("Mistral-7B", 4096, 14336, 32, 32, 8, 32000, tied=False)
-
 # hidden, intermediate, layers, heads, key-value heads, vocabulary: from the models' config.json.
-KNOWN: dict[str, Shape] = {
+SMOLLM2_135M = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True)
+SMOLLM2_360M = Shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 49152, tied=True)
+SMOLLM2_1_7B = Shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 49152, tied=True)
+LLAMA2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000, tied=False)
+LLAMA2_70B = Shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000, tied=False)
+MISTRAL_7B = Shape("Mistral-7B", 4096, 14336, 32, 32, 8, 32000, tied=False)
+
+KNOWN = {
     "default": SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-360M-Instruct": SMOLLM2_360M,
@@ -117,6 +106,14 @@ KNOWN: dict[str, Shape] = {
     "HuggingFaceH4/zephyr-7b-beta": MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL_7B,
 }
+FIELDS = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "vocabulary": "vocab_size",
+}
+"""Field of a shape -> its key in ``config.json``."""
 
 
 def shape_of(model: ModelConfig) -> Shape:
@@ -128,14 +125,28 @@ def shape_of(model: ModelConfig) -> Shape:
     """
     if model.name in KNOWN:
         return KNOWN[model.name]
+    settings = read_json(_config_file(model))
+    missing = [key for key in FIELDS.values() if key not in settings]
+    if missing:
+        raise ModelError(
+            f"{model.name}: config.json lacks {', '.join(missing)}; costs are known for models of "
+            "Llama's form only"
+        )
+    sizes = {field: int(settings[key]) for field, key in FIELDS.items()}
+    return Shape(
+        name=Path(model.name).name,
+        kv_heads=int(settings.get("num_key_value_heads") or sizes["heads"]),
+        tied=bool(settings.get("tie_word_embeddings", False)),
+        head_dim=int(settings.get("head_dim") or 0),
+        **sizes,
+    )
+
+
+def _config_file(model: ModelConfig) -> Path:
     path = Path(model.name).expanduser() / "config.json"
-    if not path.is_file():
-        path = _in_hub_cache(model)
-    return shape_from_config(model.name, read_json(path))
-
-
-def _in_hub_cache(model: ModelConfig) -> Path:
-    found: Any = None
+    if path.is_file():
+        return path
+    found = None
     with contextlib.suppress(ValueError):  # not of a Hub id's form
         from huggingface_hub import try_to_load_from_cache
 
@@ -147,30 +158,3 @@ def _in_hub_cache(model: ModelConfig) -> Path:
             "model (or its config.json alone) first"
         )
     return Path(found)
-
-
-def shape_from_config(name: str, settings: Mapping[str, Any]) -> Shape:
-    """Return the shape that a model's ``config.json`` tells.
-
-    Raises:
-        ModelError: keys are missing: it is not of Llama's form.
-    """
-    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-    missing = [key for key in [*keys, "vocab_size"] if key not in settings]
-    if missing:
-        raise ModelError(
-            f"{name}: config.json lacks {', '.join(missing)}; costs are known for models of "
-            "Llama's form only"
-        )
-    hidden, intermediate, layers, heads = (int(settings[key]) for key in keys)
-    return Shape(
-        Path(name).name,
-        hidden,
-        intermediate,
-        layers,
-        heads,
-        int(settings.get("num_key_value_heads") or heads),
-        int(settings["vocab_size"]),
-        tied=bool(settings.get("tie_word_embeddings", False)),
-        head_dim=int(settings.get("head_dim") or 0),
-    )

@@ -1,9 +1,10 @@
-"""The cost model: counted parts exactly, measured ones within a factor, the table as published."""
+"""The cost model: counted parts exactly, rates held out from their fit, the table as published."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,8 +12,9 @@ from grath_utils.cli import commands as cli
 from grath_utils.config import LoraConfig, ModelConfig, load_config, profile_names
 from grath_utils.errors import DataError, ModelError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
-from grath_utils.loop import stages
+from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run
+from grath_utils.loop.stages import plan_stages
 from grath_utils.scale import costs
 from grath_utils.scale.costs import DEVICES, GIB, cpu_device, estimate, total
 from grath_utils.scale.shapes import KNOWN, NF4_BYTES, shape_of
@@ -132,38 +134,59 @@ def test_a_model_of_unknown_shape_is_said_to_be_so(tmp_path: Path) -> None:
 def test_every_stage_of_every_profile_has_an_estimate(profile: str, tmp_path: Path) -> None:
     config = load_config(profile)
     found = estimate(config, DEVICES["H100"])
-    assert {s.name for s in stages(Run(tmp_path, config))} <= {cost.name for cost in found}
-    assert all(cost.seconds > 0 and cost.memory > 0 and cost.flops > 0 for cost in found)
+    assert {s.name for s in plan_stages(Run(tmp_path, config))} <= {cost.name for cost in found}
+    assert all(cost.seconds > 0 and cost.memory > 0 for cost in found)
 
 
-def test_more_work_takes_longer_and_a_larger_model_more_memory() -> None:
-    base = total(estimate(load_config("cpu"), CPU))
-    for change in (
+def cost_of(
+    overrides: str = "", profile: str = "cpu", device: costs.Device = CPU
+) -> costs.StageCost:
+    return total(estimate(load_config(profile, overrides), device))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
         "dpo.steps=60",
         "questions.limit=300",
         "pairs.candidates=8",
         "loop.iterations=3",
-    ):
-        assert total(estimate(load_config("cpu", change), CPU)).seconds > base.seconds
-    larger = load_config("cpu", "model.name=HuggingFaceTB/SmolLM2-360M-Instruct")
-    assert total(estimate(larger, CPU)).memory > base.memory
-    assert set(costs.BENCHMARK_WORK) == set(BENCHMARKS)
+        "dpo.gradient_checkpointing=true",
+        "model.name=HuggingFaceTB/SmolLM2-360M-Instruct",
+    ],
+)
+def test_more_work_takes_longer(more: str) -> None:
+    assert cost_of(more).seconds > cost_of().seconds
+    assert cost_of(more, device=DEVICES["T4"]).flops > cost_of(device=DEVICES["T4"]).flops
 
 
-def test_four_bits_and_checkpointing_save_memory_on_a_gpu() -> None:
-    def peak(overrides: str) -> float:
+def test_the_faster_the_machine_the_shorter_the_run_but_not_in_proportion() -> None:
+    slow, fast, idle = (cost_of(device=cpu_device(p, 24 * GIB)).seconds for p in (1e11, 1e12, 1e15))
+    assert idle < fast < slow < 10 * fast  # norms, softmax and Python get no faster
+    one, eight = (cost_of(profile="paper-llama2", device=DEVICES[d]) for d in ("H100", "8xH100"))
+    assert one.seconds / 8 < eight.seconds < one.seconds
+    assert one.flops == eight.flops
+
+
+def test_what_takes_memory_on_a_gpu_and_on_a_cpu() -> None:
+    def peak(overrides: str = "", device: costs.Device = DEVICES["H100"]) -> float:
         config = load_config("paper-llama2", overrides)
-        found = {c.name: c for c in estimate(config, DEVICES["H100"])}
-        return found["train, iteration 0"].memory
+        return sum(costs.training_memory(config, device).values())
 
-    assert peak("") < peak("dpo.gradient_checkpointing=false")
-    assert peak("") < peak("model.quantization=none") - 8 * GIB
+    assert peak() < peak("dpo.gradient_checkpointing=false")
+    assert peak() < peak("dpo.micro_batch_size=16") < peak("dpo.micro_batch_size=16 lora.r=64")
+    assert peak() < peak("model.quantization=int8") < peak("model.quantization=none") - 3 * GIB
     # A CPU holds the rounded weights in 16 bits.
-    on_cpu = [total(estimate(load_config("cpu", o), CPU)).memory for o in ("", QUANTIZED)]
-    assert on_cpu[0] == on_cpu[1]
+    assert peak(device=CPU) == peak("model.quantization=none", CPU)
+    larger = cost_of("model.name=HuggingFaceTB/SmolLM2-360M-Instruct")
+    assert larger.memory > cost_of().memory
 
 
-QUANTIZED = "model.quantization=none"
+def test_every_benchmark_has_a_cost() -> None:
+    every = load_config("cpu", {"evaluation.benchmarks": list(BENCHMARKS)})
+    found = [cost for cost in estimate(every, CPU) if cost.name.startswith("evaluate")]
+    assert len(found) == len(BENCHMARKS) * (1 + every.loop.iterations)
+    assert all(cost.flops > 0 for cost in found)
 
 
 def test_unknown_sizes_are_said_to_be_so() -> None:
@@ -175,18 +198,49 @@ def test_unknown_sizes_are_said_to_be_so() -> None:
 
 # --- compared ------------------------------------------------------------------------------------
 
+ROWS = read_jsonl(Path(costs.__file__).with_name("measurements.jsonl"))
+KINDS = {"dpo step": "train", "scoring": "score", "pairs": "write"}
 
-@pytest.mark.parametrize("row", costs.compare_with_measurements(), ids=lambda row: row[0])
-def test_predictions_are_within_a_factor_of_two_of_what_was_measured(row) -> None:
-    what, unit, measured, predicted = row
-    assert measured / 2 < predicted < measured * 2, f"{what}: {measured} against {predicted} {unit}"
+
+def test_the_constants_are_fitted_to_what_was_measured() -> None:
+    for what, unit, measured, predicted in costs.compare_with_measurements():
+        assert predicted == pytest.approx(measured, rel=0.5), f"{what} ({unit})"
+
+
+@pytest.mark.parametrize(
+    "held_out", [row for row in ROWS if row["kind"] in KINDS and row["device"] == "cpu"],
+    ids=lambda row: row["what"],
+)  # fmt: skip
+def test_a_machine_is_predicted_from_measurements_on_others(held_out, monkeypatch) -> None:
+    """Without the row, the rate of its kind of work is fitted again: one factor for the rest."""
+    kind = KINDS[held_out["kind"]]
+    rest = [
+        row
+        for row in ROWS
+        if row["kind"] == held_out["kind"]
+        and row["device"] == "cpu"
+        and row["peak"] != held_out["peak"]
+    ]
+    assert rest
+    monkeypatch.setitem(costs.CPU_COSTS, kind, (1.0, 2e-12))  # a guess, not the constants as fitted
+    factor = np.mean([row["measured"] / costs.predict(row) for row in rest])
+    monkeypatch.setitem(costs.CPU_COSTS, kind, (factor, factor * 2e-12))
+    assert held_out["measured"] / 2 < costs.predict(held_out) < held_out["measured"] * 2
+
+
+@pytest.mark.parametrize("kind", ["run", "training memory"])
+def test_what_no_constant_is_fitted_to_comes_out_within_a_factor(kind: str) -> None:
+    """A whole run is the sum of its stages; memory is counted."""
+    for row in ROWS:
+        if row["kind"] == kind:
+            assert row["measured"] / 2 < costs.predict(row) < row["measured"] * 2, row["what"]
 
 
 def test_the_readme_holds_the_table_as_it_is_computed() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert costs.scale_markdown() in text, (
         "README.md, `How long on what`: put in what this prints:\n"
-        "python -c 'from grath_utils import costs; print(costs.scale_markdown())'"
+        "python -c 'from grath_utils.scale import costs; print(costs.scale_markdown())'"
     )
 
 
@@ -200,7 +254,7 @@ def test_a_dry_run_estimates_time_and_memory(profile, tmp_path, capsys, monkeypa
     assert cli.main(["run", "--dry-run", "--profile", profile, "--run-dir", str(folder)]) == 0
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith("  to do")]
-    assert len(lines) == len(stages(Run(folder, load_config(profile))))
+    assert len(lines) == len(plan_stages(Run(folder, load_config(profile))))
     assert all(line.endswith("GiB") for line in lines)
     assert "to do: about" in shown
     assert ("on one H100" in shown) == profile.startswith("paper-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,17 +35,9 @@ def micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
     )
 
     def needed(pairs: float, checkpointing: bool) -> float:
-        dpo = replace(config.dpo, micro_batch_size=int(pairs), gradient_checkpointing=checkpointing)
-        parts = costs.training_memory(
-            shape_of(config.model),
-            config.lora,
-            dpo,
-            device,
-            dtype=device.dtype,
-            quantization=costs.stored_quantization(config, device),
-            pair_tokens=LONG_PAIR,
-        )
-        return sum(parts.values())
+        size = {"dpo.micro_batch_size": int(pairs), "dpo.gradient_checkpointing": checkpointing}
+        config = load_config("paper-llama2", size)
+        return sum(costs.training_memory(config, device, pair_tokens=LONG_PAIR).values())
 
     sizes = [n for n in range(1, batch + 1) if batch % n == 0]
     wanted = [
