@@ -11,7 +11,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render book lab test test-fast lint format bench classroom clean
+.PHONY: help setup setup-dev run render book lab test test-fast lint format bench lock classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -51,6 +51,10 @@ lint: setup-dev
 format: setup-dev  ## format the code
 	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
 	@$(VENV_PYTHON) -m ruff format .
+
+lock:  ## pin every package, for every system and Python, in requirements.lock
+	@$(VENV_PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	  --custom-compile-command "make lock" requirements.txt --output-file requirements.lock
 
 classroom: setup  ## the course with a finished run in one folder that needs no network: CLASSROOM=DIR
 	@$(VENV_PYTHON) -m grath_utils classroom --to $(CLASSROOM) --profile $(PROFILE) --run-dir $(RUN_DIR)

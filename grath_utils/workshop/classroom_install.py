@@ -1,28 +1,27 @@
-"""Install the course from a classroom folder, with no network; run by learners as ``install.py``.
+"""Install the course from a classroom folder, with no network; learners run it as ``install.py``.
 
-`python -m grath_utils classroom --to DIR` puts a copy of this file into the folder. Standard
+``python -m grath_utils classroom --to DIR`` puts a copy of this file into the folder. Standard
 library only, because nothing is installed yet when this runs::
 
     python install.py              # checks the folder, makes course/.venv, says how to start
-    python install.py --at 03      # besides, puts the checkpoint for notebook 03 in its place
+    python install.py --at 03      # also puts the checkpoint for notebook 03 in its place
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = "grath_classroom.pth"  # read by the environment's Python whenever it starts
+SET_UP = "course/grath_utils/workshop/set_up.py"
+SETTINGS = "grath_classroom.pth"  # the environment's Python reads it whenever it starts
 
 
 class InstallError(Exception):
@@ -33,31 +32,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--at", metavar="NN", help="put the checkpoint for this notebook in place")
     options = parser.parse_args(arguments)
+    python = HERE / "course/.venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     try:
         manifest = read_manifest(HERE)
         check_machine(manifest)
         check_files(HERE, manifest)
-        bootstrap = load_bootstrap(HERE)
-        if bootstrap.main(["--wheels", str(HERE / "wheels")]) != 0:
-            return 1
-        python = bootstrap.python_of(HERE / "course" / ".venv")
-        remember_places(HERE, python)
-        if options.at:
-            command = [str(python), "-m", "grath_utils", "checkpoint", "--at", options.at]
-            if subprocess.run([*command, "--from", str(HERE)]).returncode != 0:
-                return 1
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if subprocess.run([sys.executable, HERE / SET_UP, "--wheels", HERE / "wheels"]).returncode:
+        return 1
+    remember_places(HERE, python)
+    if options.at:
+        checkpoint = [python, "-m", "grath_utils", "checkpoint", "--at", options.at, "--from", HERE]
+        if subprocess.run(checkpoint).returncode:
+            return 1
     print(f"\nInstalled. Start it with:\n\n  {python} -m jupyterlab {HERE / 'course/notebooks'}\n")
     return 0
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the folder is said to hold.
+    """Return what the folder should hold: ``targets`` and ``files``.
 
     Raises:
-        InstallError: there is no list, or packing never came to its end.
+        InstallError: there is no manifest, or packing was interrupted.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -74,21 +72,21 @@ def check_machine(manifest: dict[str, Any]) -> None:
     """Refuse a machine or a Python that the folder has no packages for.
 
     Raises:
-        InstallError: says which there are.
+        InstallError: names those that it has packages for.
     """
-    here = (platform.system(), platform.machine(), "{}.{}".format(*sys.version_info))
-    there = [(t["system"], t["machine"], t["python"]) for t in manifest["targets"]]
-    if not there:
+    if not manifest["targets"]:
         raise InstallError(
             "this folder was packed without packages (--no-wheels). With a network, `make setup` "
             "in course/ installs them; GRATH_CACHE=model is the model then"
         )
-    if here not in there:
-        listed = "; ".join(f"Python {python} on {system} {m}" for system, m, python in there)
+    here = "Python {}.{} on {} {}".format(
+        *sys.version_info[:2], platform.system(), platform.machine()
+    )
+    known = ["Python {python} on {system} {machine}".format(**t) for t in manifest["targets"]]
+    if here not in known:
         raise InstallError(
-            f"this is Python {here[2]} on {here[0]} {here[1]}, and the folder has packages for: "
-            f"{listed}. Use such a Python, or have the folder packed with --platform and "
-            "--python-version for yours"
+            f"this is {here}, and the folder has packages for: {'; '.join(known)}. Use such a "
+            "Python, or have the folder packed with --platform and --python-version for yours"
         )
 
 
@@ -98,48 +96,38 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     Raises:
         InstallError: names the files that are missing or damaged.
     """
-    wrong = []
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            wrong.append(name)
-            continue
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                wrong.append(name)
+    wrong = [
+        name for name, entry in manifest["files"].items() if not _is_whole(folder / name, entry)
+    ]
     if wrong:
-        shown = "\n  ".join(wrong[:10]) + ("\n  ..." if len(wrong) > 10 else "")
+        shown = "\n  ".join(wrong[:10] + ["..."] * (len(wrong) > 10))
         raise InstallError(
             f"{len(wrong)} files are missing or damaged; copy the folder again:\n  {shown}"
         )
 
 
-def load_bootstrap(folder: Path) -> ModuleType:
-    """Import the course's own set-up program, alone, from its file."""
-    path = folder / "course" / "grath_utils" / "bootstrap.py"
-    spec = importlib.util.spec_from_file_location("grath_bootstrap", path)
-    if spec is None or spec.loader is None:
-        raise InstallError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
 
 
 def remember_places(folder: Path, python: Path) -> None:
-    """Tell the environment where model and benchmarks are, whichever way it is started.
+    """Tell the environment where model and benchmarks are, however it is started.
 
-    A line that begins with ``import`` in a ``.pth`` file is executed when Python starts (see the
-    documentation of its module ``site``). What the user has set in the environment goes first.
+    When it starts, Python executes a line of a ``.pth`` file that begins with ``import`` (see its
+    module ``site``). What the user has set in the environment takes precedence.
     """
     places = {"GRATH_CACHE": str(folder / "model"), "HF_HUB_OFFLINE": "1"}
     if (folder / "mirror").is_dir():
         places["GRATH_MIRROR"] = str(folder / "mirror")
-    asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     settings = "; ".join(f"os.environ.setdefault({k!r}, {v!r})" for k, v in places.items())
-    aside = site / f"{SETTINGS}.new"
-    aside.write_text(f"import os; {settings}\n", encoding="utf-8")
-    os.replace(aside, site / SETTINGS)
+    partial = site / f"{SETTINGS}.new"
+    partial.write_text(f"import os; {settings}\n", encoding="utf-8")
+    os.replace(partial, site / SETTINGS)
 
 
 if __name__ == "__main__":

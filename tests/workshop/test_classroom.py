@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 
 from grath_utils.config import load_config
 from grath_utils.errors import FetchError, UsageError
 from grath_utils.files import read_json, write_json
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import start_run
-from grath_utils.workshop import checkpoints as workshop
-from grath_utils.workshop import classroom, classroom_install
-from grath_utils.workshop.classroom import (
-    Target,
-    find_target,
-    lacking_requirements,
-    pack,
-    pack_wheels,
-)
+from grath_utils.workshop import checkpoints, classroom, classroom_install
+from grath_utils.workshop.classroom import collect_wheels, find_target, make_classroom
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +61,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+LOCK = """\
+# What `make lock` would write
+torch==0.1
+toy-lab==1.0
+toy-console==1.2 ; sys_platform == "win32"
+toy-cuda==2.0 ; sys_platform != "win32"
+"""
+
 # An in-tree build backend, so that nothing has to be there to install the toy course.
 BACKEND = """\
 import zipfile
@@ -92,16 +94,17 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("grath_utils", "notebooks", "runs"):
         (root / name).mkdir(parents=True)
     (root / "requirements.txt").write_text("torch==0.1\ntoy_lab==1.0  # a comment\n")
-    (root / "grath_utils" / "bootstrap.py").write_bytes(
-        (ROOT / "grath_utils" / "bootstrap.py").read_bytes()
-    )
+    (root / "requirements.lock").write_text(LOCK)
+    workshop = Path("grath_utils", "workshop")
+    (root / workshop).mkdir()
+    shutil.copy(ROOT / workshop / "set_up.py", root / workshop)
     (root / "notebooks" / "00_start_here.ipynb").write_text("{}")
     (root / "runs" / "private.txt").write_text("not to be packed")
     (root / "backend.py").write_text(BACKEND)
     (root / "pyproject.toml").write_text(
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
-    monkeypatch.setattr(classroom.bootstrap, "ROOT", root)
+    monkeypatch.setattr(classroom.set_up, "ROOT", root)
     monkeypatch.setattr(classroom, "notebooks_dir", lambda: root / "notebooks")
     model = tmp_path / "model"
     model.mkdir()
@@ -132,28 +135,15 @@ def quiet(line: str) -> None:
 def test_platform_tags() -> None:
     windows = find_target("win_amd64", "3.12")
     assert (windows.system, windows.machine, windows.tags) == ("Windows", "AMD64", ("win_amd64",))
-    assert windows.markers()["sys_platform"] == "win32"
     mac = find_target("macosx_14_0_arm64", "3.13")
     assert (mac.system, mac.machine, mac.python) == ("Darwin", "arm64", "3.13")
     linux = find_target("manylinux_2_28_x86_64", "3.11")
     assert linux.machine == "x86_64"
-    assert linux.tags[0] == "manylinux_2_28_x86_64"
+    assert (linux.tags[0], linux.name) == ("manylinux_2_28_x86_64", "linux-x86_64-3.11")
     assert {"manylinux_2_17_x86_64", "manylinux2014_x86_64"} <= {*linux.tags}
     for tag, version in (("windows", "3.12"), ("win_amd64", "312"), ("macosx_arm64", "3.12")):
         with pytest.raises(UsageError):
             find_target(tag, version)
-
-
-def test_conditions_are_those_of_the_machine_they_are_packed_for(index: Path) -> None:
-    lab, wanted = [index / "toy_lab-1.0-py3-none-any.whl"], [Requirement("toy_lab==1.0")]
-    windows, mac = find_target("win_amd64", "3.12"), find_target("macosx_14_0_arm64", "3.12")
-    assert lacking_requirements(lab, windows, wanted) == {"toy-console": "toy-console>=1"}
-    assert lacking_requirements(lab, mac, wanted) == {"toy-cuda": "toy-cuda"}
-    both = [*lab, index / "toy_console-1.2-py3-none-any.whl"]
-    assert lacking_requirements(both, windows, wanted) == {}
-    extra = [Requirement("toy_lab[never]"), Requirement("toy-never<3")]
-    assert lacking_requirements(both, windows, extra)["toy-never"] == "toy-never<3"
-    assert lacking_requirements([], mac, wanted) == {"toy-lab": "toy-lab==1.0"}
 
 
 # --- wheels --------------------------------------------------------------------------------------
@@ -164,31 +154,42 @@ def test_wheels_for_another_machine_bring_what_only_it_needs(
 ) -> None:
     # Not to be had, and not needed there: as torch's CUDA packages are for Windows.
     (index / "toy_cuda-2.0-py3-none-any.whl").unlink()
-    windows = find_target("win_amd64", "3.12")
-    record = pack_wheels(tmp_path / "wheels", course, windows, say=quiet)
-    assert [name.split("-")[0] for name in record["wheels"]] == ["torch", "toy_console", "toy_lab"]
-    assert record["missing"] == []
-    assert read_json(tmp_path / "wheels" / "windows-amd64-3.12.json") == record
-    # Done is done: pip would fail now.
-    for path in index.glob("*.whl"):
-        path.unlink()
-    assert pack_wheels(tmp_path / "wheels", course, windows, say=quiet) == record
-
-
-def test_what_cannot_be_had_is_listed(tmp_path: Path, index: Path, course: Path) -> None:
-    with open(course / "requirements.txt", "a") as file:
-        file.write("toy_absent==3.0  # nowhere\n")
-    lines: list[str] = []
+    windows, lines = find_target("win_amd64", "3.12"), []
+    lock = course / "requirements.lock"
+    entry = collect_wheels(tmp_path / "wheels", lock, windows, say=lines.append)
+    assert [name.split("-")[0] for name in entry["wheels"]] == ["torch", "toy_console", "toy_lab"]
+    assert entry["missing"] == []
     mac = find_target("macosx_14_0_arm64", "3.12")
-    record = pack_wheels(tmp_path / "wheels", course, mac, say=lines.append)
-    assert record["missing"] == ["toy-absent==3.0"]
-    assert "NOT to be had for darwin-arm64-3.12: toy-absent==3.0" in lines[-1]
-    assert [name.split("-")[0] for name in record["wheels"]] == ["torch", "toy_cuda", "toy_lab"]
-    with pytest.raises(FetchError, match=r"packages for this machine cannot be had.*toy.absent"):
-        pack_wheels(tmp_path / "wheels", course, classroom.this_machine(), say=quiet)
+    entry = collect_wheels(tmp_path / "wheels", lock, mac, say=lines.append)
+    assert entry["missing"] == ["toy-cuda==2.0"]
+    assert "NOT to be had for darwin-arm64-3.12: toy-cuda==2.0" in lines[-1]
+    assert [name.split("-")[0] for name in entry["wheels"]] == ["torch", "toy_lab"]
+    page = classroom.start_page([entry], mirror=False)
+    assert "Python 3.12 on Darwin arm64 (**without** toy-cuda==2.0)" in page
+    if classroom.this_machine().system != "Windows":
+        with pytest.raises(FetchError, match=r"packages for this machine cannot be had.*toy.cuda"):
+            collect_wheels(tmp_path / "wheels", lock, classroom.this_machine(), say=quiet)
     assert not [p for p in (tmp_path / "wheels").iterdir() if p.name.startswith(".pip")]
-    page = classroom.start_page([record], mirror=False)
-    assert "Python 3.12 on Darwin arm64 (**without** toy-absent==3.0)" in page
+
+
+def test_the_lock_is_that_of_the_requirements_for_every_patch_release() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    pins = {line.partition(" ")[0] for line in text.splitlines()}
+    wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    lacking = {line.partition(" ")[0] for line in wanted if line[:1] not in ("", "#")} - pins
+    assert not lacking, f"`make lock` is due: {lacking}"
+    assert not re.search(r"python_full_version [<>=!]+ '\d+\.\d+\.\d", text)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+@pytest.mark.parametrize("tag", ["win_amd64", "macosx_14_0_arm64", "manylinux_2_28_x86_64"])
+def test_the_lock_has_one_version_of_each_package_on_each_machine(tag: str, python: str) -> None:
+    target = find_target(tag, python)
+    pins = target.pins(ROOT / "requirements.lock")
+    names = [pin.partition("==")[0] for pin in pins]
+    assert len(names) == len(set(names)) > 100
+    assert not [name for name in names if name.startswith(("nvidia", "cuda", "triton"))]
+    assert ("pywinpty" in names) == (target.system == "Windows")
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_packed_without_network_installed_without_network(
     mirror = tmp_path / "mirror"
     (mirror / "mmlu").mkdir(parents=True)
     (mirror / "mmlu" / "dev.jsonl").write_text("{}\n")
-    folder = pack(tmp_path / "room", run, mirror=mirror, say=quiet)
+    folder = make_classroom(tmp_path / "room", run, mirror=mirror, say=quiet)
     assert {p.name for p in folder.iterdir()} == {
         "START.md", "install.py", "manifest.json",
         "course", "model", "wheels", "checkpoints", "mirror",
@@ -209,21 +210,19 @@ def test_packed_without_network_installed_without_network(
     manifest = read_json(folder / "manifest.json")
     assert manifest["finished"] is True
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert there - manifest["files"].keys() == {
-        "manifest.json", f"wheels/{classroom.this_machine().name}.json"
-    }  # fmt: skip
-    assert workshop.find_checkpoint(folder).pairs(0).read_text() == "{}\n"
+    assert there - manifest["files"].keys() == {"manifest.json"}
+    assert checkpoints.find_checkpoint(folder).pairs(0).read_text() == "{}\n"
 
     # A second call copies nothing, and one after a change what changed.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("course/**/*") if p.is_file()}
     (course / "notebooks" / "00_start_here.ipynb").write_text('{"cells": []}')
     (course / "backend.py").rename(course / "backend2.py")
-    pack(folder, run, mirror=mirror, say=quiet)
+    make_classroom(folder, run, mirror=mirror, say=quiet)
     assert not (folder / "course" / "backend.py").exists()
     changed = [p.name for p, time in before.items() if p.exists() and p.stat().st_mtime_ns != time]
     assert changed == ["00_start_here.ipynb"]
     (course / "backend2.py").rename(course / "backend.py")
-    pack(folder, run, mirror=mirror, say=quiet)
+    make_classroom(folder, run, mirror=mirror, say=quiet)
 
     # No package index, no proxy that works: the folder alone.
     offline = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "GRATH_", "HF_"))}
@@ -232,7 +231,7 @@ def test_packed_without_network_installed_without_network(
     done = subprocess.run(install, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
     assert "-m jupyterlab" in done.stdout
-    python = classroom.bootstrap.python_of(folder / "course" / ".venv")
+    python = classroom.set_up.python_of(folder / "course" / ".venv")
     code = "import os, json, torch, toy_lab; print(json.dumps([torch.version, dict(os.environ)]))"
     said = subprocess.run([python, "-c", code], capture_output=True, text=True, env=offline)
     version, environment = json.loads(said.stdout)
@@ -290,22 +289,24 @@ def test_what_cannot_be_taken_elsewhere_is_refused(
 ) -> None:
     settings = {"model.name": str(tiny_llama), "questions.source": "arc_challenge"}
     with pytest.raises(UsageError, match='takes its questions from "arc_challenge"'):
-        pack(tmp_path / "room", Run(tmp_path / "r", load_config("smoke", settings)), say=quiet)
+        make_classroom(
+            tmp_path / "room", Run(tmp_path / "r", load_config("smoke", settings)), say=quiet
+        )
     with pytest.raises(UsageError, match='uses the model "default"'):
-        pack(tmp_path / "room", Run(tmp_path / "r", load_config("smoke")), say=quiet)
+        make_classroom(tmp_path / "room", Run(tmp_path / "r", load_config("smoke")), say=quiet)
     full = tmp_path / "full"
     full.mkdir()
     (full / "holiday.jpg").write_text("x")
-    with pytest.raises(UsageError, match="is not empty and no classroom folder"):
-        pack(full, run, say=quiet)
+    with pytest.raises(UsageError, match="is neither empty nor a classroom folder"):
+        make_classroom(full, run, say=quiet)
     with pytest.raises(UsageError, match="holds this checkout"):
-        pack(course, run, say=quiet)
+        make_classroom(course, run, say=quiet)
     with pytest.raises(UsageError, match="holds no benchmark"):
-        pack(tmp_path / "room", run, mirror=full, say=quiet)
+        make_classroom(tmp_path / "room", run, mirror=full, say=quiet)
     assert not (tmp_path / "room").exists()
 
 
-def test_a_packing_that_was_stopped_goes_on(
+def test_a_packing_that_was_stopped_is_resumed(
     tmp_path: Path, course: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*arguments: object, **more: object) -> None:
@@ -313,16 +314,12 @@ def test_a_packing_that_was_stopped_goes_on(
 
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
         stopped.setattr(classroom, "start_page", killed)
-        pack(tmp_path / "room", run, wheels=False, say=quiet)
+        make_classroom(tmp_path / "room", run, wheels=False, say=quiet)
     with pytest.raises(classroom_install.InstallError, match="not packed to the end"):
         classroom_install.read_manifest(tmp_path / "room")
     there = {p: p.stat().st_mtime_ns for p in (tmp_path / "room" / "course").rglob("*.py")}
-    folder = pack(tmp_path / "room", run, wheels=False, say=quiet)
+    folder = make_classroom(tmp_path / "room", run, wheels=False, say=quiet)
     assert {p: p.stat().st_mtime_ns for p in there} == there
     manifest = classroom_install.read_manifest(folder)
     classroom_install.check_files(folder, manifest)
     assert "START.md" in manifest["files"]
-
-
-def test_a_target_has_one_name() -> None:
-    assert Target("Windows", "AMD64", "3.12").name == "windows-amd64-3.12"
