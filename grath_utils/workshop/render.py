@@ -6,7 +6,7 @@ would change with every run is left out: papermill's own cells and metadata, pat
 progress bars, the state of widgets. A stamp in the notebook's metadata (``grath``) says what the
 outputs come from::
 
-    source_sha256, code_sha256   of the cells, so that a test can tell when the outputs are stale
+    source_sha256, code_sha256   of the cells, so that a test notices when the outputs are stale
     profile, versions, device    what it was run with; no profile for side trips
     cost                         seconds, peak_memory_gib, stages and files made, and date of the
                                  execution that had most to do: one that found the stages done
@@ -16,6 +16,7 @@ outputs come from::
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import io
 import json
@@ -42,17 +43,15 @@ from grath_utils.loop.run_dir import Run, environment_facts, lock_run
 STAMP = "grath"
 LARGEST = 400_000
 """Bytes that a committed notebook may have: GitHub shows it at once, and a clone stays small."""
-
-COLOURS = 64  # of a figure: few enough for a small file, more than a figure here uses
-
+FIGURE_COLOURS = 64  # few enough for a small file, more than a figure here uses
 PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
 COST = ("seconds", "peak_memory_gib", "stages", "files", "date")
 DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
 
 _PROGRESS = re.compile(r"\d+%\|.*\| *\d[\d.,kM]*/\d|\d+it \[\d")
-_WIDGET_TEXT = re.compile(r"^(\w*Box|interactive|Output|Tab|Accordion|\w*Progress)\(")
+_WIDGET_TEXT = re.compile(r"(\w*Box|interactive|Output|Tab|Accordion|\w*Progress)\(")
 _PATH = re.compile(
-    r"(?<![\w.~:/-])(/(home|Users|root|work|tmp|var|mnt|opt|srv|private)/\w|[A-Z]:\\\w)"
+    r"(?<![\w.~:/-])(/(home|Users|root|work|tmp|var|mnt|opt|srv|private)/\w|[A-Z]:\\\w).{,36}"
 )
 _KERNEL_FILE = re.compile(r"\S*ipykernel_\d+[/\\]\d+\.py")
 _ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
@@ -72,11 +71,9 @@ def rendered_notebooks() -> list[Path]:
 
 
 def source_digest(cells: Iterable[Mapping[str, Any]], *, code_only: bool = False) -> str:
-    """Return the SHA-256 of the sources of a notebook's cells; outputs and metadata do not count.
+    """Return the SHA-256 of the sources of cells, as in the notebook's JSON, without outputs.
 
-    Args:
-        cells: as in the notebook's JSON.
-        code_only: leave the prose out, on which outputs do not depend.
+    ``code_only`` leaves the prose out, on which outputs do not depend.
     """
     sources = [
         [cell["cell_type"], "".join(cell["source"])]
@@ -87,50 +84,47 @@ def source_digest(cells: Iterable[Mapping[str, Any]], *, code_only: bool = False
 
 
 def problems(path: Path) -> list[str]:
-    """Return what is wrong with a committed notebook's outputs; empty where all is well."""
+    """Return what is wrong with a committed notebook's outputs; empty if nothing is."""
     notebook = nbformat.read(path, as_version=4)
     stamp = notebook.metadata.get(STAMP)
     if not stamp:
         return ["has no outputs yet (no stamp)"]
-    found = []
+    size, found = path.stat().st_size, []
     if stamp["source_sha256"] != source_digest(notebook.cells):
         found.append("its outputs are older than its source")
-    if path.stat().st_size > LARGEST:
-        found.append(f"has {path.stat().st_size:,} bytes, more than {LARGEST:,}")
-    left = {"papermill", "widgets", "grath_execution"} & notebook.metadata.keys()
-    if left:
+    if size > LARGEST:
+        found.append(f"has {size:,} bytes, more than {LARGEST:,}")
+    if left := {"papermill", "widgets", "grath_execution"} & notebook.metadata.keys():
         found.append(f"carries metadata of its execution: {', '.join(sorted(left))}")
-    for cell in notebook.cells:
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            found.append("holds papermill's injected cell")
-        if cell.cell_type == "code":
-            if cell.source.strip() and cell.execution_count is None:
-                found.append(f"cell {cell.id} was not executed")
-            found += [
-                f"cell {cell.id}: {what}" for what in map(_wrong_output, cell.outputs) if what
-            ]
+    if any(map(_injected, notebook.cells)):
+        found.append("holds papermill's injected cell")
+    for cell in _code_cells(notebook):
+        if cell.source.strip() and cell.execution_count is None:
+            found.append(f"cell {cell.id} was not executed")
+        found += [f"cell {cell.id} {wrong}" for wrong in map(_wrong_output, cell.outputs) if wrong]
     return found
 
 
+def _code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the cells of code that are the notebook's own."""
+    return [c for c in notebook.cells if c.cell_type == "code" and not _injected(c)]
+
+
+def _injected(cell: nbformat.NotebookNode) -> bool:
+    return "injected-parameters" in cell.metadata.get("tags", [])
+
+
 def _wrong_output(output: Mapping[str, Any]) -> str | None:
+    data = output.get("data", {})
+    texts = [v for kind, v in data.items() if kind.startswith("text/")] + [output.get("text", "")]
+    text = "\n".join(map("".join, texts))
     if output["output_type"] == "error":
         return f"ended with {output['ename']}"
-    if WIDGET in output.get("data", {}):
+    if WIDGET in data:
         return "shows a widget, which is nothing without its kernel"
-    for text in _texts(output):
-        if match := _PATH.search(text):
-            return f"shows a path of a machine: {text[match.start() : match.start() + 40]!r}"
-        if _PROGRESS.search(text):
-            return "shows a progress bar"
-    return None
-
-
-def _texts(output: Mapping[str, Any]) -> list[str]:
-    """Return the texts of an output, pictures apart."""
-    if output["output_type"] == "stream":
-        return ["".join(output["text"])]
-    data = output.get("data", {})
-    return ["".join(v) for kind, v in data.items() if kind.startswith("text/")]
+    if match := _PATH.search(text):
+        return f"shows a path of a machine: {match.group()!r}"
+    return "shows a progress bar" if _PROGRESS.search(text) else None
 
 
 # --- rendering -----------------------------------------------------------------------------------
@@ -145,40 +139,43 @@ def render(
 ) -> list[Path]:
     """Bring the outputs of committed notebooks up to date from a run; return those written.
 
-    Only notebooks whose stamp does not fit are touched. Outputs come from the executed copy in
-    ``RUN/notebooks/`` where it was made from the same code; otherwise the notebook is executed on
-    the run directory, whose finished stages are not done again. Side trips have no profile and are
-    executed as they are. Where only prose was edited, the outputs stay.
+    Only notebooks whose stamp does not match are touched. Outputs come from the executed copy in
+    ``RUN/notebooks/`` if it was made from the same code; otherwise the notebook is executed on the
+    run directory, whose finished stages are not done again. Side trips have no profile and are
+    executed as they are. If only prose was edited, the outputs stay.
 
     Args:
         run: the run directory and its configuration.
         notebooks: which ones; all if empty.
-        again: take the outputs over also where the stamp fits.
+        again: take the outputs over even if the stamp matches.
         say: called with a line for each notebook, and for what is still wrong with it.
 
     Raises:
         GrathError: a cell failed, or a notebook is too large with its outputs.
-        UsageError: a file that is no notebook of this repository.
+        UsageError: a file that is not a notebook of this repository.
     """
-    written = []
+    written, folder = [], notebooks_dir()
     with lock_run(run):
         for path in notebooks or rendered_notebooks():
-            source = nbformat.read(_in_repository(path), as_version=4)
+            if folder is None or not path.resolve().is_relative_to(folder) or not path.is_file():
+                raise UsageError(f"{path} is not a notebook of this repository's folder notebooks/")
+            source = nbformat.read(path, as_version=4)
             stamp = source.metadata.get(STAMP) or {}
+            digest = source_digest(source.cells)
             side_trip = path.resolve().parent.name == "appendix"
             profile = None if side_trip else run.config.profile
             ours = stamp.get("profile") == profile and not again
-            if ours and stamp.get("source_sha256") == source_digest(source.cells):
+            if ours and stamp.get("source_sha256") == digest:
                 say(f"{path.stem:32} up to date")
                 continue
             if ours and stamp.get("code_sha256") == source_digest(source.cells, code_only=True):
-                source.metadata[STAMP] = {**stamp, "source_sha256": source_digest(source.cells)}
+                source.metadata[STAMP] = {**stamp, "source_sha256": digest}
                 _write(path, source)
                 say(f"{path.stem:32} only its prose was edited")
             else:
-                copy = _executed(run, path, side_trip)
                 facts = environment_facts() if side_trip else run.info()
-                _write(path, take_over(source, copy, facts, profile, _places(run)))
+                copy = _executed(run, path, side_trip)
+                _write(path, take_over(source, copy, facts, profile, _places(run, folder.parent)))
                 say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")
             for problem in problems(path):
                 say(f"  {problem}")
@@ -186,15 +183,8 @@ def render(
     return written
 
 
-def _in_repository(path: Path) -> Path:
-    folder = notebooks_dir()
-    if folder is None or not path.resolve().is_relative_to(folder) or not path.is_file():
-        raise UsageError(f"{path} is no notebook of this repository's folder notebooks/")
-    return path
-
-
 def _executed(run: Run, path: Path, side_trip: bool) -> nbformat.NotebookNode:
-    """Return the executed copy of a notebook, made now where there is none from this code."""
+    """Return the executed copy of a notebook, made now if there is none from this code."""
     if side_trip:
         target = run.executed_notebooks / "appendix" / path.name
         if not is_current(target, path):
@@ -204,13 +194,10 @@ def _executed(run: Run, path: Path, side_trip: bool) -> nbformat.NotebookNode:
     return nbformat.read(target, as_version=4)
 
 
-def _places(run: Run) -> list[tuple[str, str]]:
-    """Return this machine's places and what stands for them, the most specific first."""
-    folder = notebooks_dir()
-    root = folder.parent if folder else Path.cwd()
-    places = [(run.path, f"runs/{run.path.name}"), (cache_dir(), "CACHE"), (root, "."),
-              (Path.home(), "~")]  # fmt: skip
-    return [(str(spelled), name) for place, name in places for spelled in {place, place.as_posix()}]
+def _places(run: Run, root: Path) -> list[tuple[str, str]]:
+    """Return this machine's places and what to show in their place, the most specific first."""
+    places = {run.path: f"runs/{run.path.name}", cache_dir(): "CACHE", root: ".", Path.home(): "~"}
+    return [(text, name) for p, name in places.items() for text in {str(p), p.as_posix()}]
 
 
 def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
@@ -220,10 +207,9 @@ def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
     if size > LARGEST:
         sizes = {cell.id: len(json.dumps(cell.get("outputs", []))) for cell in notebook.cells}
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
-        shares = ", ".join(f"{name} ({sizes[name]:,})" for name in largest)
         raise GrathError(
-            f"{path.name} would have {size:,} bytes with its outputs, more than {LARGEST:,}; "
-            f"make smaller what the cells {shares} show"
+            f"{path.name} would have {size:,} bytes with its outputs, more than {LARGEST:,}; make "
+            f"smaller what the cells {', '.join(f'{c} ({sizes[c]:,})' for c in largest)} show"
         )
     host = socket.gethostname()
     if re.search(r"[\d-]", host) and re.search(rf"\b{re.escape(host)}\b", text):
@@ -247,52 +233,42 @@ def take_over(
         source: the notebook as committed; its prose may be newer than the executed copy's.
         executed: what papermill left.
         facts: ``versions`` and ``device``, as in ``run.json``.
-        profile: which it was executed with; None for a side trip.
+        profile: the one that it was executed with; None for a side trip.
         places: (path of this machine, what to show in its place), the most specific first.
 
     Raises:
         GrathError: the copy was made from other code, or holds an error.
     """
-    made = [
-        cell
-        for cell in executed.cells
-        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
-    ours = [cell for cell in source.cells if cell.cell_type == "code"]
-    if [cell.source for cell in ours] != [cell.source for cell in made]:
-        raise GrathError("the executed copy was made from other code; execute the notebook anew")
-    result = nbformat.from_dict(json.loads(json.dumps(source)))
-    cells = [cell for cell in result.cells if cell.cell_type == "code"]
+    result, made = copy.deepcopy(source), _code_cells(executed)
+    cells = _code_cells(result)
+    if [cell.source for cell in cells] != [cell.source for cell in made]:
+        raise GrathError("the executed copy was made from other code; execute the notebook again")
+    # papermill's cell is not here, so the numbers of those below it would lack one.
     for number, (cell, done) in enumerate(zip(cells, made, strict=True), start=1):
-        cell.outputs = clean_outputs(done.outputs, places)
-        # papermill's cell is not here, so the numbers of those below it would lack one.
         cell.execution_count = number
+        cell.outputs = clean_outputs(done.outputs, places)
         for output in cell.outputs:
-            if output["output_type"] == "execute_result":
-                output["execution_count"] = number
-            if output["output_type"] == "error":
-                raise GrathError(f"cell {cell.id} ended with {output['ename']}")
-    old = source.metadata.get(STAMP) or {}
-    result.metadata = {
-        key: value for key, value in source.metadata.items() if key not in ("papermill", "widgets")
-    }
-    result.metadata[STAMP] = {
-        "source_sha256": source_digest(source.cells),
-        "code_sha256": source_digest(source.cells, code_only=True),
-        "profile": profile,
-        "versions": {name: facts["versions"][name] for name in PACKAGES},
-        "device": {name: facts["device"][name] for name in DEVICE},
-        "cost": _cost(executed, old if old.get("profile") == profile else {}),
-    }
-    return nbformat.from_dict(result)
-
-
-def _cost(executed: nbformat.NotebookNode, old: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the execution took, or what an earlier one did that had more stages to do."""
-    last = executed.metadata.get("grath_execution", {})
-    known = [took for took in (last, last.get("earlier"), old.get("cost")) if took]
-    most = max(known, key=work_done, default={})
-    return {name: most.get(name) for name in COST}
+            if output.output_type == "error":
+                raise GrathError(f"cell {cell.id} ended with {output.ename}")
+            if output.output_type == "execute_result":
+                output.execution_count = number
+    last, old = executed.metadata.get("grath_execution", {}), result.metadata.pop(STAMP, {})
+    # An execution that found the stages done says nothing about their cost.
+    costs = [last, last.get("earlier"), old.get("cost") if old.get("profile") == profile else None]
+    most = max(filter(None, costs), key=work_done, default={})
+    result.metadata[STAMP] = nbformat.from_dict(
+        {
+            "source_sha256": source_digest(source.cells),
+            "code_sha256": source_digest(source.cells, code_only=True),
+            "profile": profile,
+            "versions": {name: facts["versions"][name] for name in PACKAGES},
+            "device": {name: facts["device"][name] for name in DEVICE},
+            "cost": {name: most.get(name) for name in COST},
+        }
+    )
+    for left in ("papermill", "widgets"):
+        result.metadata.pop(left, None)
+    return result
 
 
 def clean_outputs(
@@ -303,43 +279,38 @@ def clean_outputs(
     Left out: progress bars, widgets (their static pictures stay), memory addresses. Changed: this
     machine's paths, figures (to few colours). Parts of one stream become one output.
     """
-    cleaned: list[dict[str, Any]] = []
-    for output in json.loads(json.dumps(list(outputs))):
+    cleaned: list[nbformat.NotebookNode] = []
+    for output in map(nbformat.from_dict, copy.deepcopy(list(outputs))):
         output.get("metadata", {}).pop("papermill", None)
-        if output["output_type"] == "stream":
-            text = _neutral(_without_progress("".join(output["text"])), places)
-            last = cleaned[-1] if cleaned else {}
-            if last.get("name") == output["name"]:
-                last["text"] += text
-            elif text.strip():
-                cleaned.append({**output, "text": text})
-        elif output["output_type"] == "error":
+        if output.output_type == "stream":
+            # A progress bar rewrites its line with carriage returns.
+            lines = (
+                line.rstrip("\r").rsplit("\r", 1)[-1] for line in "".join(output.text).split("\n")
+            )
+            shown = "\n".join(line for line in lines if not _PROGRESS.search(line))
+            output.text = _neutral(shown, places)
+            if cleaned and cleaned[-1].get("name") == output.name:
+                cleaned[-1].text += output.text
+            elif output.text.strip():
+                cleaned.append(output)
+        elif output.output_type == "error" or _clean_data(output.data, places):
             cleaned.append(output)
-        elif data := _clean_data(output["data"], places):
-            cleaned.append({**output, "data": data})
-    return [nbformat.from_dict(output) for output in cleaned]
+    return cleaned
 
 
-def _clean_data(data: Mapping[str, Any], places: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    kept = {kind: value for kind, value in data.items() if kind != WIDGET}
-    plain = "".join(kept.get("text/plain", ""))
-    if len(kept) <= 1 and (
-        _PROGRESS.search(plain) or (WIDGET in data or _WIDGET_TEXT.match(plain))
-    ):
-        return {}
-    for kind, value in kept.items():
+def _clean_data(data: dict[str, Any], places: Sequence[tuple[str, str]]) -> bool:
+    """Clean what a cell displays, in place; return False if nothing worth showing is left."""
+    widget = data.pop(WIDGET, None) is not None
+    plain = "".join(data.get("text/plain", ""))
+    if len(data) <= 1 and (widget or _PROGRESS.search(plain) or _WIDGET_TEXT.match(plain)):
+        return False
+    for kind, value in data.items():
         if kind.startswith("text/"):
-            kept[kind] = _neutral("".join(value), places)
+            data[kind] = _neutral("".join(value), places)
         elif kind == "image/png":
             picture = smaller_png(base64.b64decode("".join(value)))
-            kept[kind] = base64.b64encode(picture).decode("ascii")
-    return kept
-
-
-def _without_progress(text: str) -> str:
-    """Return a stream without progress bars, which rewrite their line with carriage returns."""
-    lines = (line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
-    return "\n".join(line for line in lines if not _PROGRESS.search(line))
+            data[kind] = base64.b64encode(picture).decode("ascii")
+    return True
 
 
 def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
@@ -352,13 +323,13 @@ def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
 
 
 def smaller_png(picture: bytes) -> bytes:
-    """Return a PNG with few colours, where that makes it smaller."""
+    """Return a PNG with few colours, if that makes it smaller."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture))
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
-    few = flat.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = flat.quantize(FIGURE_COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     out = io.BytesIO()
     few.save(out, "PNG", optimize=True)
     return min(out.getvalue(), picture, key=len)

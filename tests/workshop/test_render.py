@@ -268,5 +268,5 @@ def test_a_notebook_that_is_too_large_names_its_largest_cells(course: Path) -> N
 def test_a_notebook_of_somewhere_else_is_refused(course: Path, tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", load_config("smoke"))
     (tmp_path / "x.ipynb").write_text(json.dumps(notebook_of("x = 1")), encoding="utf-8")
-    with pytest.raises(UsageError, match="no notebook of this repository"):
+    with pytest.raises(UsageError, match="not a notebook of this repository"):
         render(run, [tmp_path / "x.ipynb"])

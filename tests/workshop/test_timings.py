@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_seconds_are_added_up_by_section() -> None:
-    assert timings.section_times(NOTEBOOK) == [
+    assert [*timings.section_times(NOTEBOOK).items()] == [
         ("Set-up", 3.0), ("1 · First", 0.2), ("2 · Second", 120.0)
     ]  # fmt: skip
 
