@@ -446,7 +446,7 @@ def _classroom(options: argparse.Namespace) -> None:
     targets = [classroom.find_target(tag, v) for tag in options.platform for v in versions]
     run = start_run(options.run_dir or default_run_dir(config.profile), config)
     mirror = options.mirror or mirror_dir()
-    folder = classroom.pack(
+    folder = classroom.make_classroom(
         options.to, run, targets=targets, mirror=mirror, wheels=not options.no_wheels
     )
     print(f"Give learners the folder {folder}; they begin with START.md")
@@ -527,10 +527,9 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"  {point['name']}")
         if options.collect:
             print(sweeps.counts(sweeps.collect(options.out)))
-    elif options.here:
-        sweeps.sweep_here(options.grid, options.out)
     else:
-        sweeps.sweep(options.grid, options.out, jobs=options.jobs, extra=options.passed_on)
+        how = {"here": options.here, "jobs": options.jobs, "extra": options.passed_on}
+        sweeps.sweep(options.grid, options.out, **how)
     if not options.plan:
         print(f"\n{(options.out / 'report.md').read_text(encoding='utf-8')}")
         print(f"Table, summary and figure: {options.out}")
