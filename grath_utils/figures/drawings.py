@@ -16,138 +16,105 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from grath_utils.figures.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_axes
 
+Corners = tuple[float, float, float, float]  # left, bottom, width, height
 
-def _canvas(
-    *, width: float, height: float, x: tuple[float, float], y: tuple[float, float]
-) -> tuple[Figure, Axes]:
-    """Return a figure without an axis to draw on; sizes in inches, ``x`` and ``y`` its corners."""
+
+def _canvas(width: float, height: float, x: tuple, y: tuple) -> tuple[Figure, Axes]:
+    """Return a figure without an axis to draw on: inches, and the limits of ``x`` and ``y``."""
     figure, axes = new_axes(width=width, height=height)
     axes.set_axis_off()
-    axes.set_xlim(*x)
-    axes.set_ylim(*y)
+    axes.set(xlim=x, ylim=y)
     return figure, axes
+
+
+def _box(axes: Axes, corners: Corners, text: str, colour: str, *, hatched: bool = False) -> None:
+    x, y, width, height = corners
+    looks = [{"facecolor": colour + "22", "edgecolor": "none"}]
+    if hatched:  # lighter than the outline, so that the text stays readable
+        lines = {"edgecolor": colour + "44", "linewidth": 0, "hatch": "///"}
+        looks.append({"facecolor": "none", **lines})
+    looks.append({"facecolor": "none", "edgecolor": colour, "linewidth": 1.8})
+    for look in looks:
+        shape = "round,pad=0.02,rounding_size=0.12"
+        axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, **look))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10.5)
+
+
+def _arrow(axes: Axes, start: tuple, end: tuple, bend: float = 0.0) -> None:
+    look = {"arrowstyle": "-|>", "mutation_scale": 14, "linewidth": 1.4, "color": "#333333"}
+    axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **look))
+
+
+def _note(axes: Axes, x: float, y: float, text: str, va: str = "center") -> None:
+    axes.text(x, y, text, ha="center", va=va, fontsize=9.5, style="italic")
 
 
 def draw_loop() -> Figure:
     """Draw the GRATH loop: questions, pairs, DPO, a more truthful model, and round again."""
-    figure, axes = _canvas(width=8.2, height=3.3, x=(0, 10), y=(0, 4))
-    _box(axes, 0.1, 2.35, 1.9, 1.2, "Questions\nother domain,\nno answers", GREY)
-    _box(axes, 2.75, 2.35, 1.9, 1.2, "Model $M_t$\nwrites answers", BLUE)
-    _box(axes, 5.4, 2.35, 1.9, 1.2, "Pairs\ncorrect / incorrect", ORANGE)
-    _box(axes, 8.05, 2.35, 1.9, 1.2, "DPO\nprefer correct", GREEN)
-    _box(axes, 5.4, 0.35, 1.9, 1.0, "Model $M_{t+1}$", BLUE)
+    figure, axes = _canvas(8.2, 3.3, x=(0, 10), y=(0, 4))
+    _box(axes, (0.1, 2.35, 1.9, 1.2), "Questions\nother domain,\nno answers", GREY)
+    _box(axes, (2.75, 2.35, 1.9, 1.2), "Model $M_t$\nwrites answers", BLUE)
+    _box(axes, (5.4, 2.35, 1.9, 1.2), "Pairs\ncorrect / incorrect", ORANGE)
+    _box(axes, (8.05, 2.35, 1.9, 1.2), "DPO\nprefer correct", GREEN)
+    _box(axes, (5.4, 0.35, 1.9, 1.0), "Model $M_{t+1}$", BLUE)
     for left in (2.0, 4.65, 7.3):
         _arrow(axes, (left, 2.95), (left + 0.75, 2.95))
     _arrow(axes, (9.0, 2.35), (7.3, 0.85), bend=-0.25)
     _arrow(axes, (5.4, 0.85), (3.7, 2.35), bend=-0.25)
-    axes.text(
-        3.05,
-        1.0,
-        "next round:\nbetter correct answers,\nsame incorrect ones",
-        ha="center",
-        va="center",
-        fontsize=9.5,
-        style="italic",
-    )
-    axes.text(
-        9.0,
-        0.3,
-        "measured on TruthfulQA-style\nquestions it never saw",
-        ha="center",
-        va="center",
-        fontsize=9.5,
-        style="italic",
-    )
+    _note(axes, 3.05, 1.0, "next round:\nbetter correct answers,\nsame incorrect ones")
+    _note(axes, 9.0, 0.3, "measured on TruthfulQA-style\nquestions it never saw")
     return figure
 
 
-def _box(
-    axes: Axes,
-    x: float,
-    y: float,
-    w: float,
-    h: float,
-    text: str,
-    colour: str,
-    hatch: str = "",
-) -> None:
-    shape = {"boxstyle": "round,pad=0.02,rounding_size=0.12"}
-    fill = {"facecolor": colour + "22", "edgecolor": "none"}
-    axes.add_patch(FancyBboxPatch((x, y), w, h, **shape, **fill))
-    if hatch:  # lighter than the outline, so that the text stays readable
-        lines = {"facecolor": "none", "edgecolor": colour + "44", "linewidth": 0, "hatch": hatch}
-        axes.add_patch(FancyBboxPatch((x, y), w, h, **shape, **lines))
-    outline = {"facecolor": "none", "edgecolor": colour, "linewidth": 1.8}
-    axes.add_patch(FancyBboxPatch((x, y), w, h, **shape, **outline))
-    axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", fontsize=10.5)
-
-
-def _arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0
-) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            arrowstyle="-|>",
-            mutation_scale=14,
-            linewidth=1.4,
-            color="#333333",
-            connectionstyle=f"arc3,rad={bend}",
-        )
-    )
-
-
 def draw_rounds(iterations: int = 2) -> Figure:
-    """Draw what each round keeps and what it writes anew, and which model does the writing."""
-    figure, axes = _canvas(
-        width=2.0 + 3.6 * iterations, height=2.7, x=(0, 1.4 + 3.3 * iterations), y=(0.9, 3.5)
-    )
-    rows = ((2.1, "correct answers", BLUE), (1.1, "incorrect answers", VERMILION))
-    _box(axes, 0.05, 1.6, 0.85, 0.9, "base\n$M_0$", GREY)
+    """Draw what each round keeps and what it writes again, and which model does the writing."""
+    width, right = 2.0 + 3.6 * iterations, 1.4 + 3.3 * iterations
+    figure, axes = _canvas(width, 2.7, x=(0, right), y=(0.9, 3.5))
+    _box(axes, (0.05, 1.6, 0.85, 0.9), "base\n$M_0$", GREY)
     for t in range(iterations):
         left = 1.3 + 3.3 * t
-        for bottom, text, colour in rows:
-            fresh = t == 0 or bottom > 2
-            label = f"{text}\n{'written' if fresh else 'kept'}"
-            _box(axes, left, bottom, 1.5, 0.85, label, colour, hatch="" if fresh else "///")
+        for bottom, text, colour, kept in (
+            (2.1, "correct answers", BLUE, False),
+            (1.1, "incorrect answers", VERMILION, t > 0),
+        ):
+            label = f"{text}\n{'kept' if kept else 'written'}"
+            _box(axes, (left, bottom, 1.5, 0.85), label, colour, hatched=kept)
             _arrow(axes, (left + 1.5, bottom + 0.42), (left + 2.05, 2.05))
-        _box(axes, left + 2.05, 1.6, 0.85, 0.9, f"DPO\n→ $M_{{{t + 1}}}$", GREEN)
-        _arrow(axes, (left - 0.4, 2.05), (left, 2.5))
-        if t == 0:
-            _arrow(axes, (left - 0.4, 2.05), (left, 1.55))
+            if not kept:
+                _arrow(axes, (left - 0.4, 2.05), (left, 2.5 if colour == BLUE else 1.55))
+        _box(axes, (left + 2.05, 1.6, 0.85, 0.9), f"DPO\n→ $M_{{{t + 1}}}$", GREEN)
         axes.text(left + 0.75, 3.2, f"round {t + 1}", ha="center", weight="bold")
     return figure
 
 
 def draw_dpo_step() -> Figure:
     """Draw one DPO step: four log-probabilities become one margin and one loss."""
-    figure, axes = _canvas(width=8.6, height=3.2, x=(0, 11), y=(0, 4))
-    _box(axes, 0.1, 2.5, 2.0, 0.9, "prompt + chosen\n$(x, y_w)$", BLUE)
-    _box(axes, 0.1, 0.6, 2.0, 0.9, "prompt + rejected\n$(x, y_l)$", VERMILION)
-    _box(axes, 3.0, 2.5, 1.9, 0.9, "policy $\\pi_\\theta$\n(trained)", GREEN)
-    _box(axes, 3.0, 0.6, 1.9, 0.9, "reference $\\pi_{ref}$\n(fixed)", GREY)
-    _box(axes, 5.9, 1.5, 2.3, 1.0, "4 summed\nlog-probabilities", ORANGE)
-    _box(axes, 9.1, 1.5, 1.7, 1.0, "margin\n→ loss", PURPLE)
+    figure, axes = _canvas(8.6, 3.2, x=(0, 11), y=(0, 4))
+    _box(axes, (0.1, 2.5, 2.0, 0.9), "prompt + chosen\n$(x, y_w)$", BLUE)
+    _box(axes, (0.1, 0.6, 2.0, 0.9), "prompt + rejected\n$(x, y_l)$", VERMILION)
+    _box(axes, (3.0, 2.5, 1.9, 0.9), "policy $\\pi_\\theta$\n(trained)", GREEN)
+    _box(axes, (3.0, 0.6, 1.9, 0.9), "reference $\\pi_{ref}$\n(fixed)", GREY)
+    _box(axes, (5.9, 1.5, 2.3, 1.0), "4 summed\nlog-probabilities", ORANGE)
+    _box(axes, (9.1, 1.5, 1.7, 1.0), "margin\n→ loss", PURPLE)
     for y in (2.95, 1.05):
         for target in (2.95, 1.05):
             _arrow(axes, (2.1, y), (3.0, target))
         _arrow(axes, (4.9, y), (5.9, 2.2 if y > 2 else 1.8))
     _arrow(axes, (8.2, 2.0), (9.1, 2.0))
     _arrow(axes, (9.9, 2.5), (4.0, 3.4), bend=0.3)
-    axes.text(7.0, 3.1, "gradient, to the adapter only", fontsize=9.5, style="italic", ha="center")
+    _note(axes, 7.0, 3.1, "gradient, to the adapter only", va="baseline")
     return figure
 
 
 def draw_qlora() -> Figure:
     """Draw what QLoRA stores for one linear layer: 4-bit codes, block scales, two thin matrices."""
-    figure, axes = _canvas(width=8.6, height=2.9, x=(0, 11), y=(0, 3.6))
-    _box(axes, 0.1, 0.6, 2.6, 2.4, "frozen $W$\n4-bit codes\n(NF4 levels)", GREY)
-    _box(axes, 2.9, 0.6, 0.9, 2.4, "1 scale\nper 64", SKY)
+    figure, axes = _canvas(8.6, 2.9, x=(0, 11), y=(0, 3.6))
+    _box(axes, (0.1, 0.6, 2.6, 2.4), "frozen $W$\n4-bit codes\n(NF4 levels)", GREY)
+    _box(axes, (2.9, 0.6, 0.9, 2.4), "1 scale\nper 64", SKY)
     axes.text(4.2, 1.8, "+", fontsize=20, ha="center", va="center")
     axes.text(4.95, 1.8, r"$\frac{\alpha}{r}\ \times$", fontsize=15, ha="center", va="center")
-    _box(axes, 5.5, 0.6, 0.6, 2.4, "$B$", GREEN)
-    _box(axes, 6.3, 1.5, 2.6, 0.6, "$A$", GREEN)
+    _box(axes, (5.5, 0.6, 0.6, 2.4), "$B$", GREEN)
+    _box(axes, (6.3, 1.5, 2.6, 0.6), "$A$", GREEN)
     axes.text(9.2, 2.4, "trained,\n16 or 32 bits", fontsize=10, va="center")
     axes.text(9.2, 1.1, "$B = 0$ at first:\nnothing changes", fontsize=10, va="center")
     axes.text(1.9, 0.2, "about 4.1 bits a weight, no gradient", fontsize=10, ha="center")
@@ -166,17 +133,11 @@ def draw_tokens(
         colour: of those tokens.
         title: above the drawing.
     """
-    per_line = 88.0
-    lines = _wrap(tokens, per_line)
-    figure, axes = _canvas(
-        width=9.0, height=0.5 + 0.36 * len(lines), x=(0, per_line), y=(-len(lines), 0.1)
-    )
-    seen = iter(mask)
-    for row, line in enumerate(lines):
-        for x, width, token in line:
-            _token(axes, x, -row, width, token, colour if next(seen) else "")
-    if title:
-        axes.set_title(title, fontsize=10.5, loc="left")
+    lines = _wrap(tokens, mask, 88)
+    height = 0.5 + 0.36 * len(lines)
+    figure, axes = _canvas(9.0, height, x=(0, 88), y=(-len(lines), 0.1))
+    _draw_lines(axes, lines, 0, colour)
+    axes.set_title(title, fontsize=10.5, loc="left")
     return figure
 
 
@@ -190,69 +151,58 @@ def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequen
         correct: those of the correct answer, which DPO will call chosen.
         incorrect: those of the incorrect answer, rejected.
     """
-    matcher = SequenceMatcher(None, correct, incorrect, autojunk=False)
-    shared = matcher.get_matching_blocks()
-    same = [{i for m in shared for i in range(m[side], m[side] + m.size)} for side in (0, 1)]
-    rows = [
-        ("question", question, set(range(len(question))), GREY),
-        ("correct\n(chosen)", correct, same[0], BLUE),
-        ("incorrect\n(rejected)", incorrect, same[1], VERMILION),
+    differs = [1] * len(correct), [1] * len(incorrect)
+    for match in SequenceMatcher(None, correct, incorrect, autojunk=False).get_matching_blocks():
+        for marks, start in zip(differs, match[:2], strict=True):
+            marks[start : start + match.size] = [0] * match.size
+    parts = [
+        ("question", GREY, _wrap(question, [0] * len(question), 74)),
+        ("correct\n(chosen)", BLUE, _wrap(correct, differs[0], 74)),
+        ("incorrect\n(rejected)", VERMILION, _wrap(incorrect, differs[1], 74)),
     ]
-    laid = [(name, _wrap(tokens, 74.0), plain, colour) for name, tokens, plain, colour in rows]
-    height = sum(len(lines) + 0.5 for _, lines, _, _ in laid)
-    figure, axes = _canvas(width=9.0, height=0.3 + 0.36 * height, x=(-14, 74), y=(-height, 0.1))
+    height = sum(len(lines) + 0.5 for _, _, lines in parts)
+    figure, axes = _canvas(9.0, 0.3 + 0.36 * height, x=(-14, 74), y=(-height, 0.1))
     top = 0.0
-    for name, lines, plain, colour in laid:
+    for name, colour, lines in parts:
         axes.text(-14, top - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")
-        number = 0
-        for line in lines:
-            for x, width, token in line:
-                differs = number not in plain
-                twice = "///" if differs and colour == VERMILION else ""
-                _token(axes, x, top, width, token, colour if differs else "", hatch=twice)
-                number += 1
-            top -= 1
-        top -= 0.5
+        _draw_lines(axes, lines, top, colour, hatched=colour == VERMILION)
+        top -= len(lines) + 0.5
     return figure
 
 
-def _wrap(tokens: Sequence[str], per_line: float) -> list[list[tuple[float, float, str]]]:
-    """Lay tokens out in lines; return (x, width, shown text) of each, in characters."""
-    lines: list[list[tuple[float, float, str]]] = [[]]
-    used = 0.0
-    for token in tokens:
+def _wrap(
+    tokens: Sequence[str], marks: Sequence[int], per_line: float
+) -> list[list[tuple[float, float, str, int]]]:
+    """Lay tokens out in lines; return (x, width, shown text, mark) of each, in characters."""
+    lines, used = [[]], 0.0
+    for token, mark in zip(tokens, marks, strict=True):
         shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7")
         width = len(shown) + 1.4
         if used and used + width > per_line:
             lines.append([])
             used = 0.0
-        lines[-1].append((used, width, shown))
+        lines[-1].append((used, width - 0.3, shown, mark))
         used += width
     return lines
 
 
-def _token(
-    axes: Axes, x: float, top: float, width: float, text: str, colour: str, *, hatch: str = ""
+def _draw_lines(
+    axes: Axes, lines: Sequence[Sequence], top: float, colour: str, *, hatched: bool = False
 ) -> None:
-    """Draw one token as a box; one with a colour is underlined as well."""
-    w = width - 0.3
-    face = colour + "33" if colour else "#f0f0f0"
-    axes.add_patch(Rectangle((x, top - 0.9), w, 0.72, facecolor=face, linewidth=0))
-    if hatch:
-        lines = {"facecolor": "none", "edgecolor": colour + "55", "linewidth": 0, "hatch": hatch}
-        axes.add_patch(Rectangle((x, top - 0.9), w, 0.72, **lines))
-    if colour:
-        axes.plot([x, x + w], [top - 0.9] * 2, color=colour, linewidth=2)
-    axes.text(
-        x + w / 2,
-        top - 0.54,
-        text.replace("$", r"\$"),
-        ha="center",
-        va="center",
-        fontsize=8.5,
-        family="monospace",
-        color="#111111" if colour else "#555555",
-    )
+    """Draw lines of tokens as boxes; those with a mark are coloured and underlined."""
+    for row, line in enumerate(lines):
+        y = top - row
+        for x, width, text, mark in line:
+            face, ink = (colour + "33", "#111111") if mark else ("#f0f0f0", "#555555")
+            corner = (x, y - 0.9)
+            axes.add_patch(Rectangle(corner, width, 0.72, facecolor=face, linewidth=0))
+            if mark and hatched:
+                look = {"facecolor": "none", "edgecolor": colour + "55", "hatch": "///"}
+                axes.add_patch(Rectangle(corner, width, 0.72, linewidth=0, **look))
+            if mark:
+                axes.plot([x, x + width], [y - 0.9] * 2, color=colour, linewidth=2)
+            look = {"ha": "center", "va": "center", "fontsize": 8.5, "family": "monospace"}
+            axes.text(x + width / 2, y - 0.54, text.replace("$", r"\$"), color=ink, **look)
 
 
 def draw_mc_scoring(
@@ -265,54 +215,46 @@ def draw_mc_scoring(
         scores: summed log-probability of each (nats).
         labels: 1 for a true answer, 0 for a false one.
     """
-    figure, (left, right) = new_axes(
-        1, 2, width=9.6, height=1.3 + 0.36 * len(choices), width_ratios=(3, 2)
-    )  # fmt: skip
-    best_false = max(s for s, y in zip(scores, labels, strict=True) if not y)
-    for i, (score, label) in enumerate(zip(scores, labels, strict=True)):
-        wins = label and score > best_false
-        left.plot([score], [i], "o" if label else "X", color=BLUE if label else ORANGE,
-                  markersize=9, markerfacecolor=None if wins or not label else "white")  # fmt: skip
+    height = 1.3 + 0.36 * len(choices)
+    figure, (left, right) = new_axes(1, 2, width=9.6, height=height, width_ratios=(3, 2))
+    answers = list(zip(choices, scores, labels, strict=True))
+    best_false = max(score for _, score, label in answers if not label)
+    wins = [score > best_false for _, score, label in answers if label]
+    for i, (_, score, label) in enumerate(answers):
+        mark, colour = ("o", BLUE) if label else ("X", ORANGE)
+        face = "white" if label and score <= best_false else colour
+        left.plot([score], [i], mark, color=colour, markersize=9, markerfacecolor=face)
     left.axvline(best_false, color=ORANGE, linestyle="--", linewidth=1.2)
-    left.annotate("best false answer", (best_false, len(choices) - 0.4), (4, 0),
-                  textcoords="offset points", fontsize=9, va="center")  # fmt: skip
-    kinds = ["true" if label else "false" for label in labels]
-    names = [f"{c}  ({k})" for c, k in zip(choices, kinds, strict=True)]
-    left.set_yticks(range(len(choices)), [textwrap.fill(name, 40) for name in names])
-    left.set_ylim(len(choices) - 0.1, -0.6)
+    place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    left.annotate("best false answer", (best_false, len(choices) - 0.4), fontsize=9, **place)
+    names = [f"{choice}  ({'true' if label else 'false'})" for choice, _, label in answers]
+    left.set_yticks(range(len(names)), [textwrap.fill(name, 40) for name in names])
+    left.set_ylim(len(names) - 0.1, -0.6)
     left.margins(x=0.12)
     left.set_xlabel("summed log-probability (nats)")
     left.grid(axis="y", visible=False)
-    wins = [s > best_false for s, y in zip(scores, labels, strict=True) if y]
     left.set_title(
         f"MC1: does the first true one pass the line?  {int(wins[0])}\n"
         f"MC3: which share of the true ones does?  {sum(wins)} of {len(wins)}",
         fontsize=10,
         loc="left",
     )
-    weights = [math.exp(s - max(scores)) for s in scores]
-    shares = [w / sum(weights) for w in weights]
+    weights = [math.exp(score - max(scores)) for score in scores]
+    shares = [(y, weight / sum(weights)) for y, weight in zip(labels, weights, strict=True)]
     begin = 0.0
-    for share, label in sorted(zip(shares, labels, strict=True), key=lambda x: (-x[1], -x[0])):
-        bar = right.barh([0], [share], left=begin, height=0.5, edgecolor="white", linewidth=1.5,
-                         color=BLUE if label else ORANGE, hatch="" if label else "///")  # fmt: skip
+    for label, share in sorted(shares, reverse=True):
+        colour, hatch = (BLUE, "") if label else (ORANGE, "///")
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 1.5}
+        bar = right.barh([0], [share], left=begin, height=0.5, **look)
         begin += share
         if share > 0.08:
             behind = {"facecolor": "white", "linewidth": 0, "pad": 1.5}  # a hatch hides text
-            right.bar_label(
-                bar,
-                [f"{share:.0%}"],
-                label_type="center",
-                fontsize=9.5,
-                color="white" if label else "black",
-                bbox=None if label else behind,
-            )
-    mc2 = sum(share for share, label in zip(shares, labels, strict=True) if label)
+            ink = {"color": "white"} if label else {"color": "black", "bbox": behind}
+            right.bar_label(bar, [f"{share:.0%}"], label_type="center", fontsize=9.5, **ink)
+    mc2 = sum(share for label, share in shares if label)
     right.plot([mc2, mc2], [-0.32, 0.32], color="black", linewidth=1.5)
     right.annotate(f"{mc2:.3f}", (mc2, 0.34), ha="center", va="bottom", fontsize=10)
-    right.set_xlim(0, 1)
-    right.set_ylim(-1, 1)
-    right.set_yticks([])
+    right.set(xlim=(0, 1), ylim=(-1, 1), yticks=[])
     right.grid(visible=False)
     right.spines["left"].set_visible(False)
     right.set_xlabel("share of the probability (false: hatched)")

@@ -1,8 +1,8 @@
 """Figures of what was measured: one function each, from plain rows to a matplotlib figure.
 
 Colours are Okabe and Ito's (distinct for colour-blind readers), and never the only sign: line
-style, marker or label says the same, so that a grey print still reads. Every
-interval shown is 95 %.
+style, marker, hatch or label says the same, so that a grey print still reads. Every interval shown
+is 95 %.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from operator import itemgetter
-from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from grath_utils.evaluation.statistics import t_interval
 
+# --- the course's look ---------------------------------------------------------------------------
+
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 MODEL_COLOURS = (GREY, BLUE, GREEN, PURPLE, SKY, ORANGE)
+MODEL_MARKERS = "osD^vP"
 
 STYLE = {
     "figure.dpi": 90,  # notebooks with outputs stay below 400 KB each
@@ -40,6 +43,9 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
+CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}
+REJECTED = {"color": VERMILION, "linestyle": "--", "markersize": 4}
+ZERO = {"color": GREY, "linewidth": 1, "linestyle": ":"}
 
 
 def use_style() -> None:
@@ -48,24 +54,15 @@ def use_style() -> None:
 
 
 def new_axes(
-    rows: int = 1,
-    columns: int = 1,
-    *,
-    width: float = 7.2,
-    height: float = 3.4,
-    width_ratios: Sequence[float] | None = None,
+    rows: int = 1, columns: int = 1, *, width: float = 7.2, height: float = 3.4, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure in the course's style with its axes; sizes in inches."""
+    """Return a figure in the course's style with its axes; sizes in inches.
+
+    Further options are those of ``plt.subplots``.
+    """
     _load_backend()
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            rows,
-            columns,
-            figsize=(width, height),
-            layout="constrained",
-            width_ratios=width_ratios,
-        )
-    return figure, axes
+        return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
 
 
 @cache
@@ -78,22 +75,88 @@ def _load_backend() -> None:
     plt.switch_backend(plt.get_backend())
 
 
+def _errors(value: float, ci95: Sequence[float] | None) -> list[list[float]] | None:
+    """Return matplotlib's form of an interval: how far it reaches below and above the value."""
+    return None if ci95 is None else [[max(value - ci95[0], 0)], [max(ci95[1] - value, 0)]]
+
+
+def _change(
+    axes: Axes, row: float, value: float, ci95: Sequence[float] | None, unclear: str = GREY
+) -> None:
+    """Draw a change across a row: a diamond where its interval excludes 0, else a circle.
+
+    A circle without an interval is hollow; ``unclear`` fills the others.
+    """
+    if ci95 is not None and (ci95[0] > 0 or ci95[1] < 0):
+        look = {"fmt": "D", "color": BLUE}
+    else:
+        look = {"fmt": "o", "color": GREY, "mfc": "white" if ci95 is None else unclear}
+    axes.errorbar([value], [row], xerr=_errors(value, ci95), capsize=4, **look)
+
+
+def _centre_on_zero(axes: Axes) -> None:
+    """Draw the line of no change in the middle, at least one point to each side."""
+    axes.axvline(0, color="black", linewidth=1)
+    reach = max(*map(abs, axes.get_xlim()), 1)
+    axes.set_xlim(-reach, reach)
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a bar chart, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
+def _bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], plain: Sequence[bool], fmt: str
+) -> None:
+    """Draw a row with a bar and its value for each name; those that are not plain are hatched."""
+    colours = [BLUE if yes else ORANGE for yes in plain]
+    hatches = ["" if yes else "///" for yes in plain]
+    bars = axes.barh(range(len(names)), values, color=colours, hatch=hatches, edgecolor="white")
+    axes.bar_label(bars, fmt=fmt, padding=4)
+    _name_rows(axes, names)
+
+
+def _model_look(place: int) -> dict[str, str]:
+    return {"fmt": MODEL_MARKERS[place % 6], "color": MODEL_COLOURS[place % 6]}
+
+
+def _models(axis: Axes, labels: Sequence[str], points: Sequence[Any], **look: Any) -> None:
+    """Draw (label, value, low, high) for models side by side; low and high may be None."""
+    for label, value, low, high in points:
+        place = labels.index(label)
+        error = _errors(value, None if low is None else (low, high))
+        axis.errorbar([place], [value], yerr=error, **look, **_model_look(place))
+    axis.set_xticks(range(len(labels)), map(_model_name, labels))
+    axis.grid(axis="x", visible=False)
+
+
+def _model_order(label: str) -> int:
+    """Return 0 for the base model and the number of a round's, from 1."""
+    return 0 if label == "base" else int(label.rsplit("_", 1)[1]) + 1
+
+
+def _model_name(label: str) -> str:
+    return f"round {_model_order(label)}" if _model_order(label) else "base"
+
+
+def _percent(result: Mapping[str, Any], metric: str) -> tuple[float, float, float]:
+    """Return a metric of an evaluation as value, low and high, in percent."""
+    found = result["metrics"][metric]
+    return tuple(100 * value for value in (found["value"], *found["ci95"]))
+
+
 # --- pairs ---------------------------------------------------------------------------------------
 
 
 def plot_reject_reasons(pairs: int, rejects: Sequence[Mapping[str, Any]]) -> Figure:
     """Show how many completions became pairs, and why the others did not."""
-    reasons = Counter(str(row["reason"]).replace("_", " ") for row in rejects)
-    names = ["usable pair", *[name for name, _ in reasons.most_common()]]
-    counts = [pairs, *[count for _, count in reasons.most_common()]]
+    reasons = Counter(str(row["reason"]).replace("_", " ") for row in rejects).most_common()
+    names, counts = zip(("usable pair", pairs), *reasons, strict=True)
     figure, axes = new_axes(height=1.0 + 0.36 * len(names))
-    bars = axes.barh(names, counts, color=[BLUE] + [ORANGE] * len(reasons))
-    for bar in bars[1:]:
-        bar.set_hatch("///")
-        bar.set_edgecolor("white")
-    axes.bar_label(bars, padding=4)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    _bars(axes, names, counts, [name == "usable pair" for name in names], "%d")
     axes.set_xlabel("completions")
     axes.margins(x=0.12)
     return figure
@@ -102,22 +165,12 @@ def plot_reject_reasons(pairs: int, rejects: Sequence[Mapping[str, Any]]) -> Fig
 def plot_lengths(pairs: Sequence[Any]) -> Figure:
     """Compare the lengths of correct and incorrect answers: DPO would learn a difference."""
     figure, axes = new_axes(height=2.8)
-    longest = max(max(len(p.correct.split()), len(p.incorrect.split())) for p in pairs)
-    bins = range(0, longest + 2)
-    correct = [len(p.correct.split()) for p in pairs]
-    incorrect = [len(p.incorrect.split()) for p in pairs]
-    axes.hist(correct, bins=bins, histtype="step", linewidth=2, color=BLUE, label="correct")
-    axes.hist(
-        incorrect,
-        bins=bins,
-        histtype="step",
-        linewidth=2,
-        linestyle="--",
-        color=VERMILION,
-        label="incorrect",
-    )
-    axes.set_xlabel("words in the answer")
-    axes.set_ylabel("answers")
+    words = [[len(side.split()) for side in (pair.correct, pair.incorrect)] for pair in pairs]
+    correct, incorrect = zip(*words, strict=True)
+    look = {"bins": range(np.max(words) + 2), "histtype": "step", "linewidth": 2}
+    axes.hist(correct, color=BLUE, label="correct", **look)
+    axes.hist(incorrect, color=VERMILION, linestyle="--", label="incorrect", **look)
+    axes.set(xlabel="words in the answer", ylabel="answers")
     axes.legend()
     return figure
 
@@ -128,26 +181,15 @@ def plot_lengths(pairs: Sequence[Any]) -> Figure:
 def plot_dpo_loss(beta: float = 0.1) -> Figure:
     """Show the DPO loss and the weight of its gradient as functions of the margin."""
     figure, axes = new_axes(height=3.2)
-    margins = [x / 50 for x in range(-250, 251)]
-    axes.plot(margins, [math.log1p(math.exp(-m)) for m in margins], color=BLUE, label="loss")
-    axes.plot(
-        margins,
-        [1 / (1 + math.exp(m)) for m in margins],
-        color=VERMILION,
-        linestyle="--",
-        label="weight of the gradient",
-    )
-    axes.plot([0], [math.log(2)], "o", color=BLUE)
-    axes.annotate(
-        "start: margin 0, loss ln 2",
-        (0, math.log(2)),
-        (0.5, 1.5),
-        arrowprops={"arrowstyle": "->", "color": GREY},
-    )
-    axes.set_xlabel(
-        r"margin  $\beta\,[\log\pi(y_w)/\pi_{ref}(y_w) - \log\pi(y_l)/\pi_{ref}(y_l)]$  (nats)"
-    )
-    axes.set_ylabel("nats")
+    margins, start = np.linspace(-5, 5, 501), (0, math.log(2))
+    axes.plot(margins, np.logaddexp(0, -margins), color=BLUE, label="loss")
+    weights = 1 / (1 + np.exp(margins))
+    axes.plot(margins, weights, color=VERMILION, linestyle="--", label="weight of the gradient")
+    axes.plot(*start, "o", color=BLUE)
+    arrow = {"arrowstyle": "->", "color": GREY}
+    axes.annotate("start: margin 0, loss ln 2", start, (0.5, 1.5), arrowprops=arrow)
+    ratios = r"[\log\pi(y_w)/\pi_{ref}(y_w) - \log\pi(y_l)/\pi_{ref}(y_l)]"
+    axes.set(xlabel=rf"margin  $\beta\,{ratios}$  (nats)", ylabel="nats")
     axes.legend()
     return figure
 
@@ -160,29 +202,17 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
         contrast: log-ratio of the chosen answer minus that of the rejected one, in nats.
     """
     figure, axes = new_axes(height=3.2)
-    reach = 40.0
-    places = [reach * x / 200 for x in range(-200, 201)]
-
-    def loss(x: float) -> float:  # log(1 + exp(-beta x)), also where exp would overflow
-        return max(-beta * x, 0.0) + math.log1p(math.exp(-abs(beta * x)))
-
+    places, beside = np.linspace(-40, 40, 401), np.array([-12, 12])
     margin = beta * contrast
-    slope = -beta * (1 - 1 / (1 + math.exp(-margin)))
-    axes.plot(places, [loss(x) for x in places], color=BLUE, label=f"loss, beta = {beta:.3g}")
-    tangent = [loss(contrast) + slope * (x - contrast) for x in (contrast - 12, contrast + 12)]
-    axes.plot(
-        [contrast - 12, contrast + 12],
-        tangent,
-        color=VERMILION,
-        linestyle="--",
-        label=f"slope {slope:.3g} (tangent)",
-    )
-    axes.plot([contrast], [loss(contrast)], "o", color=BLUE)
-    axes.set_title(f"margin {margin:+.2f}, loss {loss(contrast):.3f}", fontsize=10.5, loc="left")
+    loss, slope = np.logaddexp(0, -margin), -beta / (1 + math.exp(margin))
+    axes.plot(places, np.logaddexp(0, -beta * places), color=BLUE, label=f"loss, beta = {beta:.3g}")
+    tangent = {"color": VERMILION, "linestyle": "--", "label": f"slope {slope:.3g} (tangent)"}
+    axes.plot(contrast + beside, loss + slope * beside, **tangent)
+    axes.plot([contrast], [loss], "o", color=BLUE)
+    axes.set_title(f"margin {margin:+.2f}, loss {loss:.3f}", fontsize=10.5, loc="left")
     axes.set_xlabel("contrast: log-ratio of chosen minus log-ratio of rejected (nats)")
-    axes.set_ylabel("loss (nats)")
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-0.15, max(4.2, 1.1 * loss(contrast)))  # the pair stays in sight
+    axes.set(ylabel="loss (nats)", xlim=(-40, 40))
+    axes.set_ylim(-0.15, max(4.2, 1.1 * loss))  # the pair stays in sight
     axes.legend(loc="upper right", fontsize=9)
     return figure
 
@@ -190,60 +220,38 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
 def plot_training(log: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Show a round's loss, margin, log-probabilities and gradient norm."""
     figure, grid = new_axes(2, 2, width=8.5, height=6.2)
-    axes = grid.ravel()
+    loss, margin, answers, gradient = grid.flat
     train = [row for row in log if row["split"] == "train"]
-    held = [row for row in log if row["split"] == "held_out"]
-    panels = ((axes[0], "loss", "DPO loss (nats)"), (axes[1], "margin", "reward margin (nats)"))
-    for axis, key, label in panels:
-        _lines(axis, train, key, BLUE, "-", "training")
-        _lines(axis, held, key, VERMILION, "--", "held-out questions", marker="o")
-        axis.set_ylabel(label)
-    axes[0].axhline(math.log(2), color=GREY, linewidth=1, linestyle=":")
-    axes[0].text(
-        0.98,
-        math.log(2),
-        "ln 2",
-        color=GREY,
-        ha="right",
-        va="bottom",
-        transform=axes[0].get_yaxis_transform(),
-    )
-    axes[1].axhline(0, color=GREY, linewidth=1, linestyle=":")
-    shown = held or train
-    _lines(axes[2], shown, "logp_chosen", BLUE, "-", "chosen", marker="o")
-    _lines(axes[2], shown, "logp_rejected", VERMILION, "--", "rejected", marker="s")
-    axes[2].set_ylabel("log-probability of the answer (nats)")
-    axes[2].set_title("held-out" if held else "training", fontsize=10)
-    _lines(axes[3], train, "grad_norm", BLUE, "-", "before clipping")
-    axes[3].set_ylabel("norm of the gradient")
-    axes[3].set_ylim(bottom=0)
-    for axis in axes:
+    held_out = [row for row in log if row["split"] == "held_out"]
+    for axis, key, label in ((loss, "loss", "DPO loss"), (margin, "margin", "reward margin")):
+        _curve(axis, train, key, label="training", **CHOSEN)
+        _curve(axis, held_out, key, label="held-out questions", marker="o", **REJECTED)
+        axis.set_ylabel(f"{label} (nats)")
+    loss.axhline(math.log(2), **ZERO)
+    loss.annotate("ln 2", (0.98, math.log(2)), xycoords=("axes fraction", "data"), color=GREY,
+                  ha="right", va="bottom")  # fmt: skip
+    margin.axhline(0, **ZERO)
+    _curve(answers, held_out or train, "logp_chosen", label="chosen", marker="o", **CHOSEN)
+    _curve(answers, held_out or train, "logp_rejected", label="rejected", marker="s", **REJECTED)
+    answers.set_ylabel("log-probability of the answer (nats)")
+    answers.set_title("held-out" if held_out else "training", fontsize=10)
+    _curve(gradient, train, "grad_norm", label="before clipping", **CHOSEN)
+    gradient.set_ylabel("norm of the gradient")
+    gradient.set_ylim(bottom=0)
+    for axis in grid.flat:
         axis.set_xlabel("optimiser step")
         axis.legend(fontsize=9)
-    if title:
-        figure.suptitle(title)
+    figure.suptitle(title)
     return figure
 
 
-def _lines(
-    axis: Axes,
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    colour: str,
-    style: str,
-    label: str,
-    marker: str = "",
+def _curve(
+    axis: Axes, rows: Sequence[Mapping[str, Any]], key: str, *, begin: int = 0, **look: Any
 ) -> None:
-    points = [(row["step"], row[key]) for row in rows if key in row]
+    """Draw a number of a training log over its steps, where it was logged."""
+    points = [(begin + row["step"], row[key]) for row in rows if key in row]
     if points:
-        axis.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            linestyle=style,
-            label=label,
-            marker=marker,
-            markersize=4,
-        )
+        axis.plot(*zip(*points, strict=True), **look)
 
 
 def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
@@ -253,77 +261,54 @@ def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
         logs: the training log of each round; held-out rows are shown where there are any.
     """
     figure, axes = new_axes(1, 2, width=9.6, height=3.3)
+    answers, margin = axes
     begin = 0
     for t, log in enumerate(logs):
-        rows = [row for row in log if row["split"] == "held_out"] or list(log)
-        shifted = [{**row, "step": row["step"] + begin} for row in rows]
+        rows = [row for row in log if row["split"] == "held_out"] or log
         hidden = "_" if t else ""  # one legend entry for all rounds
-        _lines(axes[0], shifted, "logp_chosen", BLUE, "-", f"{hidden}chosen", marker="o")
-        _lines(axes[0], shifted, "logp_rejected", VERMILION, "--", f"{hidden}rejected", marker="s")
-        _lines(axes[1], shifted, "margin", BLUE, "-", f"{hidden}margin", marker="o")
+        chosen = {"label": f"{hidden}chosen", "marker": "o", "begin": begin, **CHOSEN}
+        rejected = {"label": f"{hidden}rejected", "marker": "s", "begin": begin, **REJECTED}
+        _curve(answers, rows, "logp_chosen", **chosen)
+        _curve(answers, rows, "logp_rejected", **rejected)
+        _curve(margin, rows, "margin", **chosen)
         end = begin + max(row["step"] for row in log)
         for axis in axes:
             axis.axvspan(begin, end, color=GREY, alpha=0.10 if t % 2 else 0.03, linewidth=0)
-            axis.text(
-                (begin + end) / 2,
-                1.0,
-                f"round {t + 1}",
-                ha="center",
-                va="bottom",
-                fontsize=9.5,
-                transform=axis.get_xaxis_transform(),
-            )
+            axis.annotate(f"round {t + 1}", ((begin + end) / 2, 1), ha="center", va="bottom",
+                          xycoords=("data", "axes fraction"), fontsize=9.5)  # fmt: skip
+            axis.set_xlabel("optimiser step, all rounds")
         begin = end
-    axes[0].set_ylabel("log-probability of the answer (nats)")
-    axes[1].set_ylabel("reward margin (nats)")
-    axes[1].axhline(0, color=GREY, linewidth=1, linestyle=":")
-    axes[0].legend(fontsize=9)
-    for axis in axes:
-        axis.set_xlabel("optimiser step, all rounds")
+    answers.set_ylabel("log-probability of the answer (nats)")
+    answers.legend(fontsize=9)
+    margin.set_ylabel("reward margin (nats)")
+    margin.axhline(0, **ZERO)
     return figure
 
 
-def plot_dashboard(panels: Sequence[Any], columns: int = 4) -> Figure:
+def plot_dashboard(panels: Sequence[Any]) -> Figure:
     """Show each number over the rounds in a small panel of its own, with 95 % intervals.
 
     Args:
-        panels: ``title``, ``unit``, ``points`` of (model label, value, low, high) and ``line``, as
-            :func:`.dashboard.dashboard_panels` makes them.
-        columns: panels side by side.
+        panels: as :func:`.dashboard.dashboard_panels` makes them.
     """
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = new_axes(rows, columns, width=2.5 * columns, height=2.05 * rows)
-    labels = list(dict.fromkeys(label for panel in panels for label, *_ in panel.points))
-    labels.sort(key=lambda label: -1 if label == "base" else int(label.rsplit("_", 1)[1]))
+    rows = math.ceil(len(panels) / 4)
+    figure, axes = new_axes(rows, 4, width=10.0, height=2.05 * rows)
+    labels = sorted({label for panel in panels for label, *_ in panel.points}, key=_model_order)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        for label, value, low, high in panel.points:
-            place = labels.index(label)
-            error = None if low is None else [[max(value - low, 0)], [max(high - value, 0)]]
-            axis.errorbar(
-                [place],
-                [value],
-                yerr=error,
-                fmt="osD^vP"[place % 6],
-                color=MODEL_COLOURS[place % 6],
-                capsize=3,
-                markersize=5,
-            )
+        _models(axis, labels, panel.points, capsize=3, markersize=5)
         if panel.line:
             name, height = panel.line
             axis.axhline(height, color=GREY, linewidth=1, linestyle="--")
-            axis.annotate(name, (1, height), xycoords=("axes fraction", "data"), fontsize=7.5,
-                          ha="right", va="bottom", color=GREY)  # fmt: skip
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            axis.annotate(name, (1, height), fontsize=7.5, color=GREY, **place)
         if panel.unit == "share":
             axis.set_ylim(-0.03, 1.03)
         axis.set_title(panel.title, fontsize=9.5)
         axis.set_ylabel(panel.unit, fontsize=8.5)
-        names = [_model_name(label) for label in labels]
-        axis.set_xticks(range(len(labels)), names, fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
+        axis.tick_params(labelsize=8)
         axis.set_xlim(-0.5, len(labels) - 0.5)
-        axis.grid(axis="x", visible=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
+    for spare in axes.flat[len(panels) :]:
+        spare.set_axis_off()
     return figure
 
 
@@ -341,29 +326,24 @@ def plot_levels(
         codes: for the first ``shown`` weights, the index of the level that each is rounded to.
         shown: how many weights to show being rounded.
     """
-    figure, axes = new_axes(1, 2, width=10.0, height=3.3)
-    axes[0].hist(weights, bins=60, range=(-1, 1), color=SKY, density=True)
-    for level in levels:
-        axes[0].axvline(level, color=VERMILION, linewidth=1)
-    axes[0].grid(visible=False)
-    axes[0].set_xlabel("weight / largest weight of its block")
-    axes[0].set_ylabel("density of the weights")
-    axes[0].set_title(f"the {len(levels)} levels (lines)", fontsize=10)
-    before = list(weights[:shown])
-    after = [levels[code] for code in codes[:shown]]
+    figure, (left, right) = new_axes(1, 2, width=10.0, height=3.3)
+    left.hist(weights, bins=60, range=(-1, 1), color=SKY, density=True)
+    before, after = weights[:shown], [levels[code] for code in codes[:shown]]
     places = range(len(before))
     for level in levels:
-        axes[1].axhline(level, color=VERMILION, linewidth=0.4)
-    axes[1].vlines(places, before, after, color=GREY, linewidth=1.5)
-    axes[1].plot(places, before, "o", color=BLUE, label="weight")
-    axes[1].plot(places, after, "_", color=VERMILION, markersize=13, mew=2.5, label="rounded")
-    axes[1].grid(visible=False)
-    axes[1].set_xlabel(f"first {len(before)} weights of a row")
-    axes[1].set_title("each weight goes to its nearest level", fontsize=10)
+        left.axvline(level, color=VERMILION, linewidth=1)
+        right.axhline(level, color=VERMILION, linewidth=0.4)
+    right.vlines(places, before, after, color=GREY, linewidth=1.5)
+    right.plot(places, before, "o", color=BLUE, label="weight")
+    right.plot(places, after, "_", color=VERMILION, markersize=13, mew=2.5, label="rounded")
+    left.set(xlabel="weight / largest weight of its block", ylabel="density of the weights")
+    left.set_title(f"the {len(levels)} levels (lines)", fontsize=10)
+    right.set_xlabel(f"first {len(before)} weights of a row")
+    right.set_title("each weight goes to its nearest level", fontsize=10)
+    for axis in (left, right):
+        axis.grid(visible=False)
     # Below the axes: wherever it stood inside, it could hide a weight.
-    figure.legend(
-        *axes[1].get_legend_handles_labels(), fontsize=9, loc="outside lower right", ncols=2
-    )
+    figure.legend(fontsize=9, loc="outside lower right", ncols=2)
     return figure
 
 
@@ -378,49 +358,30 @@ METRIC_NAMES = {
 }
 
 
-def plot_metrics(
-    results: Mapping[str, Mapping[str, Mapping[str, Any]]], metrics: Sequence[str] = ()
-) -> Figure:
-    """Show every metric of every model with its 95 % interval, and the question-blind controls.
+def plot_metrics(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """Show every metric of every model with its 95 % interval.
 
     Args:
-        results: ``{benchmark: {model label: result}}`` as :func:`.stages.results` returns.
-        metrics: which ones; all if empty.
+        results: ``{benchmark: {model label: result}}`` as :func:`.comparison.results` returns.
     """
     panels = [
         (benchmark, metric)
         for benchmark, models in results.items()
         for metric in next(iter(models.values()))["metrics"]
-        if (metric in metrics if metrics else metric in METRIC_NAMES)
+        if metric in METRIC_NAMES
     ]
-    figure, axes = new_axes(1, len(panels), width=2.1 * len(panels) + 1.4, height=3.6)
-    for axis, (benchmark, metric) in zip(axes if len(panels) > 1 else [axes], panels, strict=True):
-        models = results[benchmark]
-        for i, (_label, result) in enumerate(models.items()):
-            value = result["metrics"][metric]
-            low, high = value["ci95"]
-            axis.errorbar(
-                [i],
-                [100 * value["value"]],
-                yerr=[[100 * (value["value"] - low)], [100 * (high - value["value"])]],
-                fmt="osD^vP"[i % 6],
-                color=MODEL_COLOURS[i % 6],
-                capsize=4,
-                markersize=7,
-            )
-            axis.annotate(
-                f"{100 * value['value']:.1f}",
-                (i, 100 * value["value"]),
-                (7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        axis.set_xticks(range(len(models)), [_model_name(label) for label in models], fontsize=9)
-        axis.set_xlim(-0.5, len(models) - 0.2)
+    width = 2.1 * len(panels) + 1.4
+    figure, axes = new_axes(1, len(panels), width=width, height=3.6, squeeze=False)
+    for axis, (benchmark, metric) in zip(axes.flat, panels, strict=True):
+        points = [(label, *_percent(r, metric)) for label, r in results[benchmark].items()]
+        _models(axis, list(results[benchmark]), points, capsize=4, markersize=7)
+        for i, (_, value, _, _) in enumerate(points):
+            beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(f"{value:.1f}", (i, value), fontsize=9, **beside)
+        axis.tick_params(axis="x", labelsize=9)
+        axis.set_xlim(-0.5, len(points) - 0.2)
         axis.set_title(f"{benchmark}\n{METRIC_NAMES[metric]}", fontsize=10)
-        axis.grid(axis="x", visible=False)
-    (axes if len(panels) == 1 else axes[0]).set_ylabel("percent, with 95 % interval")
+    axes[0, 0].set_ylabel("percent, with 95 % interval")
     return figure
 
 
@@ -440,19 +401,10 @@ def plot_choices(
         unit: what the scores are.
     """
     figure, axes = new_axes(width=8.6, height=0.9 + 0.42 * len(choices))
-    names = [
-        textwrap.fill(f"{choice}  ({'true' if label else 'false'})", 46)
-        for choice, label in zip(choices, labels, strict=True)
-    ]
-    bars = axes.barh(range(len(choices)), scores, color=[BLUE if y else ORANGE for y in labels])
-    for bar, label in zip(bars, labels, strict=True):
-        if not label:
-            bar.set_hatch("///")
-            bar.set_edgecolor("white")
-    axes.bar_label(bars, fmt="%.1f" if max(map(abs, scores)) > 1 else "%.3f", padding=4)
-    axes.set_yticks(range(len(choices)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    kinds = ["true" if label else "false" for label in labels]
+    names = [f"{choice}  ({kind})" for choice, kind in zip(choices, kinds, strict=True)]
+    fmt = "%.1f" if max(map(abs, scores)) > 1 else "%.3f"
+    _bars(axes, [textwrap.fill(name, 46) for name in names], scores, labels, fmt)
     axes.margins(x=0.2)
     axes.set_xlabel(unit)
     return figure
@@ -467,24 +419,13 @@ def plot_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
     """
     figure, axes = new_axes(width=7.6, height=1.0 + 0.42 * len(rows))
     for i, (_, difference) in enumerate(rows):
-        value, (low, high) = difference["value"], difference["ci95"]
-        least = difference["smallest_detectable"]
-        axes.barh([i], [200 * least], left=[-100 * least], height=0.5, color=GREY, alpha=0.15)
-        clear = low > 0 or high < 0
-        axes.errorbar(
-            [100 * value],
-            [i],
-            xerr=[[100 * (value - low)], [100 * (high - value)]],
-            fmt="D" if clear else "o",
-            color=BLUE if clear else GREY,
-            capsize=4,
-        )
-    axes.axvline(0, color="black", linewidth=1)
+        least = 100 * difference["smallest_detectable"]
+        axes.barh([i], [2 * least], left=[-least], height=0.5, color=GREY, alpha=0.15)
+        low, high = difference["ci95"]
+        _change(axes, i, 100 * difference["value"], (100 * low, 100 * high))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    reach = max(map(abs, axes.get_xlim()))
-    axes.set_xlim(-max(reach, 1), max(reach, 1))  # symmetric, and no magnified nothing
+    _centre_on_zero(axes)
     axes.set_xlabel("change in points, with 95 % interval (grey band: too small to be seen here)")
     return figure
 
@@ -499,36 +440,22 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Fig
     """
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    cells = len(panels[0][1])
+    n = len(panels[0][1])
     figure, axes = new_axes(
-        rows, columns, width=5.4 * columns, height=rows * (1.1 + 0.34 * cells)
-    )  # fmt: skip
-    grid = list(getattr(axes, "flat", [axes]))
-    for place, (drawn, (title, rows_of_panel)) in enumerate(zip(grid, panels, strict=False)):
-        for i, cell in enumerate(rows_of_panel):
+        rows, columns, width=5.4 * columns, height=rows * (1.1 + 0.34 * n), squeeze=False
+    )
+    for place, (axis, (title, cells)) in enumerate(zip(axes.flat, panels, strict=False)):
+        for i, cell in enumerate(cells):
             seeds = [100 * value for value in cell["seeds"]]
-            drawn.plot(seeds, [i + 0.22] * len(seeds), "|", color=ORANGE, markersize=9)
-            if cell["ci95"] is None:  # one seed, or none in this panel
-                drawn.plot(seeds, [i] * len(seeds), "o", mfc="white", color=GREY)
-                continue
-            low, high = cell["ci95"]
-            clear = low > 0 or high < 0
-            drawn.errorbar(
-                [100 * cell["mean"]],
-                [i],
-                xerr=[[100 * (cell["mean"] - low)], [100 * (high - cell["mean"])]],
-                fmt="D" if clear else "o",
-                color=BLUE if clear else GREY,
-                capsize=3,
-            )
-        drawn.axvline(0, color="black", linewidth=1)
-        names = [cell["name"] if place % columns == 0 else "" for cell in rows_of_panel]
-        drawn.set_yticks(range(cells), names)
-        drawn.set_ylim(cells - 0.4, -0.6)
-        reach = max(map(abs, drawn.get_xlim()))
-        drawn.set_xlim(-max(reach, 1), max(reach, 1))
-        drawn.set_title(title, fontsize=10.5)
-    for spare in grid[len(panels) :]:
+            axis.plot(seeds, [i + 0.22] * len(seeds), "|", color=ORANGE, markersize=9)
+            if seeds:
+                ci95 = cell["ci95"] and [100 * end for end in cell["ci95"]]
+                _change(axis, i, 100 * cell["mean"], ci95)
+        axis.set_yticks(range(n), ["" if place % columns else cell["name"] for cell in cells])
+        axis.set_ylim(n - 0.4, -0.6)
+        _centre_on_zero(axis)
+        axis.set_title(title, fontsize=10.5)
+    for spare in axes.flat[len(panels) :]:
         spare.set_axis_off()
     figure.supxlabel(
         "change from the base model, in points (ticks: seeds; marker: their mean, with 95 %\n"
@@ -538,92 +465,60 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Fig
     return figure
 
 
-def plot_controls(
-    results: Mapping[str, Mapping[str, Any]], metric: str = "mc1", rules: Sequence[str] = ()
-) -> Figure:
-    """Show a metric of every model beside what question-blind rules reach on the same items.
+def plot_controls(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Show every model's MC1 beside what question-blind rules reach on the same items.
 
     Args:
         results: model label -> result of one benchmark.
-        metric: which metric of the models.
-        rules: which controls; all but MC2's if empty.
     """
     controls = next(iter(results.values()))["controls"]
-    names = list(rules) or [name for name in controls if name != "uniform_mc2"]
-    figure, axes = new_axes(width=7.8, height=1.0 + 0.36 * (len(names) + len(results)))
-    labels = []
-    for i, (label, result) in enumerate(results.items()):
-        value, (low, high) = result["metrics"][metric]["value"], result["metrics"][metric]["ci95"]
-        axes.errorbar(
-            [100 * value],
-            [i],
-            xerr=[[100 * (value - low)], [100 * (high - value)]],
-            fmt="osD^vP"[i % 6],
-            color=MODEL_COLOURS[i % 6],
-            capsize=4,
-        )
-        labels.append(_model_name(label))
-    for i, name in enumerate(names, start=len(results)):
-        bar = axes.barh([i], [100 * controls[name]], height=0.55, color="#dddddd", hatch="///")
-        bar[0].set_edgecolor("white")
-        axes.text(100 * controls[name], i, f" {100 * controls[name]:.1f}", va="center", fontsize=9)
-        labels.append(name.replace("_", " "))
-    axes.axhline(len(results) - 0.5, color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    rules = {rule: 100 * value for rule, value in controls.items() if rule != "uniform_mc2"}
+    rows, n = range(len(results) + len(rules)), len(results)
+    figure, axes = new_axes(width=7.8, height=1.0 + 0.36 * len(rows))
+    for i, result in enumerate(results.values()):
+        value, *ci95 = _percent(result, "mc1")
+        axes.errorbar([value], [i], xerr=_errors(value, ci95), capsize=4, **_model_look(i))
+    look = {"height": 0.55, "color": "#dddddd", "hatch": "///", "edgecolor": "white"}
+    bars = axes.barh(rows[n:], rules.values(), **look)
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    axes.axhline(n - 0.5, color=GREY, linewidth=0.8)
+    _name_rows(axes, [*map(_model_name, results), *(rule.replace("_", " ") for rule in rules)])
     axes.set_xlim(left=0)
-    axes.grid(axis="y", visible=False)
-    axes.set_xlabel(
-        f"{METRIC_NAMES.get(metric, metric)}, percent (hatched: never read the question)"
-    )
+    axes.set_xlabel("MC1, percent (hatched: never read the question)")
     return figure
 
 
-def plot_category_change(
-    before: Mapping[str, Any], after: Mapping[str, Any], metric: str = "mc2"
-) -> Figure:
-    """Show a metric in each category before and after, and the paired change with its interval.
+def plot_category_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure:
+    """Show MC2 in each category before and after, and the paired change with its interval.
 
     Args:
-        before: result of one benchmark, with ``items`` (as :func:`.measure.evaluate`
-            returns it).
+        before: result of one benchmark, with ``items`` (as :func:`.measure.evaluate` returns it).
         after: of the other model, on the same items.
-        metric: one that every item has.
     """
     values: dict[str, list[tuple[float, float]]] = {}
     for first, second in zip(before["items"], after["items"], strict=True):
-        both = (100 * first["metrics"][metric], 100 * second["metrics"][metric])
+        both = (first["metrics"]["mc2"], second["metrics"]["mc2"])
         values.setdefault(first.get("category") or "all", []).append(both)
-    changes = {name: [b - a for a, b in rows] for name, rows in values.items()}
-    categories = sorted(values, key=lambda name: fmean(changes[name]))
+    rows = [(name, 100 * np.array(both)) for name, both in values.items()]  # (items, 2) each
+    rows.sort(key=lambda row: np.diff(row[1]).mean())
     figure, (left, right) = new_axes(
-        1, 2, width=10.0, height=1.2 + 0.3 * len(categories), width_ratios=(3, 2)
+        1, 2, width=10.0, height=1.2 + 0.3 * len(rows), width_ratios=(3, 2)
     )
-    for i, name in enumerate(categories):
-        was, now = (fmean(side) for side in zip(*values[name], strict=True))
+    for i, (_, both) in enumerate(rows):
+        was, now = both.mean(axis=0)
         left.plot([was, now], [i, i], color=GREY, linewidth=1.2)
-        left.plot([was], [i], "o", color=GREY, label="before" if i == 0 else None)
-        left.plot([now], [i], "D", color=BLUE, label="after" if i == 0 else None)
-        change = fmean(changes[name])
-        low, high = t_interval(changes[name]) or (change, change)
-        clear = len(changes[name]) > 1 and (low > 0 or high < 0)
-        right.errorbar(
-            [change],
-            [i],
-            xerr=[[change - low], [high - change]],
-            fmt="D" if clear else "o",
-            color=BLUE if clear else GREY,
-            markerfacecolor=BLUE if clear else "white",
-            capsize=3,
-        )
-    names = [f"{name} (n = {len(values[name])})" for name in categories]
-    left.set_yticks(range(len(categories)), names, fontsize=9)
-    left.set_xlabel(f"{METRIC_NAMES.get(metric, metric)}, percent")
-    right.set_yticks(range(len(categories)), [])
+        left.plot([was], [i], "o", color=GREY, label="" if i else "before")
+        left.plot([now], [i], "D", color=BLUE, label="" if i else "after")
+        changes = np.diff(both)[:, 0]
+        _change(right, i, changes.mean(), t_interval(changes), unclear="white")
+    names = [f"{name} (n = {len(both)})" for name, both in rows]
+    left.set_yticks(range(len(rows)), names, fontsize=9)
+    left.set_xlabel("MC2, percent")
+    right.set_yticks(range(len(rows)), [])
     right.axvline(0, color="black", linewidth=1)
     right.set_xlabel("change in points, with 95 % interval\n(filled diamond: without 0)")
     for axis in (left, right):
-        axis.set_ylim(-0.7, len(categories) - 0.3)
+        axis.set_ylim(-0.7, len(rows) - 0.3)
     figure.legend(fontsize=9, loc="outside upper left", ncols=2)  # inside, it could hide a point
     return figure
 
@@ -653,30 +548,28 @@ def plot_memory(
 
     Args:
         models: model -> way of training -> part -> bytes; parts as in ``MEMORY_LOOKS``.
-        limits: what a device holds, in bytes, by its name; at most two.
+        limits: what each of two devices holds, in bytes, by its name.
     """
     rows = math.ceil(len(models) / 2)
     figure, axes = new_axes(rows, 2, width=10.4, height=0.7 + 2.2 * rows)
+    behind = {"facecolor": "white", "linewidth": 0, "pad": 1}  # a line may pass here
     for axis, (model, ways) in zip(axes.flat, models.items(), strict=True):
-        ends = _stack(axis, ways, MEMORY_LOOKS, 1e9)
+        ends = _stack(axis, ways, MEMORY_LOOKS, unit=1e9)
         for i, end in enumerate(ends):
-            behind = {"facecolor": "white", "linewidth": 0, "pad": 1}  # a line may pass here
-            size = f"{end:,.0f}" if end > 100 else f"{end:.1f}"
+            size = f"{end:,.0f} GB" if end > 100 else f"{end:.1f} GB"
             axis.annotate(
-                f"{size} GB", (end, i), (5, 0), textcoords="offset points", va="center", bbox=behind
+                size, (end, i), (5, 0), textcoords="offset points", va="center", bbox=behind
             )
         right = 1.25 * max(ends)
-        sides = ("right", "left")  # two lines may stand close together
-        for (name, size), side in zip(
-            sorted(limits.items(), key=itemgetter(1)), sides, strict=True
-        ):
+        by_size = sorted(limits.items(), key=itemgetter(1))
+        for (name, size), side in zip(by_size, ("right", "left"), strict=True):  # may be close
             if size / 1e9 < right:
                 axis.axvline(size / 1e9, color="black", linewidth=1.1, linestyle="--")
                 axis.text(size / 1e9, -0.52, f" {name} ", ha=side, va="bottom", fontsize=9)
         axis.set(title=model, xlim=(0, right), ylim=(len(ends) - 0.5, -0.95))
     for axis in axes.flat[-2:]:
         axis.set_xlabel("GB")
-    figure.legend(handles=_patches(MEMORY_LOOKS), loc="outside lower center", ncols=6, fontsize=9)
+    _explain(figure, MEMORY_LOOKS)
     return figure
 
 
@@ -689,7 +582,7 @@ def plot_stage_times(runs: Mapping[str, Mapping[str, float]]) -> Figure:
     figure, axes = new_axes(width=9.0, height=1.2 + 0.42 * len(runs))
     _stack(axes, shares, STAGE_LOOKS)
     axes.set(xlim=(0, 100), xlabel="percent of the run's time")
-    figure.legend(handles=_patches(STAGE_LOOKS), loc="outside lower center", ncols=4, fontsize=9)
+    _explain(figure, STAGE_LOOKS)
     return figure
 
 
@@ -702,27 +595,21 @@ def _stack(
     """Draw a bar of parts for each name, and return where the bars end."""
     ends = []
     for i, parts in enumerate(bars.values()):
-        left = 0.0
+        end = 0.0
         for name, size in parts.items():
             colour, hatch = looks[name]
-            axes.barh(
-                [i], [size / unit], left=left, height=0.62, color=colour, hatch=hatch,
-                edgecolor="white", linewidth=0.6,
-            )  # fmt: skip
-            left += size / unit
-        ends.append(left)
-    axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+            look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.6}
+            axes.barh([i], [size / unit], left=end, height=0.62, **look)
+            end += size / unit
+        ends.append(end)
+    _name_rows(axes, list(bars))
     return ends
 
 
-def _patches(looks: Mapping[str, tuple[str, str]]) -> list[Patch]:
-    return [
+def _explain(figure: Figure, looks: Mapping[str, tuple[str, str]]) -> None:
+    """Say below a figure which colour and hatch is which part."""
+    patches = [
         Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name)
         for name, (colour, hatch) in looks.items()
     ]
-
-
-def _model_name(label: str) -> str:
-    return "base" if label == "base" else f"round {int(label.rsplit('_', 1)[1]) + 1}"
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(looks), fontsize=9)

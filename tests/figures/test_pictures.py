@@ -69,7 +69,7 @@ def test_the_anatomy_of_a_pair_colours_what_differs_and_nothing_else() -> None:
     assert [t for t in texts if t in {*correct, *incorrect}] == correct + incorrect
 
 
-def test_long_texts_go_on_in_the_next_line() -> None:
+def test_long_texts_continue_in_the_next_line() -> None:
     words = ["word"] * 60
     figure = drawings.draw_pair(words, words, words)
     left, right = figure.axes[0].get_xlim()
