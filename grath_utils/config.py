@@ -75,24 +75,12 @@ class QuestionsConfig:
     skip_bad: bool = option(False, "skip and count unusable questions instead of stopping")
 
 
-UNASKED_MODES = ("gold", "random")
-"""Modes of pairs that ask the model nothing: controls."""
-
-PAIR_MODES = ("default", "paper", "pick", *UNASKED_MODES)
-
-
 @dataclass(frozen=True)
 class PairsConfig:
     """How the model writes its correct and incorrect answers."""
 
     mode: str = option(
-        "default",
-        "`paper`: both answers in one greedy completion, the official prompt; `default`: several "
-        "candidates for each answer, and of them the pair with the clearest contrast; `pick`: the "
-        "model picks both from the source's options, not told which is right; `gold`: no GRATH but "
-        "its upper bound, the source's own right answer against one of its wrong ones; `random`: "
-        "a placebo, two of the source's options by lot",
-        choices=PAIR_MODES,
+        "default", "how the pairs come about; `python -m grath_utils options` lists the modes"
     )
     shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from grath_utils.config import (
-    PAIR_MODES,
     Config,
     ModelConfig,
     describe_options,
@@ -25,6 +24,7 @@ from grath_utils.config import (
 )
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError, UsageError, did_you_mean
+from grath_utils.pairs.modes import MODES, describe_modes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -554,7 +554,7 @@ def _add_pairs(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--column", default="question", help="column that holds the question")
     parser.add_argument("--split", default="train", help="split of a Hub data set")
-    parser.add_argument("--mode", choices=PAIR_MODES, help="default: the profile's")
+    parser.add_argument("--mode", choices=MODES, help="default: the profile's")
     parser.add_argument("--limit", type=int, metavar="N", help="use N questions, drawn by the seed")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count unusable questions")
     parser.add_argument("--out", metavar="FILE.jsonl", required=True, type=Path)
@@ -829,6 +829,8 @@ def _add_options(commands: argparse._SubParsersAction) -> None:
 def _options(options: argparse.Namespace) -> None:
     values = load_config(options.profile).flat()
     for key, _, text in describe_options():
+        if key == "pairs.mode":
+            text = f"{describe_modes()} [{' | '.join(MODES)}]"
         print(f"{key} = {values[key]}\n    {text}")
 
 

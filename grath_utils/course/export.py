@@ -19,7 +19,8 @@ from grath_utils.loop.comparison import comparison_rows
 from grath_utils.loop.named_models import resolve_name
 from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import final_iteration, load_model, planned_iterations
-from grath_utils.pairs.prompts import PROMPT_OVERLAP, question_messages, render_chat
+from grath_utils.pairs.modes import find_mode
+from grath_utils.pairs.prompts import question_messages, render_chat
 
 CHECK_PROMPT = "Q: What is made of milk?\nA:"
 """Both models are asked this when the merged one has been written."""
@@ -89,25 +90,6 @@ def _card_of(name: str) -> str:
 
 # --- the card ------------------------------------------------------------------------------------
 
-GRATH = "GRATH (gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292))"
-SELF_MADE = (
-    f"Trained by {GRATH}: the model wrote correct and incorrect answers to questions itself, and "
-    "was trained by DPO to prefer the correct ones. Nobody checked these answers."
-)
-PICKED = (
-    "Trained by DPO on answers that the model itself picked from given options as most and least "
-    f"credible, without being told which is right: a control for {GRATH}, whose models write both "
-    "themselves."
-)
-ANNOTATED = (
-    f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, whose "
-    "models write both themselves."
-)
-DRAWN = (
-    f"Trained by DPO on answers *drawn by lot* from given options: a placebo for {GRATH}, whose "
-    "models write both themselves."
-)
-
 
 def model_card(run: Run, iteration: int) -> str:
     """Return the card of a run's model as Markdown: base, data, recipe, results, limits.
@@ -117,13 +99,7 @@ def model_card(run: Run, iteration: int) -> str:
     config, info = run.config, run.info()
     dpo, lora = config.dpo, config.lora
     targets = ", ".join(lora.targets)
-    overlap = PROMPT_OVERLAP[config.pairs.mode]
-    made = {
-        "pick": ("picked by the model from the source's options", PICKED),
-        "gold": ("annotated", ANNOTATED),
-        "random": ("drawn by lot from the source's options", DRAWN),
-    }
-    written, trained = made.get(config.pairs.mode, ("written by the model", SELF_MADE))
+    mode = find_mode(config.pairs.mode)
     lines = [
         "---",
         "library_name: peft",
@@ -132,7 +108,7 @@ def model_card(run: Run, iteration: int) -> str:
         "---",
         f"# {run.path.name}, after round {iteration + 1}",
         "",
-        trained,
+        mode.card,
         "",
         "## Base model and data",
         "",
@@ -140,8 +116,8 @@ def model_card(run: Run, iteration: int) -> str:
         f"{info['resolved']['dtype']}",
         f"- questions: {info['questions']['n']} from `{info['questions']['source']}`, "
         f"{config.questions.held_out:.0%} held out",
-        f"- pairs: mode `{config.pairs.mode}`, all {written}",
-        f"- benchmark text inside the prompts: {overlap or 'none'}",
+        f"- pairs: mode `{mode.name}`, all {mode.answers}",
+        f"- benchmark text inside the prompts: {mode.prompt_overlap or 'none'}",
         "",
         "## Recipe",
         "",

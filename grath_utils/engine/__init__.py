@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "encoding": ["Request"],
-        "generation": ["Stop", "generate"],
+        "generation": ["Stop", "generate", "shared_beginning"],
         "models": ["Policy", "load_base", "quiet_transformers", "round_weights"],
         "packing": ["pack"],
         "scoring": ["score_completions"],

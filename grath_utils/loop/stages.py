@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.config import Config, ModelConfig
-from grath_utils.dpo.round import model_after, train_round
+from grath_utils.dpo.adapters import model_after
+from grath_utils.dpo.round import train_round
 from grath_utils.dpo.tracking import check_trackers, write_scalars
 from grath_utils.engine import processes
 from grath_utils.engine.models import Policy, base_weights_fingerprint, resolve
@@ -26,6 +27,7 @@ from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop import choice as selection
 from grath_utils.loop.run_dir import Run, environment_facts, lock_run, open_run, record_made
 from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs, refine_pairs
+from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
 
 BASE = "base"
@@ -43,8 +45,8 @@ def start_run(path: str | Path, config: Config) -> Run:
     """Open a run directory for a configuration, making it and its questions if need be.
 
     Raises:
-        ConfigError: an unknown benchmark, or the directory belongs to another configuration,
-            other questions or another model.
+        ConfigError: an unknown benchmark or pair mode, or the directory belongs to another
+            configuration, other questions or another model.
     """
     return processes.on_main(lambda: _start_run(path, config))
 
@@ -55,6 +57,7 @@ def _start_run(path: str | Path, config: Config) -> Run:
             raise ConfigError(
                 f'"evaluation.benchmarks" names "{name}"{did_you_mean(name, BENCHMARKS)}'
             )
+    check_pairs_config(config.pairs)
     check_trackers(config.dpo.report_to)
     model = resolve(config.model)
     questions = load_questions(config.questions, config.seed)

@@ -7,22 +7,18 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
         "generate": ["Pair", "generate_pairs", "read_pairs", "refine_pairs"],
+        "modes": ["demonstrations", "find_mode"],
+        "overlap": ["overlap_with_benchmarks", "reference_questions"],
         "parsing": ["check_pair", "pair_is_complete", "parse_pair"],
         "prompts": [
             "NEUTRAL_QUESTION",
             "answer_messages",
-            "demonstrations",
             "pair_messages",
             "question_messages",
             "render_chat",
             "token_ids",
         ],
-        "questions": [
-            "Question",
-            "load_questions",
-            "overlap_with_benchmarks",
-            "reference_questions",
-        ],
+        "questions": ["Question", "load_questions"],
         "words": ["negated", "ngram_f1", "split_words"],
     },
 )

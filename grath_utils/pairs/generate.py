@@ -1,10 +1,10 @@
 """Pair generation: the policy's own correct and incorrect answer to every source question.
 
 Iteration 0 (:func:`generate_pairs`) writes both answers; later iterations (:func:`refine_pairs`)
-write the correct answer anew and keep the first incorrect one. How a pair is written is in
-:mod:`.writers`; here are the files, and what makes an interruption harmless.
+write the correct answer again and keep the first incorrect one. How a pair is written is up to
+the mode (:mod:`.modes`); here are the files, and what makes an interruption harmless.
 
-A journal beside the output holds the finished chunks of questions. A run that was killed goes on
+A journal beside the output holds the finished chunks of questions. A run that was killed resumes
 after the last of them, and because a chunk is always computed as a whole, from the same inputs,
 the final files are the same byte for byte.
 """
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,10 @@ from grath_utils.config import PairsConfig
 from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError
 from grath_utils.files import Journal, fingerprint, read_jsonl, write_jsonl
+from grath_utils.pairs.modes import find_mode, make_writer
 from grath_utils.pairs.parsing import Reason
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.writers import Outcome, Rejected, Task, make_writer
+from grath_utils.pairs.writers import Rejected, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
@@ -48,14 +50,12 @@ class Pair:
     iteration: int = 0
     """The iteration that wrote the correct answer (the incorrect one is always the first)."""
     contrast: float | None = None
-    """How far apart the model itself places the two answers; mode ``default`` only."""
+    """How far apart the model itself places the two answers, in the modes that ask it."""
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of ``pairs.jsonl``."""
         row = dataclasses.asdict(self)
-        if self.contrast is None:
-            del row["contrast"]
-        return row
+        return {key: value for key, value in row.items() if value is not None}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, where: str = "pair") -> Pair:
@@ -64,15 +64,13 @@ class Pair:
         Raises:
             DataError: a field is missing, empty or of the wrong kind; ``where`` and it are named.
         """
-        values: dict[str, Any] = {}
-        for name in ("id", "question", "correct", "incorrect"):
-            value = row.get(name)
-            if isinstance(value, int) and name == "id":
-                value = str(value)
+        values = {name: row.get(name) for name in ("id", "question", "correct", "incorrect")}
+        if isinstance(values["id"], int):
+            values["id"] = str(values["id"])
+        for name, value in values.items():
             if not isinstance(value, str) or not value.strip():
                 state = "is missing" if name not in row else f"holds {value!r}"
                 raise DataError(f'{where}: "{name}" {state}; a pair needs text there')
-            values[name] = value
         iteration, contrast = row.get("iteration", 0), row.get("contrast")
         if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
             raise DataError(f'{where}: "iteration" holds {iteration!r}, expected 0, 1, 2, ...')
@@ -96,12 +94,9 @@ class PairReport:
     tokens: int
     """Tokens generated."""
     seconds: float
-    """Of this call; without what an earlier, interrupted call had done."""
+    """Of this call, without what an interrupted one had done."""
     resumed: int
-    """Questions whose outcome came from the journal of an interrupted call."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    """Questions that an interrupted call had done."""
 
     def __str__(self) -> str:
         kept = f" ({self.kept} kept from before)" if self.kept else ""
@@ -137,11 +132,13 @@ def generate_pairs(
         skip_long: count questions that do not fit into the context instead of stopping.
 
     Raises:
-        DataError: no questions, a doubled id, or a question longer than the context.
+        ConfigError: settings that cannot go together.
+        DataError: no questions, a doubled id, a question that is longer than the context, or one
+            without the candidates that the mode needs.
         RunError: the files cannot be written, or no question at all got a pair.
     """
-    tasks = [Task(question) for question in questions]
-    return _make(policy, tasks, {}, config, 0, seed, out, rejects, progress, skip_long)
+    job = _Job(policy, [Task(question) for question in questions], config, seed, out, rejects)
+    return job.run(progress=progress, skip_long=skip_long)
 
 
 def refine_pairs(
@@ -157,7 +154,7 @@ def refine_pairs(
     progress: bool = True,
     skip_long: bool = False,
 ) -> PairReport:
-    """Let the policy write the correct answers anew: gradual refinement.
+    """Let the policy write the correct answers again: gradual refinement.
 
     The incorrect answer stays that of iteration 0. Where the new correct answer fails, the old
     pair is kept. With ``config.retry_failed``, questions that have no pair yet are tried again,
@@ -167,8 +164,10 @@ def refine_pairs(
         previous: the pairs of the iteration before.
         iteration: at least 1; recorded with every new correct answer.
 
+    The other arguments and errors are those of :func:`generate_pairs`.
+
     Raises:
-        DataError: as :func:`generate_pairs`, or a previous pair belongs to no question here.
+        DataError: a previous pair belongs to no question here.
     """
     if iteration < 1:
         raise DataError(f"refinement is for iterations from 1 on, not {iteration}")
@@ -181,7 +180,8 @@ def refine_pairs(
         for question in questions
         if question.id in old or config.retry_failed
     ]
-    return _make(policy, tasks, old, config, iteration, seed, out, rejects, progress, skip_long)
+    job = _Job(policy, tasks, config, seed, out, rejects, iteration=iteration, old=old)
+    return job.run(progress=progress, skip_long=skip_long)
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -212,177 +212,154 @@ def read_pairs(path: Path) -> list[Pair]:
 # --- the work, chunk by chunk --------------------------------------------------------------------
 
 
-def _make(
-    policy: Policy,
-    tasks: Sequence[Task],
-    old: Mapping[str, Pair],
-    config: PairsConfig,
-    iteration: int,
-    seed: int,
-    out: Path,
-    rejects: Path,
-    progress: bool,
-    skip_long: bool,
-) -> PairReport:
-    """Do all tasks, journal them, and write both files."""
-    from tqdm.auto import tqdm
+@dataclass(frozen=True)
+class _Job:
+    """All tasks of an iteration, and where their pairs go."""
 
-    started = time.perf_counter()
-    _check_ids(tasks)
-    # Iterations draw differently, or a refined answer could only ever be the first one again.
-    writer = make_writer(policy, config, seed + 1_000_003 * iteration)
-    lengths = [writer.prompt_tokens(task.question) for task in tasks]
-    fitting = _fitting(policy, tasks, lengths, config, skip_long)
-    # Prompts of like length together: what is computed at once then has little padding.
-    order = sorted(fitting, key=lambda i: (-lengths[i], i))
-    size = 4 * config.batch_size if config.mode == "paper" else config.batch_size
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    identity = _identity(policy, tasks, config, iteration, seed, size, writer)
-    journal = Journal.beside(out if processes.is_main() else None, identity)
-    done = processes.on_main(journal.read)
-    resumed = sum(len(done[n]) for n in range(len(chunks)) if n in done)
-    todo = [n for n in range(len(chunks)) if n not in done]
-    bar = tqdm(
-        total=len(order),
-        initial=resumed,
-        disable=not (progress and processes.is_main()),
-        desc="pairs",
-        unit="question",
-        file=sys.stderr,
-    )
+    policy: Policy
+    tasks: Sequence[Task]
+    config: PairsConfig
+    seed: int
+    out: Path
+    rejects: Path
+    iteration: int = 0
+    old: Mapping[str, Pair] = field(default_factory=dict)
+    """The pairs of the iteration before, by id."""
 
-    def write(number: int) -> list[dict[str, Any]]:
-        return [_outcome_row(o) for o in writer.write([tasks[i] for i in chunks[number]])]
+    def run(self, *, progress: bool, skip_long: bool) -> PairReport:
+        """Do all tasks, journal them, and write both files."""
+        from tqdm.auto import tqdm
 
-    with contextlib.closing(writer), bar:
-        for number, rows in processes.in_turns(todo, write):
-            journal.append(number, rows)
-            done[number] = rows
-            bar.update(len(rows))
-    outcomes = {
-        i: _read_outcome(row)
-        for number, chunk in enumerate(chunks)
-        for i, row in zip(chunk, done[number], strict=True)
-    }
-    report = processes.on_main(lambda: _finish(tasks, outcomes, old, iteration, out, rejects))
-    journal.remove()
-    return dataclasses.replace(
-        report, seconds=round(time.perf_counter() - started, 2), resumed=resumed
-    )
-
-
-def _finish(
-    tasks: Sequence[Task],
-    outcomes: Mapping[int, Outcome],
-    old: Mapping[str, Pair],
-    iteration: int,
-    out: Path,
-    rejects: Path,
-) -> PairReport:
-    """Write both files, the pairs last: they are what says that the work is done."""
-    too_long = Outcome(None, None, (Rejected("", "", Reason.TOO_LONG),))
-    pairs: list[Pair] = []
-    rows = []
-    kept = 0
-    for i, task in enumerate(tasks):
-        question, outcome = task.question, outcomes.get(i, too_long)
-        rows += [
-            {
-                "id": question.id,
-                "question": question.text,
-                "iteration": iteration,
-                "prompt": rejected.prompt,
-                "reason": str(rejected.reason),
-                "completion": rejected.completion,
-            }
-            for rejected in outcome.rejected
-        ]
-        if outcome.correct is not None and outcome.incorrect is not None:
-            sides = (outcome.correct, outcome.incorrect)
-            pairs.append(Pair(question.id, question.text, *sides, iteration, outcome.contrast))
-        elif question.id in old:
-            pairs.append(old[question.id])
-            kept += 1
-    counts = Counter(row["reason"] for row in rows)
-    if not pairs:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-        raise RunError(
-            f"none of {len(tasks)} questions got a usable pair ({reasons}): this model does not "
-            "follow the prompt; try pairs.mode=default, more questions or a stronger model"
+        started = time.perf_counter()
+        self.check_tasks()
+        # Iterations draw differently, or a refined answer could only ever be the first one again.
+        writer = make_writer(self.policy, self.config, self.seed + 1_000_003 * self.iteration)
+        order = self.fitting(writer, skip_long)
+        size = writer.chunk_batches * self.config.batch_size
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        journal_of = self.out if processes.is_main() else None
+        journal = Journal.beside(journal_of, self.identity(writer, size))
+        done = processes.on_main(journal.read)
+        resumed = sum(len(rows) for rows in done.values())
+        bar = tqdm(
+            total=len(order),
+            initial=resumed,
+            disable=not (progress and processes.is_main()),
+            desc="pairs",
+            unit="question",
+            file=sys.stderr,
         )
-    write_jsonl(rejects, rows)
-    write_jsonl(out, [pair.to_row() for pair in pairs])
-    return PairReport(
-        questions=len(tasks),
-        pairs=len(pairs),
-        kept=kept,
-        rejected=dict(counts.most_common()),
-        completions=sum(outcome.completions for outcome in outcomes.values()),
-        tokens=sum(outcome.tokens for outcome in outcomes.values()),
-        seconds=0.0,
-        resumed=0,
-    )
 
+        def write(number: int) -> list[dict[str, Any]]:
+            written = writer.write([self.tasks[i] for i in chunks[number]])
+            return [dataclasses.asdict(each) for each in written]
 
-def _check_ids(tasks: Sequence[Task]) -> None:
-    if not tasks:
-        raise DataError("there are no questions to write pairs for")
-    for name, count in Counter(task.question.id for task in tasks).items():
-        if count > 1:
-            raise DataError(f'{count} questions have the id "{name}"')
+        todo = [number for number in range(len(chunks)) if number not in done]
+        with contextlib.closing(writer), bar:
+            for number, rows in processes.in_turns(todo, write):
+                journal.append(number, rows)
+                done[number] = rows
+                bar.update(len(rows))
+        rows = itertools.chain.from_iterable(done[number] for number in range(len(chunks)))
+        written = dict(zip(order, map(WrittenPair.from_row, rows), strict=True))
+        report = processes.on_main(lambda: self.write_files(written))
+        journal.remove()
+        seconds = round(time.perf_counter() - started, 2)
+        return dataclasses.replace(report, seconds=seconds, resumed=resumed)
 
+    def check_tasks(self) -> None:
+        """Refuse tasks that cannot be told apart, or lack what the mode needs."""
+        if not self.tasks:
+            raise DataError("there are no questions to write pairs for")
+        for name, count in Counter(task.question.id for task in self.tasks).items():
+            if count > 1:
+                raise DataError(f'{count} questions have the id "{name}"')
+        if find_mode(self.config.mode).needs_candidates:
+            setting = f"pairs.mode={self.config.mode}"
+        elif self.config.annotated:
+            setting = "pairs.annotated=true"
+        else:
+            return
+        for question in (task.question for task in self.tasks):
+            if len(question.candidates) < 2:
+                raise DataError(
+                    f"{question.where or question.id}: {setting} needs questions with candidates, "
+                    "such as questions.source=arc_challenge, and this one has none"
+                )
 
-def _fitting(
-    policy: Policy,
-    tasks: Sequence[Task],
-    lengths: Sequence[int],
-    config: PairsConfig,
-    skip_long: bool,
-) -> list[int]:
-    """Return the tasks whose prompt and completion fit into the model's context."""
-    room = policy.max_length - config.max_new_tokens
-    for task, length in zip(tasks, lengths, strict=True):
-        if length > room and not skip_long:
-            question = task.question
-            raise DataError(
-                f'{question.where or "question"} ("{question.id}"): its prompt has {length} tokens '
-                f"and the context of {policy.name} leaves room for {room}; shorten it, use fewer "
-                "pairs.shots, or set questions.skip_bad=true"
+    def fitting(self, writer: Writer, skip_long: bool) -> list[int]:
+        """Return the tasks that fit into the model's context, longest prompt first.
+
+        Prompts of like length together: what is computed at once then has little padding.
+        """
+        room = self.policy.max_length - self.config.max_new_tokens
+        lengths = [writer.prompt_tokens(task.question) for task in self.tasks]
+        for task, length in zip(self.tasks, lengths, strict=True):
+            if length > room and not skip_long:
+                question = task.question
+                raise DataError(
+                    f'{question.where or "question"} ("{question.id}"): its prompt has {length} '
+                    f"tokens and the context of {self.policy.name} leaves room for {room}; shorten "
+                    "it, use fewer pairs.shots, or set questions.skip_bad=true"
+                )
+        found = [i for i, length in enumerate(lengths) if length <= room]
+        return sorted(found, key=lambda i: (-lengths[i], i))
+
+    def identity(self, writer: Writer, size: int) -> str:
+        """Return what a journal must agree on to be continued."""
+        return fingerprint(
+            [
+                VERSION,
+                self.policy.fingerprint,
+                dataclasses.asdict(self.config),
+                self.iteration,
+                self.seed,
+                size,
+                # The rendered prompts stand for instruction, demonstrations and chat template.
+                [writer.prompt(self.tasks[0].question, kind) for kind in writer.kinds],
+                [[task.question.to_row(), task.incorrect] for task in self.tasks],
+            ]
+        )
+
+    def write_files(self, written: Mapping[int, WrittenPair]) -> PairReport:
+        """Write both files, the pairs last: they are what says that the work is done."""
+        too_long = WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))
+        pairs: list[Pair] = []
+        rows: list[dict[str, Any]] = []
+        kept = 0
+        for i, task in enumerate(self.tasks):
+            question, new = task.question, written.get(i, too_long)
+            asked = {"id": question.id, "question": question.text, "iteration": self.iteration}
+            rows += [
+                {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
+                for r in new.rejected
+            ]
+            if new.correct is not None and new.incorrect is not None:
+                pairs.append(
+                    Pair(
+                        **asked, correct=new.correct, incorrect=new.incorrect, contrast=new.contrast
+                    )
+                )
+            elif question.id in self.old:
+                pairs.append(self.old[question.id])
+                kept += 1
+        counts = dict(Counter(row["reason"] for row in rows).most_common())
+        if not pairs:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
+            raise RunError(
+                f"none of {len(self.tasks)} questions got a usable pair ({reasons}): this model "
+                "does not follow the prompt; try pairs.mode=default, more questions or a stronger "
+                "model"
             )
-    return [i for i, length in enumerate(lengths) if length <= room]
-
-
-def _identity(
-    policy: Policy,
-    tasks: Sequence[Task],
-    config: PairsConfig,
-    iteration: int,
-    seed: int,
-    size: int,
-    writer: Any,
-) -> str:
-    """Return what a journal must agree on to be continued."""
-    return fingerprint(
-        [
-            VERSION,
-            policy.fingerprint,
-            dataclasses.asdict(config),
-            iteration,
-            seed,
-            size,
-            # The rendered prompts stand for instruction, demonstrations and chat template.
-            [writer.prompt(tasks[0].question, kind) for kind in writer.kinds],
-            [[task.question.to_row(), task.incorrect] for task in tasks],
-        ]
-    )
-
-
-def _outcome_row(outcome: Outcome) -> dict[str, Any]:
-    return dataclasses.asdict(outcome)
-
-
-def _read_outcome(row: Mapping[str, Any]) -> Outcome:
-    rejected = tuple(
-        Rejected(r["prompt"], r["completion"], Reason(r["reason"])) for r in row["rejected"]
-    )
-    return Outcome(**{**row, "rejected": rejected})
+        write_jsonl(self.rejects, rows)
+        write_jsonl(self.out, [pair.to_row() for pair in pairs])
+        return PairReport(
+            questions=len(self.tasks),
+            pairs=len(pairs),
+            kept=kept,
+            rejected=counts,
+            completions=sum(each.completions for each in written.values()),
+            tokens=sum(each.tokens for each in written.values()),
+            seconds=0.0,
+            resumed=0,
+        )

@@ -47,26 +47,12 @@ class Reason(StrEnum):
     """The question does not fit into the model's context (nothing was generated)."""
 
 
-# The filters that can be switched, in the order in which they are applied.
-FILTERS = (
-    Reason.CUT_OFF,
-    Reason.EMPTY,
-    Reason.EQUAL,
-    Reason.NEAR_EQUAL,
-    Reason.QUESTION_COPY,
-    Reason.OTHER_QUESTION,
-    Reason.LENGTH_RATIO,
-    Reason.NON_ANSWER,
-    Reason.REPETITION,
-)
-
-
 @dataclass(frozen=True)
 class Parsed:
     """The fields found in a completion; a field that was not found is None."""
 
-    correct: str | None
-    incorrect: str | None
+    correct: str | None = None
+    incorrect: str | None = None
     question: str | None = None
     """The question as the completion restates it."""
     cut_off: bool = False
@@ -89,46 +75,32 @@ _LABEL = re.compile(
     r"""(?: (?:^|(?<=[\n.!?;"'”’])) [ \t]* (?:[-*•>#]+[ \t]*)? (?:\(?[0-9a-zA-Z][.)][ \t]*)? )
         [*_"'“‘`]{0,3}
         (?: (?:the|a|an|one|my|your)[ ] )?
-        (?P<name> incorrect | wrong | false | correct | right | true
-                | question | explanation | reason | note )
+        (?: (?P<incorrect> incorrect | wrong | false ) | (?P<correct> correct | right | true )
+                | (?P<question> question ) | explanation | reason | note )
         (?: [ ]+ (?:answers?|response|statement|option) )?
         (?: [ ]? [#]?[0-9]{1,2} | [ ]is )?
         [*_"'”’`]{0,3} [ \t]* : [*_"'”’`]{0,3}
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_FIELDS = {
-    "correct": "correct",
-    "right": "correct",
-    "true": "correct",
-    "incorrect": "incorrect",
-    "wrong": "incorrect",
-    "false": "incorrect",
-    "question": "question",
-}
 _QUOTES = "\"'“”‘’`*_"
 
 
 def parse_pair(completion: str) -> Parsed:
     """Read the fields of a completion, whatever their order; never raises.
 
-    Each field is the first line after its label, or the next line that is not blank where the
-    label stands alone. Where a label comes twice the first counts. Nothing before the first label
-    is ever part of an answer, and an explanation after one is not either.
+    Each field is the first line after its label that is not blank. Where a label comes twice the
+    first counts. Nothing before the first label is part of an answer, nor is an explanation after.
     """
     text = completion.replace("\r\n", "\n").replace("\r", "\n")
     labels = list(_LABEL.finditer(text))
+    starts = [label.start() for label in labels] + [len(text)]
     fields: dict[str, str] = {}
-    for label, following in zip(labels, [*labels, None][1:], strict=True):
-        field = _FIELDS.get(label["name"].lower())
-        end = following.start() if following else len(text)
-        if field is not None and field not in fields:
-            fields[field] = clean(_first_line(text[label.end() : end]))
-    return Parsed(fields.get("correct"), fields.get("incorrect"), fields.get("question"))
-
-
-def _first_line(text: str) -> str:
-    return next((line for line in text.split("\n") if line.strip()), "")
+    for label, end in zip(labels, starts[1:], strict=True):
+        if label.lastgroup:  # an explanation is no field, but it ends the one before
+            lines = text[label.end() : end].split("\n")
+            fields.setdefault(label.lastgroup, clean(next(filter(str.strip, lines), "")))
+    return Parsed(**fields)
 
 
 def clean(answer: str) -> str:
@@ -157,17 +129,15 @@ def parse_legacy(completion: str) -> Parsed:
 
 
 def pair_is_complete(text: str) -> bool:
-    """Tell whether generation may stop: both fields are there and the last line has ended."""
-    if "\n" not in text:
-        return False
-    parsed = parse_pair(text[: text.rindex("\n")])
-    return bool(parsed.correct) and bool(parsed.incorrect)
+    """Return True if generation may stop: both fields are there and the last line has ended."""
+    parsed = parse_pair(text.rpartition("\n")[0])
+    return bool(parsed.correct and parsed.incorrect)
 
 
 # --- filters -------------------------------------------------------------------------------------
 
 NEAR_EQUAL_RATIO = 0.9
-MAX_LENGTH_RATIO = 4.0  # in characters, see texts.length_ratio
+MAX_LENGTH_RATIO = 4.0  # in characters, see words.length_ratio
 OTHER_QUESTION_RATIO = 0.3
 ECHO_SHARE = 0.6
 # The same run of one to eight words, three times in a row ("is the answer is the answer is ...").
@@ -185,7 +155,7 @@ _NON_ANSWER = re.compile(
 
 
 def near_equal(a: str, b: str) -> bool:
-    """Tell whether two answers say the same in nearly the same letters.
+    """Return True if two answers say the same in nearly the same letters.
 
     A differing number or negation is never near: it is the whole difference between the answers.
     """
@@ -203,63 +173,8 @@ def near_equal(a: str, b: str) -> bool:
     return ratio >= NEAR_EQUAL_RATIO
 
 
-def check_pair(
-    question: str,
-    parsed: Parsed,
-    *,
-    filters: Collection[str] = FILTERS,
-    shown_answers: Iterable[str] = (),
-) -> Reason | None:
-    """Return why a parsed pair is rejected, or None where it passes.
-
-    Args:
-        question: the question that was asked.
-        parsed: what the parser found, both fields or not.
-        filters: names out of :data:`FILTERS`; a missing field is always a reason.
-        shown_answers: the answers of the demonstrations (copied ones answer another question).
-    """
-    if parsed.reason is not None:
-        return parsed.reason
-    correct, incorrect = parsed.correct or "", parsed.incorrect or ""
-    both = (correct, incorrect)
-    copied = [split_words(answer) for answer in shown_answers]
-    tests: dict[str, Callable[[], bool]] = {
-        Reason.CUT_OFF: lambda: parsed.cut_off,
-        Reason.EMPTY: lambda: not split_words(correct) or not split_words(incorrect),
-        Reason.EQUAL: lambda: split_words(correct) == split_words(incorrect),
-        Reason.NEAR_EQUAL: lambda: near_equal(correct, incorrect),
-        Reason.QUESTION_COPY: lambda: any(echoes(question, a) for a in both),
-        Reason.OTHER_QUESTION: lambda: (
-            _other_question(question, parsed.question)
-            or any(split_words(a) in copied for a in both)
-        ),
-        Reason.LENGTH_RATIO: lambda: length_ratio(correct, incorrect) > MAX_LENGTH_RATIO,
-        Reason.NON_ANSWER: lambda: any(_NON_ANSWER.match(a) for a in both),
-        Reason.REPETITION: lambda: any(_REPETITION.search(a) for a in both),
-    }
-    return next((Reason(name) for name in FILTERS if name in filters and tests[name]()), None)
-
-
-def check_answer(
-    question: str,
-    answer: str,
-    *,
-    cut_off: bool = False,
-    filters: Collection[str] = FILTERS,
-    shown_answers: Iterable[str] = (),
-) -> Reason | None:
-    """Return why one answer alone cannot be a side of a pair, or None where it can."""
-    about_both = {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
-    return check_pair(
-        question,
-        Parsed(answer, answer, cut_off=cut_off),
-        filters=set(filters) - about_both,
-        shown_answers=shown_answers,
-    )
-
-
 def echoes(question: str, answer: str) -> bool:
-    """Tell whether an answer holds no word of its own, and most words of the question.
+    """Return True if an answer holds no word of its own, and most words of the question.
 
     "The fog disappears as the Sun grows stronger." says nothing to "Why does fog disappear as the
     Sun grows stronger?". A choice out of the question ("the Sun") is an answer.
@@ -269,8 +184,81 @@ def echoes(question: str, answer: str) -> bool:
 
 
 def _other_question(asked: str, restated: str | None) -> bool:
-    """Tell whether a restated question shares too few words with the one that was asked."""
-    if not restated or not split_words(restated):
-        return False
-    left, right = set(split_words(asked)), set(split_words(restated))
-    return len(left & right) / min(len(left), len(right)) < OTHER_QUESTION_RATIO if left else False
+    """Return True if a restated question shares too few words with the one that was asked."""
+    left, right = set(split_words(asked)), set(split_words(restated or ""))
+    return bool(left and right) and (
+        len(left & right) / min(len(left), len(right)) < OTHER_QUESTION_RATIO
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What a filter looks at."""
+
+    question: str
+    parsed: Parsed
+    shown: list[list[str]]
+    """The words of the demonstrations' answers."""
+
+    @property
+    def both(self) -> tuple[str, str]:
+        return self.parsed.correct or "", self.parsed.incorrect or ""
+
+    @property
+    def words(self) -> list[list[str]]:
+        return [split_words(answer) for answer in self.both]
+
+
+FILTERS: dict[Reason, Callable[[_Case], bool]] = {
+    Reason.CUT_OFF: lambda case: case.parsed.cut_off,
+    Reason.EMPTY: lambda case: not all(case.words),
+    Reason.EQUAL: lambda case: case.words[0] == case.words[1],
+    Reason.NEAR_EQUAL: lambda case: near_equal(*case.both),
+    Reason.QUESTION_COPY: lambda case: any(echoes(case.question, a) for a in case.both),
+    Reason.OTHER_QUESTION: lambda case: (
+        _other_question(case.question, case.parsed.question)
+        or any(words in case.shown for words in case.words)
+    ),
+    Reason.LENGTH_RATIO: lambda case: length_ratio(*case.both) > MAX_LENGTH_RATIO,
+    Reason.NON_ANSWER: lambda case: any(map(_NON_ANSWER.match, case.both)),
+    Reason.REPETITION: lambda case: any(map(_REPETITION.search, case.both)),
+}
+"""The filters that can be switched, in the order in which they are applied."""
+
+
+def check_pair(
+    question: str,
+    parsed: Parsed,
+    *,
+    filters: Collection[str] = tuple(FILTERS),
+    shown_answers: Iterable[str] = (),
+) -> Reason | None:
+    """Return why a parsed pair is rejected, or None if it passes.
+
+    Args:
+        question: the question that was asked.
+        parsed: what the parser found, both fields or not.
+        filters: names out of :data:`FILTERS`; a missing field is always a reason.
+        shown_answers: the answers of the demonstrations (copied ones answer another question).
+    """
+    case = _Case(question, parsed, [split_words(answer) for answer in shown_answers])
+    active = (name for name, fails in FILTERS.items() if name in filters and fails(case))
+    return parsed.reason or next(active, None)
+
+
+def check_answer(
+    question: str,
+    answer: str,
+    *,
+    cut_off: bool = False,
+    filters: Collection[str] = tuple(FILTERS),
+    shown_answers: Iterable[str] = (),
+) -> Reason | None:
+    """Return why one answer alone cannot be a side of a pair, or None if it can."""
+    about_both = {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
+    return check_pair(
+        question,
+        Parsed(answer, answer, cut_off=cut_off),
+        filters=set(filters) - about_both,
+        shown_answers=shown_answers,
+    )

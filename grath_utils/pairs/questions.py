@@ -8,17 +8,19 @@ travel along, for the audit of the pairs and for the *GT* ablation only.
 from __future__ import annotations
 
 import csv
+import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grath_utils.config import QuestionsConfig
 from grath_utils.errors import DataError, UsageError, did_you_mean
-from grath_utils.files import data_dir, fingerprint, mirror_dir, read_jsonl
+from grath_utils.files import data_dir, fingerprint, mirror_dir
+from grath_utils.pairs.words import normalized
 
 # Built-in sources that live on the Hub: name -> (data set, configuration).
 HUB_SOURCES = {
@@ -44,14 +46,13 @@ class Question:
 
     def to_row(self) -> dict[str, Any]:
         """Return what :meth:`from_row` reads back, without the empty fields."""
-        row: dict[str, Any] = {"id": self.id, "question": self.text}
-        if self.candidates:
-            row["candidates"] = list(self.candidates)
-        if self.gold is not None:
-            row["gold"] = self.gold
-        if self.topic:
-            row["topic"] = self.topic
-        return row
+        optional = {
+            "candidates": list(self.candidates) or None,
+            "gold": self.gold,
+            "topic": self.topic or None,
+        }
+        known = {key: value for key, value in optional.items() if value is not None}
+        return {"id": self.id, "question": self.text, **known}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, where: str = "") -> Question:
@@ -90,6 +91,10 @@ class _BadRow(Exception):
     """A row that cannot be used: (reason in a word, sentence for the error message)."""
 
 
+Row = tuple[str, "Mapping[str, Any] | _BadRow"]
+"""Where a row stands, and the row, or why there is none."""
+
+
 # --- loading -------------------------------------------------------------------------------------
 
 
@@ -108,16 +113,16 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     source, rows = _open_source(config)
     kept: list[Question] = []
     skipped: Counter[str] = Counter()
-    first_seen: dict[str, str] = {}
+    texts: dict[str, str] = {}  # question -> where it was first seen
     ids: dict[str, str] = {}
-    # Data sets of others hold a few doubled questions that no user can mend: count, go on.
+    # Data sets of others hold a few doubled questions that no user can mend: they are counted.
     lenient = config.skip_bad or config.source in HUB_SOURCES
     for where, row in rows:
         try:
-            question = _question(row, config, where, number=len(ids) + 1)
+            question = _question(row, config, where, f"q-{len(ids) + 1:05d}")
             key = normalized(question.text)
-            if key in first_seen:
-                raise _BadRow("duplicated", f"the same question as {first_seen[key]}")
+            if key in texts:
+                raise _BadRow("duplicated", f"the same question as {texts[key]}")
             if question.id in ids:
                 raise _BadRow("duplicated_id", f'id "{question.id}" is that of {ids[question.id]}')
         except _BadRow as bad:
@@ -127,10 +132,11 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
                 raise DataError(f"{where}: {sentence}; {hint}") from None
             skipped[reason] += 1
             continue
-        first_seen[key] = ids[question.id] = where
+        texts[key] = ids[question.id] = where
         kept.append(question)
     if not kept:
-        left_out = f" ({_counts(skipped)} left out)" if skipped else ""
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+        left_out = f" ({counts} left out)" if skipped else ""
         raise DataError(f"{source}: no question in it{left_out}")
     if config.limit is not None and config.limit < len(kept):
         chosen = sorted(random.Random(seed).sample(range(len(kept)), config.limit))
@@ -138,162 +144,139 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     return QuestionSet(source, tuple(kept), dict(skipped))
 
 
-def _counts(skipped: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
-
-
-def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """Return the source in words, and an iterator over (where, row or _BadRow)."""
-    name = config.source
+def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[Row]]:
+    """Return the source in words, and its rows."""
+    name, split = config.source, config.split
     if name == "own":
         path = data_dir() / "questions.jsonl"
         return f"the project's own questions ({path.name})", _jsonl_rows(path)
     if name in HUB_SOURCES:
-        return _arc_rows(name, config.split)
+        data_set, subset = HUB_SOURCES[name]
+        mirror = mirror_dir()
+        if mirror is None:
+            rows = _hub_rows(data_set, subset, split)
+            return f"{subset}, split {split}, from the Hub ({data_set})", rows
+        path = mirror / "ai2_arc" / subset / f"{split}.jsonl"
+        if not path.is_file():
+            raise DataError(
+                f"the mirror that GRATH_MIRROR names has no {path.relative_to(mirror)}; add it, "
+                "or unset GRATH_MIRROR to read from the Hub"
+            )
+        return f"{subset}, split {split}, from the mirror {mirror}", _jsonl_rows(path)
     path = Path(name).expanduser()
     if path.suffix.lower() in FILE_SUFFIXES or path.is_file():
         reader = _csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows
         return f"the file {path}", reader(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a .jsonl or .csv file in it")
-    data_set, _, configuration = name.partition(":")
-    if len(data_set.split("/")) != 2:
+    data_set, _, subset = name.partition(":")
+    if data_set.count("/") != 1:
         raise DataError(
             f'unknown source of questions "{name}"{did_you_mean(name, BUILT_IN)} '
             "(or a .jsonl/.csv file, or a Hub data set ORGANISATION/NAME)"
         )
-    rows = _hub_rows(data_set, configuration or None, config.split)
-    return f"the Hub data set {name}, split {config.split}", rows
+    return f"the Hub data set {name}, split {split}", _hub_rows(data_set, subset or None, split)
 
 
-def _question(row: Any, config: QuestionsConfig, where: str, number: int) -> Question:
+def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) -> Question:
     """Turn one row into a question, or raise :class:`_BadRow`."""
     if isinstance(row, _BadRow):
         raise row
     # Built-in sources have their own schema; `column` is about the user's files and data sets.
     column = "question" if config.source in BUILT_IN else config.column
     if column not in row:
-        names = [str(key) for key in row]
-        near = did_you_mean(column, names) if names else ""
+        near = did_you_mean(column, map(str, row)) if row else ""
         raise _BadRow("missing_column", f'no column "{column}"{near} (set questions.column)')
-    text = row[column]
+    text, topic = row[column], row.get("topic")
     if not isinstance(text, str):
         raise _BadRow("not_text", f'"{column}" holds {type(text).__name__}, expected text')
     text = " ".join(text.split())
     if not text:
         raise _BadRow("empty", f'"{column}" is empty')
     name = row.get("id")
-    name = str(name) if isinstance(name, (str, int)) and str(name).strip() else f"q-{number:05d}"
-    topic = row.get("topic") if isinstance(row.get("topic"), str) else None
-    candidates, gold = _candidates(row)
-    return Question(name, text, candidates, gold, topic, where)
+    named = isinstance(name, (str, int)) and str(name).strip()
+    return Question(
+        str(name) if named else default_id,
+        text,
+        *_candidates(row),
+        topic=topic if isinstance(topic, str) else None,
+        where=where,
+    )
 
 
 def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
     """Read the candidates and the gold position: ARC's columns, or ``candidates`` and ``gold``."""
-    choices = row.get("choices")
+    choices, texts, gold = row.get("choices"), row.get("candidates"), row.get("gold")
     if isinstance(choices, Mapping) and "text" in choices:
-        texts = tuple(str(text) for text in choices["text"])
+        texts = choices["text"]
         labels = [str(label) for label in choices.get("label", ())]
         key = str(row.get("answerKey", ""))
-        return texts, labels.index(key) if key in labels else None
-    texts = row.get("candidates")
-    if isinstance(texts, Sequence) and not isinstance(texts, str):
-        gold = row.get("gold")
-        known = isinstance(gold, int) and 0 <= gold < len(texts)
-        return tuple(str(text) for text in texts), gold if known else None
-    return (), None
+        gold = labels.index(key) if key in labels else None
+    elif not isinstance(texts, Sequence) or isinstance(texts, str):
+        return (), None
+    elif not isinstance(gold, int) or not 0 <= gold < len(texts):
+        gold = None
+    return tuple(str(text) for text in texts), gold
 
 
-# --- readers: each yields (where, row), and a bad line as a _BadRow in its row's place ------------
+# --- readers: a bad line is a _BadRow in its row's place, so that it spoils no other --------------
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | _BadRow]]:
-    """Yield (line number, text), decoding line by line so that one bad line is only one."""
+def _lines(path: Path) -> list[str]:
+    """Return a file's lines; what is not UTF-8 is kept as surrogates, see :func:`_checked`."""
     try:
-        data = path.read_bytes()
+        # Not splitlines(): it would also split at U+2028 and other separators inside a string.
+        return path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            yield number, raw.decode("utf-8").rstrip("\r")
-        except UnicodeDecodeError:
-            yield number, _BadRow("not_utf8", "not UTF-8 text; save the file as UTF-8")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import json
+def _checked(row: Any, *texts: str) -> Any:
+    """Return a row, or a :class:`_BadRow` where one of its texts was not UTF-8."""
+    if any(re.search("[\udc80-\udcff]", text or "") for text in texts):
+        return _BadRow("not_utf8", "not UTF-8 text; save the file as UTF-8")
+    return row
 
-    for number, line in _lines(path):
-        where = f"{path}, line {number}"
-        if isinstance(line, _BadRow):
-            yield where, line
-            continue
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            yield where, _BadRow("malformed", f"not valid JSON ({error.msg})")
-            continue
-        if not isinstance(row, dict):
-            row = _BadRow("malformed", f"expected a JSON object, found {type(row).__name__}")
-        yield where, row
+            row = _BadRow("malformed", f"not valid JSON ({error.msg})")
+        else:
+            if not isinstance(row, dict):
+                found = type(row).__name__
+                row = _BadRow("malformed", f"expected a JSON object, found {found}")
+        yield f"{path}, line {number}", _checked(row, line)
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    bad: list[tuple[str, _BadRow]] = []
-
-    def text_lines() -> Iterator[str]:
-        for number, line in _lines(path):
-            if isinstance(line, _BadRow):
-                bad.append((f"{path}, line {number}", line))
-            else:
-                yield line + "\n"
-
-    reader = csv.DictReader(text_lines(), strict=True)
+def _csv_rows(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader((line + "\n" for line in _lines(path)), strict=True)
     while True:
         try:
-            row = next(reader, None)
-        except csv.Error as error:
-            row = {None: error}
-        yield from bad
-        bad.clear()
-        if row is None:
+            row: Any = next(reader)
+        except StopIteration:
             return
-        where = f"{path}, line {reader.line_num}"
-        if None in row:
-            reason = row[None] if isinstance(row[None], csv.Error) else "more fields than columns"
-            yield where, _BadRow("malformed", f"not valid CSV ({reason})")
+        except csv.Error as error:
+            row = _BadRow("malformed", f"not valid CSV ({error})")
         else:
-            yield where, row
+            if None in row:
+                row = _BadRow("malformed", "not valid CSV (more fields than columns)")
+            else:
+                row = _checked(row, *row, *row.values())
+        yield f"{path}, line {reader.line_num}", row
 
 
-def _arc_rows(name: str, split: str) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """Read ARC from the mirror where GRATH_MIRROR names one, else from the Hub; never silently."""
-    data_set, configuration = HUB_SOURCES[name]
-    mirror = mirror_dir()
-    if mirror is None:
-        return (
-            f"{configuration}, split {split}, from the Hub ({data_set})",
-            _hub_rows(data_set, configuration, split),
-        )
-    path = mirror / "ai2_arc" / configuration / f"{split}.jsonl"
-    if not path.is_file():
-        raise DataError(
-            f"the mirror that GRATH_MIRROR names has no {path.relative_to(mirror)}; add it, or "
-            "unset GRATH_MIRROR to read from the Hub"
-        )
-    return f"{configuration}, split {split}, from the mirror {mirror}", _jsonl_rows(path)
-
-
-def _hub_rows(data_set: str, configuration: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[Row]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(data_set, configuration, split=split)
+        rows = load_dataset(data_set, subset, split=split)
     except Exception as error:  # datasets raises its own, requests', huggingface_hub's and OSError
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
@@ -302,17 +285,6 @@ def _hub_rows(data_set: str, configuration: str | None, split: str) -> Iterator[
         ) from error
     for number, row in enumerate(rows):
         yield f"{data_set}, row {number}", row
-
-
-def read_questions(path: Path) -> tuple[Question, ...]:
-    """Read a ``questions.jsonl`` as a run directory holds it (rows of :meth:`Question.to_row`)."""
-    rows = read_jsonl(path)
-    if not rows:
-        raise DataError(f"{path}: no question in it")
-    return tuple(
-        Question.from_row(row, where=f"{path}, row {number}")
-        for number, row in enumerate(rows, start=1)
-    )
 
 
 # --- splitting -----------------------------------------------------------------------------------
@@ -337,94 +309,3 @@ def split_held_out(
     held = set(random.Random(f"held-out {seed}").sample(range(len(questions)), count))
     train = tuple(q for i, q in enumerate(questions) if i not in held)
     return train, tuple(q for i, q in enumerate(questions) if i in held)
-
-
-# --- overlap with the benchmarks -----------------------------------------------------------------
-
-# A run of eight words alone would flag stock phrases ("Which of the following statements best
-# explains why ..."), so half of all the words of the two questions must be common as well.
-NGRAM = 8
-COMMON_WORDS = 0.5
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """A source question that a benchmark holds too, whole or in part."""
-
-    question_id: str
-    question: str
-    benchmark: str
-    text: str
-    kind: str
-    """``same`` (but for case and punctuation) or ``near`` (eight words in a row, half of all)."""
-
-
-def overlap_with_benchmarks(
-    questions: Iterable[Question], references: Mapping[str, Iterable[str]] | None = None
-) -> list[Overlap]:
-    """Return the questions that appear in a benchmark that the model is to be measured on.
-
-    Args:
-        questions: the source questions.
-        references: benchmark name -> its questions; None takes those at hand
-            (:func:`reference_questions`).
-    """
-    references = reference_questions() if references is None else references
-    grams: dict[str, list[tuple[str, str]]] = {}
-    same: dict[str, tuple[str, str]] = {}
-    for benchmark, texts in references.items():
-        for text in texts:
-            same.setdefault(normalized(text), (benchmark, text))
-            for gram in _ngrams(text):
-                grams.setdefault(gram, []).append((benchmark, text))
-    found = []
-    for question in questions:
-        hit = same.get(normalized(question.text))
-        kind = "same"
-        if hit is None:
-            kind = "near"
-            sharing = (other for g in _ngrams(question.text) for other in grams.get(g, ()))
-            hit = next((o for o in sharing if _common(question.text, o[1]) >= COMMON_WORDS), None)
-        if hit is not None:
-            found.append(Overlap(question.id, question.text, *hit, kind))
-    return found
-
-
-def reference_questions() -> dict[str, list[str]]:
-    """Return the test questions of every benchmark at hand: our own probe, and the mirror's."""
-    references = {}
-    for name in ("probe", "retention"):
-        path = data_dir() / f"{name}.jsonl"
-        if path.is_file():
-            references[name] = [str(row["question"]) for row in read_jsonl(path)]
-    mirror = mirror_dir()
-    if mirror is not None:
-        files = {
-            "truthful_qa": [*mirror.glob("truthful_qa/*/validation.jsonl")],
-            "arc_challenge": [*mirror.glob("ai2_arc/ARC-Challenge/test.jsonl")],
-            "hellaswag": [*mirror.glob("hellaswag/validation.jsonl")],
-            "mmlu": [*mirror.glob("mmlu/*/test.jsonl")],
-        }
-        for name, paths in files.items():
-            key = "ctx" if name == "hellaswag" else "question"
-            texts = [str(row[key]) for path in sorted(paths) for row in read_jsonl(path)]
-            if texts:
-                references[name] = list(dict.fromkeys(texts))
-    return references
-
-
-def normalized(text: str) -> str:
-    """Return the words of ``text`` in lower case, without punctuation, one space between."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
-
-
-def _common(a: str, b: str) -> float:
-    """Return shared over all distinct words of two texts, in [0, 1]."""
-    left, right = set(normalized(a).split()), set(normalized(b).split())
-    return len(left & right) / len(left | right)
-
-
-def _ngrams(text: str) -> Iterator[str]:
-    words = normalized(text).split()
-    for start in range(len(words) - NGRAM + 1):
-        yield " ".join(words[start : start + NGRAM])

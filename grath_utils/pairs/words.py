@@ -13,29 +13,33 @@ _FUNCTION_WORDS = frozenset(
     "that these this those to too up with it its it's he she they them their his her we you i "
     "what when where which who whom whose why how there here about".split()
 )
-_NEGATIONS = frozenset({"no", "not", "never", "none", "nothing", "cannot", "nor", "without"})
-
+ANSWER_NEGATIONS = frozenset("no not never none nothing cannot nor without".split())
 LENGTH_OFFSET = 12
 """Characters that short answers get as a head start in :func:`length_ratio`."""
 
 
 def split_words(text: str) -> list[str]:
-    """Return the lower-case words of a text without punctuation, and without articles if it can."""
+    """Return the lower-case words of a text, without articles unless there is nothing else."""
     found = re.findall(r"[^\W_]+(?:['.,][^\W_]+)*", text.casefold().replace("’", "'"))
     return [word for word in found if word not in _ARTICLES] or found
 
 
+def normalized(text: str) -> str:
+    """Return the words of a text in lower case, articles too, with one space between them."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
 def negated(text: str) -> bool:
-    """Tell whether a text holds a negation word."""
-    return any(word in _NEGATIONS or word.endswith("n't") for word in split_words(text))
+    """Return True if a text holds a negation word."""
+    return any(word in ANSWER_NEGATIONS or word.endswith("n't") for word in split_words(text))
 
 
 def content_words(text: str) -> set[str]:
     """Return the roughly stemmed words of a text that say what it is about."""
-    return {stem(word) for word in split_words(text)} - _FUNCTION_WORDS
+    return {_stem(word) for word in split_words(text)} - _FUNCTION_WORDS
 
 
-def stem(word: str) -> str:
+def _stem(word: str) -> str:
     for ending in ("ing", "es", "ed", "s"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word.removesuffix(ending)
@@ -51,8 +55,8 @@ def length_ratio(a: str, b: str) -> float:
 def word_f1(a: str, b: str) -> float:
     """Return the F1 of two texts over their distinct content words, in [0, 1].
 
-    Unlike character n-grams it does not favour short texts: it is the audit's measure of how near
-    an answer is to the gold one.
+    Unlike :func:`ngram_f1` it does not favour short texts: the audit's measure of how near an
+    answer is to the gold one.
     """
     left, right = content_words(a), content_words(b)
     return 2 * len(left & right) / (len(left) + len(right)) if left and right else 0.0
@@ -67,10 +71,9 @@ def ngram_f1(a: str, b: str, *, longest: int = 6) -> float:
     scores = []
     for n in range(1, longest + 1):
         left, right = _char_ngrams(a, n), _char_ngrams(b, n)
-        total = left.total() + right.total()
         if not left or not right:
             break
-        scores.append(2 * (left & right).total() / total)
+        scores.append(2 * (left & right).total() / (left.total() + right.total()))
     return math.fsum(scores) / len(scores) if scores else 0.0
 
 

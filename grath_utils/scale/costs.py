@@ -23,7 +23,9 @@ from tabulate import tabulate
 from grath_utils.config import Config, LoraConfig, ModelConfig, PairsConfig, load_config
 from grath_utils.errors import DataError
 from grath_utils.files import read_jsonl
+from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.questions import load_questions
+from grath_utils.pairs.writers import Asked
 from grath_utils.scale import shapes
 from grath_utils.scale.shapes import BYTES, Shape, shape_of
 from grath_utils.text import duration
@@ -78,14 +80,9 @@ def question_count(config: Config) -> int:
     return min(found, limit or found)
 
 
-def question_work(pairs: PairsConfig, iteration: int) -> tuple[int, int, int]:
-    """Return what one question takes: pairs written, single answers written, candidates scored.
-
-    Later iterations write the correct answer alone.
-    """
-    candidates = pairs.candidates * (1 if iteration else 2)
-    work = {"default": (1, candidates, 1 + candidates), "paper": (1, 0, 0), "pick": (0, 0, 4)}
-    return work.get(pairs.mode, (0, 0, 0))
+def question_work(pairs: PairsConfig, iteration: int) -> Asked:
+    """Return what one question takes: pairs written, single answers written, candidates scored."""
+    return find_mode(pairs.mode).asked(pairs, iteration)
 
 
 def workload(config: Config) -> dict[str, int]:

@@ -23,10 +23,11 @@ from grath_utils.engine.generation import generate
 from grath_utils.engine.models import Policy
 from grath_utils.files import write_json
 from grath_utils.loop.named_models import load_policy
+from grath_utils.pairs.modes import make_writer
 from grath_utils.pairs.parsing import parse_pair
 from grath_utils.pairs.prompts import token_ids
 from grath_utils.pairs.questions import load_questions
-from grath_utils.pairs.writers import Task, make_writer
+from grath_utils.pairs.writers import Task
 
 GOAL = 15.0  # times as fast as the official way, on a CPU
 SAME = 0.99  # share of equal answers, in float32

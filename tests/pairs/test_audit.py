@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -14,8 +13,6 @@ from grath_utils.pairs.audit import (
     distinct_share,
     embed,
     embedding_distance,
-    rejected_table,
-    sample_table,
     wilson,
     word_divergence,
 )
@@ -42,25 +39,14 @@ def test_audit_counts():
     audit = audit_pairs(PAIRS, QUESTIONS)
     gold = audit.gold
     assert (gold.judged, gold.nearer, gold.tied, gold.farther) == (3, 1, 1, 1)
-    assert gold.share == pytest.approx(1 / 3)
     assert gold.decided_share == 0.5
     assert audit.usable == 0.8
     # Words without articles: 3, 3, 1, 1 against 3, 6, 1, 3.
     assert audit.correct_words == 2.0
     assert audit.incorrect_words == 3.25
-    assert audit.correct_longer == pytest.approx((0.5 + 0 + 0.5 + 0) / 4)
-    assert (audit.correct_negated, audit.incorrect_negated) == (0.0, 0.25)
     assert audit.distinct_correct == 0.5  # "A spirit." comes twice
     assert audit.distinct_incorrect == 1.0
     assert 0 < audit.divergence <= 1
-
-
-def test_audit_is_json_and_leaves_out_what_is_not_known():
-    row = json.loads(json.dumps(audit_pairs(PAIRS, QUESTIONS).to_dict(), allow_nan=False))
-    assert row["gold"]["decided_ci95"][0] < 0.5 < row["gold"]["decided_ci95"][1]
-    without = audit_pairs(PAIRS[3:], QUESTIONS).to_dict()
-    assert "share" not in without["gold"]
-    assert without["gold"]["judged"] == 0
 
 
 def test_audit_refuses_what_does_not_belong_together():
@@ -146,32 +132,6 @@ def test_embeddings_do_not_depend_on_the_batch(tiny_policy):
     assert np.ptp(together, axis=0).max() > 0.01
 
 
-# --- tables --------------------------------------------------------------------------------------
-
-
-def test_sample_table_is_drawn_by_the_seed_and_shows_gold():
-    table = sample_table(PAIRS, QUESTIONS, count=3, seed=1)
-    assert len(table) == 3
-    assert table == sample_table(PAIRS, QUESTIONS, count=3, seed=1)
-    golds = {row["question"]: row.get("gold") for row in sample_table(PAIRS, QUESTIONS, count=9)}
-    assert golds["What is ice?"] == "frozen water"
-    assert golds["Who knows?"] is None
-
-
-def test_rejected_table_begins_with_the_commonest_reason():
-    rejects = [
-        {"reason": reason, "question": "q", "completion": str(i)}
-        for i, reason in enumerate(["equal", "empty", "empty", "empty"])
-    ]
-    table = rejected_table(rejects)
-    assert [(row["reason"], row["completion"]) for row in table] == [
-        ("empty", "1"),
-        ("empty", "2"),
-        ("equal", "0"),
-    ]
-
-
 def test_gold_share_without_decided_pairs_is_not_a_number():
     gold = audit_pairs(PAIRS[2:3], QUESTIONS).gold
     assert math.isnan(gold.decided_share)
-    assert gold.share == 0.0

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from grath_utils.config import UNASKED_MODES, PairsConfig
+from grath_utils import engine
+from grath_utils.config import PairsConfig
 from grath_utils.engine.generation import Completion
 from grath_utils.errors import ConfigError, DataError, RunError
 from grath_utils.files import read_jsonl, write_jsonl
+from grath_utils.pairs import default
 from grath_utils.pairs import generate as pairs_module
-from grath_utils.pairs import writers
 from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs, refine_pairs
 from grath_utils.pairs.parsing import Reason
 from grath_utils.pairs.questions import Question
@@ -52,7 +53,7 @@ class Scripted:
 @pytest.fixture
 def scripted(monkeypatch) -> Scripted:
     script = Scripted()
-    monkeypatch.setattr(writers, "generate", script)
+    monkeypatch.setattr(engine, "generate", script)
     return script
 
 
@@ -140,7 +141,7 @@ def test_self_check_drops_what_the_model_does_not_believe(tiny_policy, tmp_path,
         ]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writers, "score_completions", score)
+        patch.setattr(engine, "score_completions", score)
         make(tiny_policy, tmp_path, replace(PAPER, self_check=True))
     reasons = {r["id"]: r["reason"] for r in read_jsonl(tmp_path / "rejects.jsonl")}
     assert reasons["q1"] == "self_check"
@@ -225,7 +226,7 @@ class ScriptedCandidates:
 
 @pytest.fixture
 def candidates(monkeypatch):
-    monkeypatch.setattr(writers, "generate", ScriptedCandidates())
+    monkeypatch.setattr(engine, "generate", ScriptedCandidates())
 
 
 def test_default_mode_takes_the_clearest_contrast(tiny_policy, tmp_path, candidates, monkeypatch):
@@ -240,7 +241,7 @@ def test_default_mode_takes_the_clearest_contrast(tiny_policy, tmp_path, candida
             for r in requests
         ]
 
-    monkeypatch.setattr(writers, "score_completions", score)
+    monkeypatch.setattr(engine, "score_completions", score)
     report = make(tiny_policy, tmp_path, DEFAULT, QUESTIONS[:2])
     for pair in read_pairs(tmp_path / "pairs.jsonl"):
         assert pair.correct.startswith("Gravity")
@@ -262,16 +263,16 @@ def test_default_mode_refines_against_the_first_incorrect_answer(tiny_policy, tm
 
 
 def test_pairs_of_default_mode_are_alike_in_length_and_negation():
-    assert writers.balanced("The heat leaves it.", "The cold enters it.")
-    assert not writers.balanced("The heat leaves it.", "The heat does not leave.")
-    assert not writers.balanced("Heat.", "The cold enters it from the air all around.")
+    assert default.balanced("The heat leaves it.", "The cold enters it.")
+    assert not default.balanced("The heat leaves it.", "The heat does not leave.")
+    assert not default.balanced("Heat.", "The cold enters it from the air all around.")
 
 
 def test_agreement_counts_no_vote_for_oneself():
-    pool = [writers.Candidate("abc", 1), writers.Candidate("abd", 2), writers.Candidate("xyz", 0)]
-    lone, shared, odd = writers.agreement(pool, ["abc", "abd", "xyz"])
+    votes = {"abc": 1, "abd": 2, "xyz": 0}
+    lone, shared, odd = (default.agreement(votes, answer) for answer in votes)
     assert shared > lone > odd == 0
-    assert writers.agreement([writers.Candidate("abc", 1)], ["abc"]) == [0.0]
+    assert default.agreement({"abc": 1}, "abc") == 0.0
 
 
 # --- interruptions -------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(tiny_policy, tmp_path, monkeyp
     """The tiny model itself writes here; its babble passes when nothing is filtered."""
     config = replace(config, filters=("none",), legacy=config.mode == "paper")
     if config.mode == "paper":
-        monkeypatch.setattr(writers, "generate", Scripted())
+        monkeypatch.setattr(engine, "generate", Scripted())
     make(tiny_policy, tmp_path / "whole", config)
     real = pairs_module.Journal.append
     for kill_at in (0, 1, 2):
@@ -311,7 +312,7 @@ def test_a_killed_run_resumes_with_the_same_bytes(tiny_policy, tmp_path, monkeyp
         assert not (folder / "pairs.jsonl").exists()
         monkeypatch.setattr(pairs_module.Journal, "append", real)
         if kill_at == 0:
-            with pytest.warns(UserWarning, match="starting over"):
+            with pytest.warns(UserWarning, match="from the beginning"):
                 report = make(tiny_policy, folder, config)
         else:
             report = make(tiny_policy, folder, config)
@@ -346,7 +347,7 @@ def test_a_journal_of_other_inputs_is_not_continued(
     tiny_policy, tmp_path, scripted, monkeypatch, change
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(pairs_module, "_finish", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(pairs_module._Job, "write_files", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             make(tiny_policy, tmp_path)
     assert (tmp_path / "pairs.jsonl.journal").exists()
@@ -359,8 +360,8 @@ def test_full_disk_says_what_is_kept(tiny_policy, tmp_path, scripted, monkeypatc
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pairs_module.os, "fsync", full)
-    with pytest.raises(RunError, match="No space left on device; what was finished is kept"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match="No space left on device.*what was finished is kept"):
         make(tiny_policy, tmp_path)
 
 
@@ -420,7 +421,7 @@ def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted)
     assert [(p.correct, p.incorrect) for p in later] == [(p.correct, p.incorrect) for p in first]
     with pytest.raises(DataError, match="gold needs questions with candidates"):
         make(tiny_policy, tmp_path / "none", gold, [QUESTIONS[0]])
-    with pytest.raises(ConfigError, match='"pairs.annotated" is about answers'):
+    with pytest.raises(ConfigError, match='"pairs.annotated" belongs to'):
         make(tiny_policy, tmp_path / "both", replace(gold, annotated=True), ANNOTATED)
 
 
@@ -440,7 +441,7 @@ def test_random_mode_draws_lots(tiny_policy, tmp_path, scripted):
         assert 5 <= sum(pair.correct == "a stone" for pair in pairs) <= 42
     with pytest.raises(DataError, match="random needs questions with candidates"):
         make(tiny_policy, tmp_path / "none", mode, [QUESTIONS[0]])
-    with pytest.raises(ConfigError, match='"pairs.self_check" is about answers'):
+    with pytest.raises(ConfigError, match='"pairs.self_check" belongs to'):
         make(tiny_policy, tmp_path / "both", replace(mode, self_check=True), many)
 
 
@@ -454,7 +455,7 @@ def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path,
         values = [0.0 if i % 2 else credible[a] for i, a in enumerate(answers)]  # no question: 0
         return [SimpleNamespace(logprob=value, tokens=1) for value in values]
 
-    monkeypatch.setattr("grath_utils.pairs.writers.score_completions", judge)
+    monkeypatch.setattr(engine, "score_completions", judge)
     pick = PairsConfig(mode="pick", shots=1)
     report = make(tiny_policy, tmp_path, pick, ANNOTATED)
     assert report.completions == report.tokens == 0
@@ -475,7 +476,7 @@ def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path,
         make(tiny_policy, tmp_path / "none", pick, [QUESTIONS[0]])
 
 
-@pytest.mark.parametrize("mode", UNASKED_MODES)
+@pytest.mark.parametrize("mode", ["gold", "random"])
 def test_a_question_whose_options_are_all_the_same_is_rejected(tiny_policy, tmp_path, mode):
     same = Question("c", "Where?", ("here", "here"), 1)
     config = PairsConfig(mode=mode)

@@ -7,10 +7,10 @@ from transformers import AutoTokenizer
 
 from grath_utils.errors import UsageError
 from grath_utils.pairs import prompts
+from grath_utils.pairs.modes import MODES, demonstrations
 from grath_utils.pairs.parsing import check_pair, parse_pair
 from grath_utils.pairs.prompts import (
     answer_messages,
-    demonstrations,
     pair_messages,
     question_messages,
     render_chat,
@@ -74,11 +74,9 @@ def test_sets_of_demonstrations_are_disjoint():
 
 
 def test_only_paper_mode_shows_benchmark_text():
-    assert "TruthfulQA" in prompts.PROMPT_OVERLAP["paper"]
-    assert prompts.PROMPT_OVERLAP["default"] == ""
-    primer = {d.question for d in prompts.PRIMER_DEMONSTRATIONS}
-    shown = {m["content"] for m in pair_messages("Why?", demonstrations("default", "pair", 6))}
-    assert not any(question in text for question in primer for text in shown)
+    overlaps = {name: mode.prompt_overlap for name, mode in MODES.items() if mode.prompt_overlap}
+    assert overlaps.keys() == {"paper"}
+    assert "TruthfulQA" in overlaps["paper"]
 
 
 def test_single_answer_prompts_differ_in_kind_only():

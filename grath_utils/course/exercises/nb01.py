@@ -22,7 +22,7 @@ from grath_utils.loop.stages import (
     run_pairs,
     run_questions,
 )
-from grath_utils.pairs.audit import ngram_f1
+from grath_utils.pairs.words import ngram_f1
 from grath_utils.pairs.parsing import check_pair, pair_is_complete, parse_pair
 from grath_utils.pairs.prompts import pair_messages, render_chat
 

@@ -23,7 +23,7 @@ from grath_utils.loop.stages import (
     planned_iterations,
     run_pairs,
 )
-from grath_utils.pairs.audit import ngram_f1
+from grath_utils.pairs.words import ngram_f1
 
 
 def _last_round(run: Run) -> int:

@@ -1,0 +1,91 @@
+"""Modes ``gold`` and ``random``: pairs that owe nothing to the model, which is asked nothing.
+
+Both take the source's options, with the same filters. Training is the same too, so what differs
+in the result is which answers it was given: an upper bound, and a placebo.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from grath_utils.errors import DataError
+from grath_utils.pairs.parsing import Parsed, check_pair
+from grath_utils.pairs.questions import Question
+from grath_utils.pairs.writers import GRATH, Asked, PairMode, Rejected, Task, Writer, WrittenPair
+
+
+class ControlWriter(Writer):
+    """Takes two of the options; subclasses say which of them is preferred."""
+
+    def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
+        """Return what becomes of each task."""
+        return [self._write(task) for task in tasks]
+
+    def _write(self, task: Task) -> WrittenPair:
+        question = task.question
+        draw = random.Random(f"{self.seed} {question.id}")
+        right = self.preferred(question, _others(question.candidates, task.incorrect), draw)
+        wrong = task.incorrect or draw.choice(_others(question.candidates, right))
+        reason = check_pair(question.text, Parsed(right, wrong), filters=self.filters)
+        if reason is None:
+            return WrittenPair(right, wrong)
+        return WrittenPair(rejected=(Rejected(self.config.mode, f"{right}\n{wrong}", reason),))
+
+    def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
+        """Return the answer to prefer."""
+        raise NotImplementedError
+
+
+def _others(options: Sequence[str], taken: str | None) -> list[str]:
+    """Return the options that are not ``taken``; if all are the same, all (a filter says so)."""
+    return [option for option in options if option != taken] or list(options)
+
+
+class GoldWriter(ControlWriter):
+    """The annotated answer against one of the wrong options. Later rounds keep the pairs."""
+
+    def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
+        """Return the annotated answer.
+
+        Raises:
+            DataError: the source does not say which it is.
+        """
+        if question.gold is None:
+            raise DataError(
+                f"{question.where or question.id}: pairs.mode=gold needs to know which candidate "
+                "is right, and the source does not say"
+            )
+        return question.candidates[question.gold]
+
+
+class RandomWriter(ControlWriter):
+    """Two options at random. Later rounds draw the correct answer again."""
+
+    def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
+        """Return any of the options."""
+        return draw.choice(options)
+
+
+GOLD = PairMode(
+    name="gold",
+    summary="no GRATH but its upper bound, the source's own right answer against one of its wrong "
+    "ones",
+    writer=GoldWriter,
+    asked=lambda config, iteration: Asked(),
+    answers="annotated",
+    card=f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, "
+    "whose models write both themselves.",
+    needs_candidates=True,
+)
+
+RANDOM = PairMode(
+    name="random",
+    summary="a placebo, two of the source's options at random",
+    writer=RandomWriter,
+    asked=lambda config, iteration: Asked(),
+    answers="drawn at random from the source's options",
+    card=f"Trained by DPO on answers *drawn at random* from given options: a placebo for {GRATH}, "
+    "whose models write both themselves.",
+    needs_candidates=True,
+)

@@ -1,0 +1,257 @@
+"""Mode ``default``: several candidates for each answer; of them, the pair of clearest contrast.
+
+It goes beyond the paper, for weak models: candidates for the true and for the false answer are
+asked for separately and as a pair, and the model itself says which two stand furthest apart. It
+sees no gold answer (but for the *GT* ablation, which shows the candidates of the source).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import TYPE_CHECKING
+
+from grath_utils import engine
+from grath_utils.config import PairsConfig
+from grath_utils.pairs.parsing import Parsed, Reason, check_answer, check_pair, clean
+from grath_utils.pairs.prompts import NEUTRAL_QUESTION, answer_messages, render_chat
+from grath_utils.pairs.words import length_ratio, negated, ngram_f1, split_words
+from grath_utils.pairs.writers import (
+    SELF_MADE,
+    WRITTEN,
+    Asked,
+    PairMode,
+    Rejected,
+    Task,
+    Writer,
+    WrittenPair,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from grath_utils.engine.generation import Completion
+
+# A pair is there to differ in truth. Where the two sides also differ in length or in a negation,
+# that is what DPO learns first, so only candidates that are alike in both are paired.
+BALANCED_LENGTH_RATIO = 1.5
+
+
+@dataclass
+class Pool:
+    """All that the model wrote to one question."""
+
+    task: Task
+    written: list[tuple[str, Completion]] = field(default_factory=list)
+    """(kind of prompt, completion), in the order of writing."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """The distinct usable answers, by their words."""
+    votes: Counter[str] = field(default_factory=Counter)
+    """How many completions to the prompt for the *correct* answer say the same, by words."""
+    rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers; in refinement the incorrect one, which stays, is last."""
+        return [*self.answers.values(), *([self.task.incorrect] if self.task.incorrect else [])]
+
+
+class ContrastWriter(Writer):
+    """Pairs the two candidates that stand furthest apart in the model's own judgement.
+
+    A candidate's credit is the mean of two standardised scores:
+
+    * agreement: mean similarity with the other completions to the prompt for the correct answer.
+      What a model knows it says again and again; what it invents differs each time
+      (self-consistency, arXiv 2203.11171; as a choice: minimum Bayes risk decoding).
+    * gain: how much the question raises the answer's log-probability a token, against no question
+      (pointwise mutual information). It keeps answers from winning by being short or common.
+
+    The chosen pair has the largest difference in credit among those that pass the filters and are
+    alike in length and negation.
+    """
+
+    kinds = ("pair", "correct", "incorrect")
+
+    def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
+        """Return what becomes of each task."""
+        pools = [Pool(task) for task in tasks]
+        for kind in self.kinds:
+            wanted = [pool for pool in pools if kind != "incorrect" or not pool.task.incorrect]
+            for pool, completion in self._candidates(kind, wanted):
+                self._sort_in(pool, kind, completion)
+        credits = self._credits(pools)
+        return [self._choose(*each) for each in zip(pools, credits, strict=True)]
+
+    def _candidates(self, kind: str, pools: Sequence[Pool]) -> Iterator[tuple[Pool, Completion]]:
+        """Yield completions: the greedy ones first, then those that are drawn."""
+        questions = [pool.task.question for pool in pools]
+        yield from zip(pools, self.complete(kind, questions), strict=True)
+        if kind == "pair":
+            return
+        draws = [(pool, n) for pool in pools for n in range(1, self.config.candidates)]
+        drawn = self.complete(
+            kind,
+            [pool.task.question for pool, _ in draws],
+            keys=[f"{kind} {pool.task.question.id} {n}" for pool, n in draws],
+            temperature=self.config.temperature,
+        )
+        yield from zip((pool for pool, _ in draws), drawn, strict=True)
+
+    def _sort_in(self, pool: Pool, kind: str, completion: Completion) -> None:
+        """Add a completion's usable answers to the pool, or say why there are none."""
+        pool.written.append((kind, completion))
+        answers, reason = self._answers(completion, kind)
+        for answer in answers:
+            why = check_answer(
+                pool.task.question.text,
+                answer,
+                cut_off=kind != "pair" and completion.finished == "length",
+                filters=self.filters,
+                shown_answers=self.shown_answers(kind),
+            )
+            if why is None:
+                words = " ".join(split_words(answer))
+                pool.answers.setdefault(words, answer)
+                pool.votes[words] += kind == "correct"
+            reason = why or reason
+        if reason is not None:
+            pool.rejected.append(Rejected(kind, completion.text, reason))
+
+    def _answers(self, completion: Completion, kind: str) -> tuple[list[str], Reason | None]:
+        """Return the answers in a completion; of a pair with equal sides the first only."""
+        if kind != "pair":
+            lines = filter(str.strip, completion.text.split("\n"))
+            return [clean(next(lines, ""))], None
+        parsed = self.parse(completion)
+        sides = [side for side in (parsed.correct, parsed.incorrect) if side is not None]
+        reason = parsed.reason or (Reason.CUT_OFF if parsed.cut_off else None)
+        if reason is None and split_words(sides[0]) == split_words(sides[1]):
+            return sides[:1], Reason.EQUAL
+        # A side that was cut off is the last one.
+        return (sides[:-1] if parsed.cut_off else sides), reason
+
+    def _credits(self, pools: Sequence[Pool]) -> list[np.ndarray]:
+        """Return the credit of each of a pool's texts."""
+        neutral = self._correct_prompt(NEUTRAL_QUESTION)
+        end = self.policy.tokenizer.eos_token or ""
+        requests = []
+        for pool in pools:
+            question = pool.task.question
+            prompts = (self._correct_prompt(question.text), neutral)
+            requests += [
+                engine.Request(prompt, text + end, question.id)
+                for text in pool.texts
+                for prompt in prompts
+            ]
+        scores = engine.score_completions(self.policy, requests)
+        means = iter([score.logprob / score.tokens for score in scores])
+        credits = []
+        for pool in pools:
+            gains = [next(means) - next(means) for _ in pool.texts]
+            votes = {text: pool.votes[words] for words, text in pool.answers.items()}
+            agreements = [agreement(votes, text) for text in pool.texts]
+            credits.append((standardized(gains) + standardized(agreements)) / 2)
+        return credits
+
+    def _correct_prompt(self, question: str) -> str:
+        messages = answer_messages(question, self.shots["correct"], "correct")
+        return render_chat(self.policy.tokenizer, messages)
+
+    def _choose(self, pool: Pool, credit: np.ndarray) -> WrittenPair:
+        tokens = sum(len(completion.token_ids) for _, completion in pool.written)
+        cost = {"completions": len(pool.written), "tokens": tokens}
+        chosen = clearest_pair(pool.task, pool.texts, credit, filters=self.filters, alike=True)
+        if not isinstance(chosen, Reason):
+            correct, incorrect, contrast = chosen
+            return WrittenPair(correct, incorrect, tuple(pool.rejected), contrast, **cost)
+        # No two candidates make a pair: say why for the first completion, which stands for all.
+        kind, completion = pool.written[0]
+        if (kind, completion.text) not in {(r.prompt, r.completion) for r in pool.rejected}:
+            pool.rejected.append(Rejected(kind, completion.text, chosen))
+        return WrittenPair(rejected=tuple(pool.rejected), **cost)
+
+
+def clearest_pair(
+    task: Task,
+    texts: Sequence[str],
+    credit: Sequence[float],
+    *,
+    filters: Collection[str],
+    alike: bool,
+) -> tuple[str, str, float] | Reason:
+    """Return (correct, incorrect, contrast) with the largest difference in credit, or why not.
+
+    Args:
+        task: in refinement its incorrect answer stays; it is the last of the texts.
+        texts, credit: answers and how credible each is.
+        filters: what a pair must not be.
+        alike: pair only answers that are alike in length and negation.
+    """
+    last = len(texts) - 1
+    options = (
+        [(i, last) for i in range(last)] if task.incorrect else permutations(range(last + 1), 2)
+    )
+    reason: Reason | None = None
+    # Best first; a tie goes to the candidate that was written first.
+    for right, wrong in sorted(options, key=lambda pair: (credit[pair[1]] - credit[pair[0]], pair)):
+        contrast = float(credit[right] - credit[wrong])
+        if contrast <= 0:
+            return reason or Reason.SELF_CHECK
+        parsed = Parsed(texts[right], texts[wrong])
+        why = check_pair(task.question.text, parsed, filters=filters)
+        if why is None and alike and not balanced(texts[right], texts[wrong]):
+            why = Reason.LENGTH_RATIO
+        if why is None:
+            return texts[right], texts[wrong], round(contrast, 4)
+        reason = reason or why
+    return reason or Reason.EQUAL
+
+
+def balanced(a: str, b: str) -> bool:
+    """Return True if two answers are of like length, and both or neither hold a negation."""
+    return length_ratio(a, b) <= BALANCED_LENGTH_RATIO and negated(a) == negated(b)
+
+
+def agreement(votes: Mapping[str, int], answer: str) -> float:
+    """Return an answer's mean similarity with the completions that meant to be correct.
+
+    A completion does not vouch for itself: of those that say just the same, one is left out.
+
+    Args:
+        votes: answer -> how many completions to the prompt for the correct answer say it.
+        answer: to be judged, one of them or not.
+    """
+    total = count = 0.0
+    for other, weight in votes.items():
+        weight -= other == answer and weight > 0
+        if weight:
+            total += weight * ngram_f1(answer, other)
+            count += weight
+    return total / count if count else 0.0
+
+
+def standardized(values: Sequence[float]) -> np.ndarray:
+    """Return values with mean 0 and standard deviation 1 (all 0 where they do not differ)."""
+    import numpy as np
+
+    array = np.asarray(values, dtype=np.float64)
+    return (array - array.mean()) / (array.std() or 1.0) if array.size else array
+
+
+def _asked(config: PairsConfig, iteration: int) -> Asked:
+    answers = config.candidates * (1 if iteration else 2)  # later rounds write one answer again
+    return Asked(pairs=1, answers=answers, scored=1 + answers)
+
+
+MODE = PairMode(
+    name="default",
+    summary="several candidates for each answer, and of them the pair with the clearest contrast",
+    writer=ContrastWriter,
+    asked=_asked,
+    answers=WRITTEN,
+    card=SELF_MADE,
+    options=frozenset({"annotated", "self_check"}),
+)

@@ -1,0 +1,70 @@
+"""The ways of writing pairs, one line each. CONTRIBUTING.md shows how to add one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from grath_utils.config import PairsConfig
+from grath_utils.errors import ConfigError, did_you_mean
+from grath_utils.pairs import controls, default, paper, pick
+from grath_utils.pairs.parsing import FILTERS
+from grath_utils.pairs.prompts import Demonstration
+from grath_utils.pairs.writers import PairMode, Writer
+
+if TYPE_CHECKING:
+    from grath_utils.engine.models import Policy
+
+_ROWS = (
+    default.MODE,
+    paper.MODE,
+    pick.MODE,
+    controls.GOLD,
+    controls.RANDOM,
+)
+MODES: dict[str, PairMode] = {mode.name: mode for mode in _ROWS}
+
+
+def find_mode(name: str) -> PairMode:
+    """Return a mode's row.
+
+    Raises:
+        ConfigError: there is no such mode; the nearest name is given.
+    """
+    if name not in MODES:
+        raise ConfigError(f'"pairs.mode" cannot be "{name}"{did_you_mean(name, MODES)}')
+    return MODES[name]
+
+
+def check_pairs_config(config: PairsConfig) -> PairMode:
+    """Return the row of the mode, once it is clear that all settings can go together.
+
+    Raises:
+        ConfigError: an unknown mode or filter, or an option that the mode does not heed.
+    """
+    mode = find_mode(config.mode)
+    valid = [*FILTERS, "none"]
+    for name in config.filters:
+        if name not in valid or (name == "none" and len(config.filters) > 1):
+            raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
+    for key in ("legacy", "annotated", "self_check"):
+        if getattr(config, key) and key not in mode.options:
+            heeding = " or ".join(row.name for row in MODES.values() if key in row.options)
+            raise ConfigError(
+                f'"pairs.{key}" belongs to pairs.mode={heeding}; with {config.mode} leave it out'
+            )
+    return mode
+
+
+def describe_modes() -> str:
+    """Return what each mode does, in a sentence."""
+    return "; ".join(f"`{mode.name}`: {mode.summary}" for mode in MODES.values())
+
+
+def demonstrations(mode: str, kind: str, shots: int) -> tuple[Demonstration, ...]:
+    """Return the first ``shots`` demonstrations of a mode for ``pair`` or ``single`` answers."""
+    return find_mode(mode).writer.demonstrations(kind, shots)
+
+
+def make_writer(policy: Policy, config: PairsConfig, seed: int) -> Writer:
+    """Return the writer of the configured mode, see :func:`check_pairs_config`."""
+    return check_pairs_config(config).writer(policy, config, seed)
