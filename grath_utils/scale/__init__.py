@@ -5,8 +5,15 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "grids": ["expand", "grid_from_dict", "grid_names", "plan_of", "read_grid", "sweep_dir"],
+        "grids": [
+            "describe_plan",
+            "expand",
+            "grid_from_dict",
+            "grid_names",
+            "plan_of",
+            "read_grid",
+            "sweep_dir",
+        ],
         "shapes": ["BYTES", "LLAMA2_70B", "LLAMA2_7B", "SMOLLM2_135M", "SMOLLM2_1_7B", "shape_of"],
-        "sweeps": ["describe_plan"],
     },
 )

@@ -1,7 +1,7 @@
 """Experiments beside a run: a shipped grid, cut to what a reader can wait for, and read with care.
 
 All experiments of a run live in one sweep's folder, ``RUN/what_matters``, so that they share the
-points and stages that they have in common, and go on where they were stopped. They run in this
+points and stages that they have in common, and resume where they were stopped. They run in this
 process; the same grids, whole and with several seeds, are for ``python -m grath_utils sweep``.
 """
 
@@ -23,7 +23,7 @@ from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import BASE, final_iteration, model_label
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import label, read_grid
-from grath_utils.scale.sweep_results import Outcome
+from grath_utils.scale.sweep_results import PointOutcome
 from grath_utils.scale.sweeps import run_here
 
 _CPU: Mapping[str, Any] = {
@@ -39,45 +39,22 @@ _CPU: Mapping[str, Any] = {
     "evaluation.limit": 64,
     "evaluation.every_iteration": False,
 }
-
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {
+        **_CPU,
         "questions.limit": 8,
         "pairs.candidates": 1,
         "dpo.steps": 2,
         "dpo.batch_size": 2,
         "dpo.micro_batch_size": 2,
         "dpo.warmup_steps": 0,
-        "loop.iterations": 1,
-        "loop.keep": "last",
-        "loop.early_stop": False,
-        "loop.signals": False,
         "evaluation.limit": 6,
-        "evaluation.every_iteration": False,
     },
     "cpu": _CPU,
     # Its pairs are picked; what the experiments vary is mostly how the model writes.
     "cpu-long": {**_CPU, "questions.source": "own", "pairs.mode": "default"},
 }
 """Profile -> what makes its experiments small; other profiles keep their own size."""
-
-HEADLINES = ("mc2", "acc")
-"""The metric of a benchmark that is shown: MC2 moves with every answer, MC1 only with flips."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A finished point of an experiment."""
-
-    name: str
-    """What it varies: ``reference=base``; with its seed where the experiment has several."""
-    values: Mapping[str, Any]
-    run: Run
-
-    def result(self, benchmark: str, *, base: bool = False) -> dict[str, Any]:
-        """Return the evaluation of its final model, or of the base model."""
-        label = BASE if base else model_label(final_iteration(self.run))
-        return read_json(self.run.evaluation(label, benchmark))
 
 
 # --- making one ----------------------------------------------------------------------------------
@@ -89,6 +66,11 @@ def size_of(run: Run) -> dict[str, Any]:
     What the user has set for the run holds for its experiments, so ``OVERRIDES`` makes them larger.
     """
     return {**SIZES.get(run.config.profile, {}), **changed_settings(run.config)}
+
+
+def folder_of(run: Run) -> Path:
+    """Return where the experiments of a run live."""
+    return run.path / "what_matters"
 
 
 def cut_grid(
@@ -105,8 +87,8 @@ def cut_grid(
         run: gives the profile, the seed and the size.
         axes: the values to try, for keys that the grid varies; keys that are not named stay at the
             profile's value, and the seed is the run's.
-        common: for all points; goes before all else, then what the shipped grid sets for all, then
-            what the user has set, then the size.
+        common: for all points; takes precedence over what the shipped grid sets for all, that over
+            what the user has set, and that over the size.
 
     Raises:
         ConfigError: no such grid.
@@ -116,29 +98,37 @@ def cut_grid(
     for key in axes:
         if key not in grid.axes:
             raise UsageError(f'{name} does not vary "{key}"{did_you_mean(key, grid.axes)}')
-    size, chosen = SIZES.get(run.config.profile, {}), changed_settings(run.config)
     # What the experiment is about stands last: without it the question would be another one.
-    settings = {**size, **chosen, **grid.common, **(common or {})}
+    settings = {**size_of(run), **grid.common, **(common or {})}
     tree = {
         "profile": run.config.profile,
         "set": {key: value for key, value in settings.items() if key not in axes},
         "grid": {"seed": [run.config.seed], **{key: list(axes[key]) for key in axes}},
     }
     path = folder_of(run) / "grids" / f"{name}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, f"# {name}, cut for this run.\n{yaml.safe_dump(tree, sort_keys=False)}")
     return path
 
 
-def folder_of(run: Run) -> Path:
-    """Return where the experiments of a run live."""
-    return run.path / "what_matters"
+@dataclass(frozen=True)
+class Trial:
+    """A finished point of an experiment."""
+
+    name: str
+    """What it varies: ``reference=base``; with its seed where the experiment has several."""
+    values: Mapping[str, Any]
+    run: Run
+
+    def result(self, benchmark: str, *, base: bool = False) -> dict[str, Any]:
+        """Return the evaluation of its final model, or of the base model."""
+        model = BASE if base else model_label(final_iteration(self.run))
+        return read_json(self.run.evaluation(model, benchmark))
 
 
 def run_experiment(
     grid: Path, *, say: Callable[[str], None] = print
-) -> tuple[list[Trial], list[Outcome]]:
-    """Run a grid of :func:`cut_grid`, or go on with it.
+) -> tuple[list[Trial], list[PointOutcome]]:
+    """Run a grid of :func:`cut_grid`, or resume it.
 
     Returns:
         The finished points in the grid's order, and the outcomes of those that failed.
@@ -148,16 +138,16 @@ def run_experiment(
     """
     out = grid.parent.parent / "sweep"
     outcomes = run_here(str(grid), out, say=say)
-    done = [outcome for outcome in outcomes if outcome.status == "done"]
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
-    if not done:
+    if len(failed) == len(outcomes):
         raise GrathError(f"no point of {grid.name} ended well. First: {failed[0].error}")
     several = len({outcome.values["seed"] for outcome in outcomes}) > 1
     trials = []
-    for outcome in done:
-        shown = {k: v for k, v in outcome.values.items() if several or k != "seed"}
-        row = read_json(out / "rows" / f"{outcome.name}.json")
-        trials.append(Trial(label(shown), outcome.values, load_run(out / "runs" / row["run"])))
+    for outcome in outcomes:
+        if outcome.status == "done":
+            shown = {k: v for k, v in outcome.values.items() if several or k != "seed"}
+            made = read_json(out / "rows" / f"{outcome.name}.json")["run"]
+            trials.append(Trial(label(shown), outcome.values, load_run(out / "runs" / made)))
     return trials, failed
 
 
@@ -182,12 +172,6 @@ def why_not(run: Run, source: str) -> str | None:
 # --- reading one ---------------------------------------------------------------------------------
 
 
-def headline(benchmark: Mapping[str, Any]) -> str:
-    """Return the metric of a benchmark's result to show first."""
-    names = list(benchmark["metrics"])
-    return next((name for name in HEADLINES if name in names), names[0])
-
-
 def changes(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
     """Return every trial's change from the base model in each benchmark's headline metric.
 
@@ -195,8 +179,8 @@ def changes(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
         (trial and metric, paired difference over the items), benchmark by benchmark.
     """
     return [
-        _row(trial, trial.name, benchmark, trial.result(benchmark, base=True))
-        for benchmark in _benchmarks(trials)
+        _difference(trial, trial.name, benchmark, trial.result(benchmark, base=True))
+        for benchmark in trials[0].run.config.evaluation.benchmarks
         for trial in trials
     ]
 
@@ -212,27 +196,23 @@ def contrasts(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
     """
     first, *others = trials
     return [
-        _row(other, f"{other.name} against {first.name}", benchmark, first.result(benchmark))
-        for benchmark in _benchmarks(trials)
+        _difference(other, f"{other.name} against {first.name}", benchmark, first.result(benchmark))
+        for benchmark in first.run.config.evaluation.benchmarks
         for other in others
     ]
 
 
-def _benchmarks(trials: Sequence[Trial]) -> tuple[str, ...]:
-    return trials[0].run.config.evaluation.benchmarks
-
-
-def _row(
+def _difference(
     trial: Trial, name: str, benchmark: str, before: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Compare a trial's last model with ``before``, in the headline metric."""
-    settings, metric = trial.run.config, headline(before)
-    found = compare(
-        before,
-        trial.result(benchmark),
-        bootstrap=settings.evaluation.bootstrap,
-        seed=settings.seed,
-    )
+    """Compare a trial's last model with ``before``, in the metric that is shown.
+
+    MC2 moves with every answer, MC1 only with flips.
+    """
+    metrics, config = list(before["metrics"]), trial.run.config
+    metric = next((name for name in ("mc2", "acc") if name in metrics), metrics[0])
+    after, draws = trial.result(benchmark), config.evaluation.bootstrap
+    found = compare(before, after, bootstrap=draws, seed=config.seed)
     return f"{name}: {benchmark} {metric}", found["metrics"][metric]
 
 

@@ -16,11 +16,10 @@ stage.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.files import fingerprint
 
 PAIRS, BASE = "pairs", "base"
-SHARED_SECTIONS: dict[str, tuple[str, ...]] = {
+SHARED_SECTIONS = {
     PAIRS: ("seed", "model", "questions", "pairs"),
     BASE: ("seed", "model", "evaluation"),
 }
@@ -44,10 +43,9 @@ LONGEST_NAME = 72
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid as it stands in its file."""
+    """A grid as it stands in its file; ``where`` is what to call it in messages."""
 
     where: str
-    """What to call it in messages."""
     profiles: tuple[str, ...]
     common: Mapping[str, Any]
     axes: Mapping[str, tuple[Any, ...]]
@@ -77,58 +75,41 @@ class Point:
     @property
     def name(self) -> str:
         """The name of its run directory: readable, and different for every configuration."""
-        readable = "_".join(f"{leaf}={_shown(value)}" for leaf, value in self._short().items())
-        slug = re.sub(r"[^\w.=+-]+", "-", readable)[:LONGEST_NAME].rstrip("-._=")
-        return f"{slug}-{fingerprint(self.config.to_dict())[:8]}"
-
-    def _short(self) -> dict[str, Any]:
-        names = short_names(self.values)
-        return {names[key]: value for key, value in self.values.items()}
-
-    @property
-    def cell(self) -> dict[str, Any]:
-        """Its values without the seed."""
-        return {key: value for key, value in self.values.items() if key != "seed"}
+        slug = re.sub(r"[^\w.=+-]+", "-", label(self.values, between="_"))
+        return f"{slug[:LONGEST_NAME].rstrip('-._=')}-{fingerprint(self.config.to_dict())[:8]}"
 
     def shared(self, kind: str) -> Shared:
         """Return the shared stage of a kind that this point uses."""
-        return Shared(kind, only_sections(self.config, SHARED_SECTIONS[kind]))
+        kept = {name: getattr(self.config, name) for name in SHARED_SECTIONS[kind]}
+        if "evaluation" in kept:  # which iterations are evaluated does not matter to the base model
+            every = Config().evaluation.every_iteration
+            kept["evaluation"] = replace(kept["evaluation"], every_iteration=every)
+        return Shared(kind, replace(Config(), **kept))
 
 
-def only_sections(config: Config, sections: tuple[str, ...]) -> Config:
-    """Return ``config`` with every other section put to its default.
-
-    Which iterations are evaluated is no matter of the base model, so that is put to its default
-    as well.
-    """
-    kept = {name: getattr(config, name) for name in sections}
-    if "evaluation" in kept:
-        plain = Config().evaluation.every_iteration
-        kept["evaluation"] = dataclasses.replace(kept["evaluation"], every_iteration=plain)
-    return dataclasses.replace(Config(), **kept)
-
-
-def short_names(keys: Mapping[str, Any] | tuple[str, ...]) -> dict[str, str]:
-    """Return what to call each dotted key: its last part where that is clear, else all of it."""
-    leaves = [key.rpartition(".")[2] for key in keys]
-    return {
-        key: leaf if leaves.count(leaf) == 1 else key
-        for key, leaf in zip(keys, leaves, strict=True)
-    }
+def cell_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a point's values without its seed: points with the same ones are one cell."""
+    return {key: value for key, value in values.items() if key != "seed"}
 
 
 def label(values: Mapping[str, Any], *, between: str = ", ") -> str:
-    """Return ``beta=0.05, chain=fresh`` for a cell, ``all settings`` for one without a key."""
-    names = short_names(values)
-    shown = between.join(f"{names[key]}={_shown(value)}" for key, value in values.items())
-    return shown or "all settings"
+    """Return ``beta=0.05, chain=fresh`` for a cell, ``all settings`` for one without a key.
+
+    A key is its last part where that is clear.
+    """
+    leaves = [key.rpartition(".")[2] for key in values]
+    shown = (
+        f"{leaf if leaves.count(leaf) == 1 else key}={_shown_value(value)}"
+        for leaf, (key, value) in zip(leaves, values.items(), strict=True)
+    )
+    return between.join(shown) or "all settings"
 
 
-def _shown(value: Any) -> str:
+def _shown_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "+".join(map(str, value))
     if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
+        return str(value).lower()
     if isinstance(value, str) and "/" in value:
         return Path(value).name  # the end of a path or of a Hub id says enough
     return str(value)
@@ -137,14 +118,14 @@ def _shown(value: Any) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def grid_names() -> list[str]:
-    """Return the names of the example grids that come with the package."""
-    return sorted(path.stem for path in sweep_dir().glob("*.yaml"))
-
-
 def sweep_dir() -> Path:
     """Return the folder with the example grids and the Snakefile."""
     return Path(__file__).resolve().parent / "grid_files"
+
+
+def grid_names() -> list[str]:
+    """Return the names of the example grids that come with the package."""
+    return sorted(path.stem for path in sweep_dir().glob("*.yaml"))
 
 
 def read_grid(name: str) -> Grid:
@@ -161,7 +142,7 @@ def read_grid(name: str) -> Grid:
         )
     path = Path(name).expanduser() if is_file else sweep_dir() / f"{name}.yaml"
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDoubledKeys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -169,26 +150,23 @@ def read_grid(name: str) -> Grid:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        reason = error.problem if isinstance(error, _DoubledKey) else "not valid YAML"
-        raise ConfigError(f"{path}{line}: {reason}") from error
+        doubled = isinstance(error, yaml.constructor.ConstructorError)
+        raise ConfigError(
+            f"{path}{line}: {error.problem if doubled else 'not valid YAML'}"
+        ) from error
     return grid_from_dict(tree, where=str(path))
 
 
-class _DoubledKey(yaml.constructor.ConstructorError):
-    pass
-
-
-class _Strict(yaml.SafeLoader):
+class _NoDoubledKeys(yaml.SafeLoader):
     """YAML lets a later key replace an earlier one; in a grid that would drop points silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                problem = f'"{key}" is given twice'
-                raise _DoubledKey(None, None, problem, key_node.start_mark)
-            seen.add(key)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f'"{key.value}" is given twice'
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep=deep)
 
 
@@ -198,117 +176,96 @@ def grid_from_dict(tree: Any, *, where: str = "grid") -> Grid:
     Raises:
         ConfigError: names ``where``, the key and the nearest valid one.
     """
-    top = ("profile", "set", "grid")
+
+    def refuse(problem: str) -> None:
+        raise ConfigError(f"{where}: {problem}")
+
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where}: expected `profile:` and `grid:`, found {tree!r}")
+        refuse(f"expected `profile:` and `grid:`, found {tree!r}")
+    top = ("profile", "set", "grid")
     for key in tree:
         if key not in top:
-            raise ConfigError(f'{where}: unknown key "{key}"{did_you_mean(str(key), top)}')
-    profiles = tree.get("profile")
-    profiles = (profiles,) if isinstance(profiles, str) else profiles
-    if not _is_list(profiles) or not all(isinstance(name, str) and name for name in profiles):
-        raise ConfigError(
-            f'{where}: "profile" is {tree.get("profile")!r}; expected the name of a profile, or a '
-            "list of names"
-        )
-    common = tree.get("set") or {}
-    axes = tree.get("grid")
+            refuse(f'unknown key "{key}"{did_you_mean(str(key), top)}')
+    profiles, common, axes = tree.get("profile"), tree.get("set") or {}, tree.get("grid")
+    names = [profiles] if isinstance(profiles, str) else profiles
+    if not _is_list(names) or not all(isinstance(name, str) and name for name in names):
+        refuse(f'"profile" is {profiles!r}; expected the name of a profile, or a list of names')
     if not isinstance(axes, Mapping) or not axes:
-        raise ConfigError(f'{where}: "grid" is {axes!r}; expected lines such as `seed: [0, 1]`')
+        refuse(f'"grid" is {axes!r}; expected lines such as `seed: [0, 1]`')
     if not isinstance(common, Mapping):
-        raise ConfigError(f'{where}: "set" is {common!r}; expected lines such as `dpo.beta: 0.1`')
+        refuse(f'"set" is {common!r}; expected lines such as `dpo.beta: 0.1`')
     known = set(Config().flat()) - {"profile"}
-    for section, keys in (("set", common), ("grid", axes)):
-        for key in keys:
-            if key == "profile":
-                raise ConfigError(f'{where}: "profile" stands beside "grid", not in "{section}"')
-            if key not in known:
-                near = did_you_mean(str(key), known)
-                raise ConfigError(f'{where}: unknown key "{key}" in "{section}"{near}')
+    for section, key in [*(("set", key) for key in common), *(("grid", key) for key in axes)]:
+        if key == "profile":
+            refuse(f'"profile" stands beside "grid", not in "{section}"')
+        if key not in known:
+            refuse(f'unknown key "{key}" in "{section}"{did_you_mean(str(key), known)}')
     for key, values in axes.items():
         if key in common:
-            raise ConfigError(f'{where}: "{key}" stands in "set" and in "grid"; remove one')
+            refuse(f'"{key}" stands in "set" and in "grid"; remove one')
         if not _is_list(values):
-            raise ConfigError(
-                f'{where}: "{key}" is {values!r}; expected a list of values, such as '
-                f"`{key}: [{values if values not in (None, []) else '...'}]`"
+            example = "..." if values in (None, []) else values
+            refuse(
+                f'"{key}" is {values!r}; expected a list of values, such as `{key}: [{example}]`'
             )
-    return Grid(where, tuple(profiles), dict(common), {k: tuple(v) for k, v in axes.items()})
+    return Grid(where, tuple(names), dict(common), {k: tuple(v) for k, v in axes.items()})
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0
 
 
-# --- points --------------------------------------------------------------------------------------
+# --- points, and the plan as it stands in points.json --------------------------------------------
 
 
 def expand(grid: Grid) -> list[Point]:
     """Return the points of a grid, the last key varying fastest, seeds innermost.
 
+    A point's values are as they were understood (5e-4 is a number, whatever YAML says).
+
     Raises:
         ConfigError: a point that cannot be (the key, its value and what is valid are named), or
             two points that are the same.
     """
-    axes = {key: values for key, values in grid.axes.items() if key != "seed"}
-    if "seed" in grid.axes:
-        axes["seed"] = grid.axes["seed"]
+    axes = dict(sorted(grid.axes.items(), key=lambda axis: axis[0] == "seed"))
+    profile_too = ["profile"] if len(grid.profiles) > 1 else []
+    keys = list(dict.fromkeys([*profile_too, *axes, "seed"]))
     points: list[Point] = []
     seen: dict[str, str] = {}
-    for profile in grid.profiles:
-        for combination in itertools.product(*axes.values()):
-            chosen = dict(zip(axes, combination, strict=True))
-            try:
-                config = load_config(profile, {**grid.common, **chosen})
-            except ConfigError as error:
-                raise ConfigError(
-                    f"{grid.where}, point {_named(profile, chosen)}: {error}"
-                ) from error
-            point = Point(_values(grid, config, axes), config)
-            address = fingerprint(config.to_dict())
-            if address in seen:
-                raise ConfigError(
-                    f"{grid.where}: the same point twice: {_named(profile, chosen)} and "
-                    f"{seen[address]}; remove the doubled value"
-                )
-            seen[address] = _named(profile, chosen)
-            points.append(point)
+    for profile, *combination in itertools.product(grid.profiles, *axes.values()):
+        chosen = dict(zip(axes, combination, strict=True))
+        what = ", ".join([f"profile {profile}", *(f"{k}={v!r}" for k, v in chosen.items())])
+        try:
+            config = load_config(profile, {**grid.common, **chosen})
+        except ConfigError as error:
+            raise ConfigError(f"{grid.where}, point {what}: {error}") from error
+        address = fingerprint(config.to_dict())
+        if address in seen:
+            raise ConfigError(
+                f"{grid.where}: the same point twice: {what} and {seen[address]}; remove the "
+                "doubled value"
+            )
+        seen[address] = what
+        flat = config.flat()
+        points.append(Point({key: flat[key] for key in keys}, config))
     return points
-
-
-def _values(grid: Grid, config: Config, axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a point's values as they were understood (5e-4 is a number, whatever YAML says)."""
-    flat = config.flat()
-    keys = [key for key in axes if key != "seed"]
-    profile = {"profile": config.profile} if len(grid.profiles) > 1 else {}
-    return {**profile, **{key: flat[key] for key in keys}, "seed": config.seed}
-
-
-def _named(profile: str, chosen: Mapping[str, Any]) -> str:
-    return ", ".join([f"profile {profile}", *(f"{k}={v!r}" for k, v in chosen.items())])
-
-
-# --- the plan, as it stands in points.json -------------------------------------------------------
 
 
 def plan_of(points: list[Point], grid: Grid, made_in: str) -> dict[str, Any]:
     """Return what the jobs of a sweep need to know, as plain JSON.
 
     Args:
+        points: of :func:`expand`.
+        grid: where they come from.
         made_in: the working directory that relative paths in the grid start from.
     """
-    stages = {
-        stage.name: stage for p in points for stage in map(p.shared, SHARED_SECTIONS)
-    }  # the order of first use
+    stages = [point.shared(kind) for point in points for kind in SHARED_SECTIONS]
     return {
         "schema_version": 1,
         "grid": grid.where,
         "made_in": made_in,
         "keys": list(points[0].values),
-        "shared": {
-            name: {"kind": stage.kind, "config": stage.config.to_dict()}
-            for name, stage in stages.items()
-        },
+        "shared": {s.name: {"kind": s.kind, "config": s.config.to_dict()} for s in stages},
         "points": [
             {
                 "name": point.name,
@@ -319,6 +276,19 @@ def plan_of(points: list[Point], grid: Grid, made_in: str) -> dict[str, Any]:
             for point in points
         ],
     }
+
+
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    """Return what the sweep will do, in a few lines."""
+    values = [point["values"] for point in plan["points"]]
+    cells = {fingerprint(cell_of(each)) for each in values}
+    seeds = {each["seed"] for each in values}
+    kinds = [stage["kind"] for stage in plan["shared"].values()]
+    return (
+        f"{len(values)} points: {len(cells)} cells, {len(seeds)} seeds\n"
+        f"Shared: {kinds.count(PAIRS)} times the pairs of iteration 0, "
+        f"{kinds.count(BASE)} times the evaluation of the base model"
+    )
 
 
 def planned_config(plan: Mapping[str, Any], name: str) -> Config:

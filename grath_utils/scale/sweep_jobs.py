@@ -4,8 +4,8 @@
     python -m grath_utils.scale.sweep_jobs point SWEEP NAME
 
 Both work on ordinary run directories (``SWEEP/shared/NAME``, ``SWEEP/runs/NAME``) through the
-stages of :mod:`.stages`. A point first takes over what is shared, as files that its own
-stages would have left, and so finds those stages done.
+stages of :mod:`grath_utils.loop.stages`. A point first takes over what is shared, as files that
+its own stages would have left, and so finds those stages done.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from grath_utils.errors import GrathError, RunError
 from grath_utils.files import atomic_path, read_json, write_json
 from grath_utils.loop.comparison import comparison_rows
 from grath_utils.loop.run_dir import Run, load_run, lock_run
-from grath_utils.loop.stages import evaluate_model, make_pairs, model_label, run_stages, start_run
+from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
 from grath_utils.scale.grids import BASE, PAIRS, planned_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do one job and return the exit code; an error for people is a line that starts "error:"."""
+    """Do one job and return the exit code; an error is a line that starts with "error:"."""
     parser = argparse.ArgumentParser(prog="python -m grath_utils.scale.sweep_jobs")
     parser.add_argument("job", choices=("shared", "point"))
     parser.add_argument("sweep", type=Path, help="the sweep's folder, with points.json")
@@ -35,12 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     work = {"shared": make_shared, "point": make_point}[options.job]
     try:
         work(options.sweep, options.name)
-    except GrathError as error:
+    except (GrathError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
     return 0
 
 
@@ -59,9 +56,10 @@ def make_shared(sweep: Path, name: str) -> None:
 def make_point(sweep: Path, name: str) -> None:
     """Do a whole run in ``runs/NAME``, and leave its numbers in ``rows/NAME.json``."""
     plan = read_json(sweep / "points.json")
-    row = row_of_twin(sweep, name, planned_config(plan, name))
+    config = planned_config(plan, name)
+    row = row_of_twin(sweep, name, config)
     if row is None:
-        run = start_run(sweep / "runs" / name, planned_config(plan, name))
+        run = start_run(sweep / "runs" / name, config)
         point = next(point for point in plan["points"] if point["name"] == name)
         with lock_run(run):
             take_pairs(run, sweep / "shared" / point[PAIRS])
@@ -96,13 +94,9 @@ def take_pairs(run: Run, folder: Path) -> None:
         return
     shared = load_run(folder)
     _check_same_ground(run, shared, "questions")
-    # The rejects first: the pairs are what says that the stage is done.
-    for source, target in (
-        (shared.rejects(0), run.rejects(0)),
-        (shared.pairs(0), run.pairs(0)),
-    ):
-        with atomic_path(target) as partial:
-            shutil.copyfile(source, partial)
+    for path in (Run.rejects, Run.pairs):  # the pairs last: they say that the stage is done
+        with atomic_path(path(run, 0)) as partial:
+            shutil.copyfile(path(shared, 0), partial)
 
 
 def take_base(run: Run, folder: Path) -> None:
@@ -113,15 +107,14 @@ def take_base(run: Run, folder: Path) -> None:
     Raises:
         RunError: they were made from other weights, or with another compute type.
     """
-    label = model_label(None)
     for benchmark in run.config.evaluation.benchmarks:
-        target = run.evaluation(label, benchmark)
+        target = run.evaluation(BASE, benchmark)
         if target.exists():
             continue
         shared = load_run(folder)
         _check_same_ground(run, shared)
-        result = read_json(shared.evaluation(label, benchmark))
-        result["model"]["name"] = f"{run.path.name}@{label}"
+        result = read_json(shared.evaluation(BASE, benchmark))
+        result["model"]["name"] = f"{run.path.name}@{BASE}"
         write_json(target, result)
 
 
@@ -139,25 +132,22 @@ def _check_same_ground(run: Run, shared: Run, *sections: str) -> None:
 
 def row_of(run: Run) -> dict[str, Any]:
     """Return a finished run's numbers: base, chosen round and the paired change of every metric."""
+
+    def kept(found: dict[str, Any], *keys: str) -> dict[str, Any]:
+        return {key: found[key] for key in ("value", "ci95", *keys)}
+
     return {
         "run": run.path.name,
         "metrics": [
             {
-                "benchmark": row["benchmark"],
-                "metric": row["metric"],
-                "n": row["n"],
-                "base": _numbers(row["before"]),
-                "last": _numbers(row["after"]),
-                "change": _numbers(row["difference"]),
+                **{key: row[key] for key in ("benchmark", "metric", "n")},
+                "base": kept(row["before"]),
+                "last": kept(row["after"]),
+                "change": kept(row["difference"], "p_value"),
             }
             for row in comparison_rows(run)
         ],
     }
-
-
-def _numbers(value: dict[str, Any]) -> dict[str, Any]:
-    kept = {"value": value["value"], "ci95": value["ci95"]}
-    return kept | ({"p_value": value["p_value"]} if "p_value" in value else {})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run a grid: check all of it, hand the jobs to Snakemake, collect what came of them.
+"""Run a grid: check all of it, hand the jobs to Snakemake, collect the results.
 
 ::
 
@@ -6,7 +6,7 @@
            rows/NAME.json (a finished point's numbers) · logs/NAME.log
            table.csv · summary.csv · figure.png · report.md
 
-Snakemake schedules, here or on a cluster; every job goes on where it was stopped, and one that
+Snakemake schedules, here or on a cluster; every job resumes where it was stopped, and one that
 fails does not stop the others.
 """
 
@@ -18,18 +18,21 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from grath_utils.errors import ConfigError, GrathError, RunError, UsageError, did_you_mean
-from grath_utils.files import fingerprint, write_json, write_text
+from grath_utils.evaluation.benchmarks import BENCHMARKS
+from grath_utils.files import write_json, write_text
+from grath_utils.pairs.modes import check_pairs_config
+from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import (
     SHARED_SECTIONS,
-    Point,
+    describe_plan,
     expand,
     label,
     plan_of,
@@ -37,13 +40,10 @@ from grath_utils.scale.grids import (
     read_grid,
     sweep_dir,
 )
-from grath_utils.scale.sweep_results import Outcome, cell_of, collect, counts, outcome_of
+from grath_utils.scale.sweep_results import PointOutcome, collect, counts, outcome_of
 
 OWN_SCHEDULING = ("-c", "--cores", "-j", "--jobs", "-e", "--executor", "--profile")
 """Arguments for Snakemake with which the user decides how many jobs run at a time, and where."""
-
-
-# --- before anything runs ------------------------------------------------------------------------
 
 
 def plan_sweep(name: str, out: Path) -> dict[str, Any]:
@@ -55,12 +55,21 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
         ConfigError: the grid is refused (see :mod:`.grids`), or the folder holds
             something else than a sweep.
         DataError: the questions of a point cannot be had.
+        RunError: another sweep uses the folder, or it cannot be written to.
     """
     grid = read_grid(name)
     points = expand(grid)
     for point in points:
-        _check_names(point, grid.where)
-    _check_questions(points)
+        try:
+            check_pairs_config(point.config.pairs)
+            for benchmark in point.config.evaluation.benchmarks:
+                if benchmark not in BENCHMARKS:
+                    near = did_you_mean(benchmark, BENCHMARKS)
+                    raise ConfigError(f'"evaluation.benchmarks" names "{benchmark}"{near}')
+        except ConfigError as error:
+            raise ConfigError(f"{grid.where}, point {label(point.values)}: {error}") from error
+    for source, seed in {p.config.questions: p.config.seed for p in points}.items():
+        load_questions(source, seed)  # a file that is not there stops the sweep now
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; name a folder for the sweep")
     if out.is_dir() and not (out / "points.json").exists() and any(out.iterdir()):
@@ -71,40 +80,7 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     return plan
 
 
-def _check_names(point: Point, where: str) -> None:
-    from grath_utils.evaluation.benchmarks import BENCHMARKS
-
-    for name in point.config.evaluation.benchmarks:
-        if name not in BENCHMARKS:
-            raise ConfigError(
-                f'{where}, point {label(point.values)}: "evaluation.benchmarks" names '
-                f'"{name}"{did_you_mean(name, BENCHMARKS)}'
-            )
-
-
-def _check_questions(points: Sequence[Point]) -> None:
-    """Read each source of questions once: a file that is not there stops the sweep now."""
-    from grath_utils.pairs.questions import load_questions
-
-    for config, seed in {p.config.questions: p.config.seed for p in points}.items():
-        load_questions(config, seed)
-
-
-def describe_plan(plan: Mapping[str, Any]) -> str:
-    """Return what the sweep will do, in a few lines."""
-    points, shared = plan["points"], plan["shared"].values()
-    cells = {fingerprint(cell_of(point["values"])) for point in points}
-    seeds = {point["values"]["seed"] for point in points}
-    kinds = {kind: sum(stage["kind"] == kind for stage in shared) for kind in SHARED_SECTIONS}
-    return (
-        f"{len(points)} points: {len(cells)} cells, {len(seeds)} seeds\n"
-        f"Shared: {kinds['pairs']} times the pairs of iteration 0, "
-        f"{kinds['base']} times the evaluation of the base model"
-    )
-
-
-@contextmanager
-def lock_sweep(out: Path) -> Iterator[None]:
+def lock_sweep(out: Path) -> AbstractContextManager:
     """Hold a sweep's folder for one process.
 
     Raises:
@@ -112,28 +88,22 @@ def lock_sweep(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make {out}: {error.strerror}") from error
-    lock = FileLock(out / ".lock", timeout=0)
-    try:
-        lock.acquire()
+        return FileLock(out / ".lock", timeout=0).acquire()
     except Timeout:
         raise RunError(f"{out} is in use by another sweep; wait for it to end") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    except OSError as error:
+        raise RunError(f"cannot make {out}: {error.strerror}") from error
 
 
-# --- the whole ------------------------------------------------------------------------------------
-
-
-def sweep(name: str, out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> list[Outcome]:
-    """Run a grid, or go on with it, and collect; return what came of every point.
+def sweep(
+    name: str, out: Path, *, here: bool = False, jobs: int = 1, extra: Sequence[str] = ()
+) -> list[PointOutcome]:
+    """Run a grid, or resume it, and collect; return how every point ended.
 
     Args:
         name: a grid's file, or the name of an example.
         out: the sweep's folder.
+        here: without Snakemake, see :func:`run_here`.
         jobs, extra: see :func:`run_jobs`.
 
     Raises:
@@ -141,45 +111,45 @@ def sweep(name: str, out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> 
         UsageError: Snakemake is not installed; nothing has run.
         GrathError: some points did not end well; the table holds the others.
     """
-    check_snakemake()
-    plan = plan_sweep(name, out)
-    print(describe_plan(plan), flush=True)
-    code = run_jobs(out, jobs=jobs, extra=extra)
+    if here:
+        run_here(name, out)
+        code = None
+    else:
+        check_snakemake()
+        print(describe_plan(plan_sweep(name, out)), flush=True)
+        code = run_jobs(out, jobs=jobs, extra=extra)
     outcomes = collect(out)
-    if code == 0:  # all is done, or all that the user's own arguments ask for (a dry run, say)
-        return outcomes
     bad = [outcome for outcome in outcomes if outcome.status != "done"]
-    if all(outcome.status in ("done", "not begun") for outcome in outcomes):
+    # 0: all is done, or all that the user's own arguments ask for (a dry run, say).
+    if code == 0 or (here and not bad):
+        return outcomes
+    if all(outcome.status == "not begun" for outcome in bad):
         raise GrathError(
             f"Snakemake ended with exit code {code} before it had begun "
             f"{len(bad)} of {len(outcomes)} points; its own message is above"
         )
-    raise _not_all_well(outcomes, out)
-
-
-def sweep_here(name: str, out: Path) -> list[Outcome]:
-    """Do as :func:`sweep`, but without Snakemake: see :func:`run_here`.
-
-    Raises:
-        ConfigError, DataError: the grid is refused; nothing has run.
-        GrathError: some points did not end well; the table holds the others.
-    """
-    run_here(name, out)
-    outcomes = collect(out)
-    if any(outcome.status != "done" for outcome in outcomes):
-        raise _not_all_well(outcomes, out)
-    return outcomes
-
-
-def _not_all_well(outcomes: Sequence[Outcome], out: Path) -> GrathError:
-    first = next(outcome for outcome in outcomes if outcome.status != "done")
-    return GrathError(
-        f"{counts(outcomes)}. First: {first.name}: {first.error or first.status}\n"
+    raise GrathError(
+        f"{counts(outcomes)}. First: {bad[0].name}: {bad[0].error or bad[0].status}\n"
         f"All are named in {out / 'report.md'}; the same command tries them again"
     )
 
 
-# --- running -------------------------------------------------------------------------------------
+# --- with Snakemake ------------------------------------------------------------------------------
+
+
+def check_snakemake() -> None:
+    """Check that Snakemake is there.
+
+    Raises:
+        UsageError: it is not installed; says how to install it.
+    """
+    if importlib.util.find_spec("snakemake") is None:
+        raise UsageError(
+            "a sweep needs Snakemake, which is not installed here: "
+            f"{Path(sys.executable).name} -m pip install 'snakemake>=9,<10' (in a checkout, "
+            "requirements-dev.txt pins the version that is tested). Without it: --here, one point "
+            "after the other"
+        )
 
 
 def run_jobs(out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> int:
@@ -192,104 +162,18 @@ def run_jobs(out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> int:
             ``jobs`` is not used.
 
     Raises:
-        UsageError: Snakemake is not installed.
         RunError: another sweep uses the folder.
     """
-    check_snakemake()
     # Also a checkout that is not installed can be imported, wherever the jobs start.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = snakemake_command(out, jobs=jobs, extra=extra)
     with lock_sweep(out):
-        process = subprocess.Popen(
-            snakemake_command(out, jobs=jobs, extra=extra), env={**os.environ, "PYTHONPATH": path}
-        )
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                # The terminal told Snakemake too: it ends its jobs, and then itself.
-                process.wait()
-                raise
-
-
-def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> list[Outcome]:
-    """Run a grid without Snakemake, one job after the other in this process; return its points.
-
-    The folder is that of :func:`sweep`, and either can go on with what the other began. Grids with
-    other keys may use the same folder: a point that has been done under another name is taken over.
-    Table and figure are :func:`.sweep_results.collect`'s.
-
-    Args:
-        name: a grid's file, or the name of an example.
-        out: the sweep's folder.
-        say: gets one line for each point.
-
-    Raises:
-        ConfigError, DataError: the grid is refused; nothing has run.
-        RunError: another sweep uses the folder.
-    """
-    plan = plan_sweep(name, out)
-    tried: set[str] = set()
-    with lock_sweep(out):
-        for point in plan["points"]:
-            if not (out / "rows" / f"{point['name']}.json").exists():
-                _point_here(plan, point, out, tried)
-            outcome = outcome_of(out, point)
-            reason = f": {outcome.error}" if outcome.error else ""
-            say(f"{outcome.status:10} {label(point['values'])}{reason}")
-    return [outcome_of(out, point) for point in plan["points"]]
-
-
-def _point_here(
-    plan: Mapping[str, Any], point: Mapping[str, Any], out: Path, tried: set[str]
-) -> None:
-    """Do a point and what it shares; a stage that has failed is not tried again for each point."""
-    from grath_utils.scale.sweep_jobs import make_point, make_shared, row_of_twin
-
-    log = out / "logs" / f"{point['name']}.log"
-    log.unlink(missing_ok=True)  # a failure of an earlier call
-    with redirect_stdout(io.StringIO()):
-        twin = row_of_twin(out, point["name"], planned_config(plan, point["name"]))
-    for stage in [point[kind] for kind in SHARED_SECTIONS] if twin is None else []:
-        done = out / "shared" / f"{stage}.done"
-        if not done.exists():
-            if stage not in tried and _job_here(make_shared, out, stage):
-                write_text(done, "")
-            tried.add(stage)
-        if not done.exists():
-            return
-    _job_here(make_point, out, point["name"])
-
-
-def _job_here(work: Callable[[Path, str], None], out: Path, name: str) -> bool:
-    """Do one job, with its words in its log as under Snakemake; tell whether it ended well."""
-    path = out / "logs" / f"{name}.log"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
         try:
-            work(out, name)
-        except (GrathError, OSError) as error:
-            print(f"error: {error}")
-            return False
-        except Exception:  # a point may fail in any way, and the others go on
-            traceback.print_exc()
-            return False
-    return True
-
-
-def check_snakemake() -> None:
-    """Raise an error that says how to install Snakemake, where it is not there.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    if importlib.util.find_spec("snakemake") is None:
-        raise UsageError(
-            "a sweep needs Snakemake, which is not installed here: "
-            f"{Path(sys.executable).name} -m pip install 'snakemake>=9,<10' (in a checkout, "
-            "requirements-dev.txt pins the version that is tested). Without it: --here, one point "
-            "after the other"
-        )
+            return process.wait()
+        finally:  # Ctrl-C: the terminal told Snakemake too; it ends its jobs, and then itself
+            process.wait()
 
 
 def snakemake_command(out: Path, *, jobs: int, extra: Sequence[str]) -> list[str]:
@@ -310,3 +194,69 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# --- without Snakemake ---------------------------------------------------------------------------
+
+
+def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> list[PointOutcome]:
+    """Run a grid one job after the other in this process; return how its points ended.
+
+    The folder is that of :func:`sweep` with Snakemake, and either resumes what the other began.
+    Grids with other keys may use the same folder: a point that has been done under another name is
+    taken over. Table and figure are :func:`.sweep_results.collect`'s.
+
+    Args:
+        name: a grid's file, or the name of an example.
+        out: the sweep's folder.
+        say: gets one line for each point.
+
+    Raises:
+        ConfigError, DataError: the grid is refused; nothing has run.
+        RunError: another sweep uses the folder.
+    """
+    plan = plan_sweep(name, out)
+    outcomes, tried = [], set()
+    with lock_sweep(out):
+        for point in plan["points"]:
+            if not (out / "rows" / f"{point['name']}.json").exists():
+                _point_here(plan, point, out, tried)
+            outcomes.append(outcome_of(out, point))
+            reason = f": {outcomes[-1].error}" if outcomes[-1].error else ""
+            say(f"{outcomes[-1].status:10} {label(point['values'])}{reason}")
+    return outcomes
+
+
+def _point_here(
+    plan: Mapping[str, Any], point: Mapping[str, Any], out: Path, tried: set[str]
+) -> None:
+    """Do a point and what it shares; a stage that has failed is not tried again for each point."""
+    from grath_utils.scale.sweep_jobs import row_of_twin
+
+    log = out / "logs" / f"{point['name']}.log"
+    log.unlink(missing_ok=True)  # a failure of an earlier call
+    with redirect_stdout(io.StringIO()):
+        twin = row_of_twin(out, point["name"], planned_config(plan, point["name"]))
+    for stage in [point[kind] for kind in SHARED_SECTIONS] if twin is None else []:
+        done = out / "shared" / f"{stage}.done"
+        if not done.exists() and stage not in tried:
+            tried.add(stage)
+            if _job_here("shared", out, stage):
+                write_text(done, "")
+        if not done.exists():
+            return
+    _job_here("point", out, point["name"])
+
+
+def _job_here(kind: str, out: Path, name: str) -> bool:
+    """Do one job, its words in its log as under Snakemake; return whether it ended well."""
+    from grath_utils.scale import sweep_jobs
+
+    path = out / "logs" / f"{name}.log"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return sweep_jobs.main([kind, str(out), name]) == 0
+        except Exception:  # a point may fail in any way, and the others are still done
+            traceback.print_exc()
+            return False

@@ -24,7 +24,7 @@ import torch
 from fault_injection import fork, lines_of, no_space_after
 
 from grath_utils.dpo import trainer  # noqa: F401  (TRL takes seconds: loaded before the first fork)
-from grath_utils.scale.sweeps import sweep_here
+from grath_utils.scale.sweeps import sweep
 
 TRIES = 200
 
@@ -32,7 +32,7 @@ TRIES = 200
 def in_peace(grid: str, out: Path) -> tuple[int, float]:
     """Do the sweep in a child; return its status and how long it took, in seconds."""
     begun = time.monotonic()
-    status, _ = _end(*fork(lambda: sweep_here(grid, out) and None))
+    status, _ = _end(*fork(lambda: sweep(grid, out, here=True) and None))
     return status, time.monotonic() - begun
 
 
@@ -44,7 +44,7 @@ def _end(child: int, pipe: int) -> tuple[int, list[str]]:
 
 def _short_of_space(grid: str, out: Path, left: int) -> None:
     no_space_after(left)
-    sweep_here(grid, out)
+    sweep(grid, out, here=True)
 
 
 def finished(out: Path) -> list[str]:
@@ -69,7 +69,7 @@ def hurt(grid: str, out: Path, seconds: float, draw: random.Random) -> dict[str,
             victim = cut_short(out, draw)
         fault = draw.choice(("kill", "kill", "full"))
         if fault == "kill":
-            child, pipe = fork(lambda: sweep_here(grid, out) and None)
+            child, pipe = fork(lambda: sweep(grid, out, here=True) and None)
             time.sleep(draw.uniform(0.02, 0.12) * seconds)
             os.kill(child, signal.SIGKILL)
             status, _ = _end(child, pipe)

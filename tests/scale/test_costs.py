@@ -53,7 +53,7 @@ def test_a_shape_is_read_from_a_folder_and_its_parameters_are_the_models(tiny_ll
 
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("all-linear",)])
 def test_lora_parameters_are_those_that_peft_adds(tiny_policy, tiny_llama, targets) -> None:
-    from grath_utils.dpo.round import add_adapter
+    from grath_utils.dpo.adapters import add_adapter
 
     lora = LoraConfig(r=4, alpha=8, targets=targets)
     policy = add_adapter(tiny_policy, lora, seed=0)

@@ -13,6 +13,7 @@ from grath_utils.errors import ConfigError
 from grath_utils.scale.grids import (
     BASE,
     PAIRS,
+    cell_of,
     expand,
     grid_from_dict,
     grid_names,
@@ -113,7 +114,9 @@ def test_a_grid_is_every_combination_seeds_innermost() -> None:
         {"dpo.beta": 0.1, "seed": 3},
         {"dpo.beta": 0.1, "seed": 4},
     ]
-    assert [label(point.cell) for point in points] == ["beta=0.05"] * 2 + ["beta=0.1"] * 2
+    assert [label(cell_of(point.values)) for point in points] == ["beta=0.05"] * 2 + [
+        "beta=0.1"
+    ] * 2
     assert points[1].config == load_config("smoke", {"dpo.beta": 0.05}, seed=4)
 
 
@@ -132,7 +135,7 @@ def test_common_settings_and_several_profiles() -> None:
     assert [point.values["profile"] for point in points] == ["smoke", "smoke", "cpu", "cpu"]
     assert {point.config.questions.limit for point in points} == {20}
     assert points[1].config.lora.targets == ("q_proj", "v_proj")
-    assert label(points[1].cell) == "profile=smoke, targets=q_proj+v_proj"
+    assert label(cell_of(points[1].values)) == "profile=smoke, targets=q_proj+v_proj"
 
 
 def test_names_are_plain_distinct_and_stay_when_the_grid_grows() -> None:
@@ -233,7 +236,7 @@ def test_an_experiment_is_one_question_over_several_seeds(name: str) -> None:
     points = expand(read_grid(name))
     cells: dict[str, set[int]] = {}
     for point in points:
-        cells.setdefault(label(point.cell), set()).add(point.config.seed)
+        cells.setdefault(label(cell_of(point.values)), set()).add(point.config.seed)
     seeds = set(range(8 if name == "what_matters_seed" else 3))
     assert len(cells) * len(seeds) == len(points)
     assert all(found == seeds for found in cells.values())

@@ -26,7 +26,13 @@ from grath_utils.loop.run_dir import load_run
 from grath_utils.loop.stages import evaluate_model, plan_stages, run_stages, start_run
 from grath_utils.scale.grids import planned_config
 from grath_utils.scale.sweep_jobs import row_of, take_base
-from grath_utils.scale.sweep_results import Outcome, collect, panels, summarize_cells, verdict
+from grath_utils.scale.sweep_results import (
+    PointOutcome,
+    collect,
+    last_word,
+    panels,
+    summarize_cells,
+)
 from grath_utils.scale.sweeps import lock_sweep, plan_sweep, run_here, snakemake_command
 
 LIMIT = 900  # seconds
@@ -400,7 +406,7 @@ def test_arguments_after_two_dashes_go_to_snakemake(capsys, tmp_path: Path, monk
     monkeypatch.setattr("grath_utils.scale.sweeps.sweep", sweep)
     passed_on = ["--executor", "slurm", "--jobs", "20"]
     assert main(["sweep", "g", "--jobs", "3", "--out", str(tmp_path), "--", *passed_on]) == 0
-    assert seen == {"jobs": 3, "extra": passed_on}
+    assert seen == {"here": False, "jobs": 3, "extra": passed_on}
     assert "# Done" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["options", "--", "--executor", "slurm"])
@@ -439,11 +445,11 @@ def test_jobs_divide_the_cores_unless_snakemake_is_told_otherwise(tmp_path, monk
 # --- results -------------------------------------------------------------------------------------
 
 
-def outcome(value: float, *, seed: int, metric: str = "mc1", **values: object) -> Outcome:
+def outcome(value: float, *, seed: int, metric: str = "mc1", **values: object) -> PointOutcome:
     numbers = {"value": value, "ci95": [value - 0.1, value + 0.1]}
     row = {"benchmark": "probe", "metric": metric, "n": 10}
     parts = {"base": numbers, "last": numbers, "change": {**numbers, "p_value": 0.5}}
-    return Outcome(f"p{seed}", {**values, "seed": seed}, "done", [{**row, **parts}])
+    return PointOutcome(f"p{seed}", {**values, "seed": seed}, "done", [{**row, **parts}])
 
 
 def test_intervals_are_over_the_seeds_of_a_cell() -> None:
@@ -488,4 +494,4 @@ def test_the_figure_is_a_picture_of_reading_size(story: Story) -> None:
     ],
 )
 def test_the_last_word_of_a_log(log: str, expected: tuple[str, str]) -> None:
-    assert verdict(log) == expected
+    assert last_word(log) == expected
