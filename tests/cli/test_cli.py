@@ -53,7 +53,7 @@ def test_the_example_of_every_command_parses() -> None:
     for command in COMMANDS:
         choices = next(a for a in parser._actions if a.choices).choices
         example = choices[command].epilog.splitlines()[-1].split("grath_utils ")[1]
-        assert parser.parse_args(example.split()).work.__name__ == f"_{command}"
+        assert parser.parse_args(example.split()).command.work.__name__ == f"do_{command}"
 
 
 def test_no_command_and_an_unknown_one_are_wrong_usage(capsys) -> None:

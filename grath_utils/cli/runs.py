@@ -1,0 +1,184 @@
+"""Commands about whole runs: env, run, status, report, sweep."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from grath_utils.cli import arguments as arg
+from grath_utils.config import Config, ModelConfig, load_config, profile_names
+from grath_utils.engine import processes
+from grath_utils.errors import GrathError
+
+
+@arg.command("print versions, device and caches: what a bug report needs", "env")
+def do_env(options: argparse.Namespace) -> None:
+    from grath_utils import __version__
+    from grath_utils.engine.models import CONVERSION, resolve
+    from grath_utils.files import cache_dir, data_dir, mirror_dir
+    from grath_utils.loop.run_dir import environment_facts
+
+    facts = environment_facts()
+    model = resolve(ModelConfig())
+    cached = (cache_dir() / CONVERSION / "config.json").is_file()
+    print(f"grath_utils {__version__} (profiles: {', '.join(profile_names())})")
+    for section in ("versions", "device"):
+        print(f"{section}:")
+        for key, value in facts[section].items():
+            print(f"  {key}: {value}")
+    print(f"compute: {model.device}, {model.dtype}")
+    print(f"cache: {cache_dir()} (default model {'there' if cached else 'not fetched yet'})")
+    print(f"data: {data_dir()}")
+    print(f"benchmark mirror (GRATH_MIRROR): {mirror_dir() or 'none'}")
+
+
+@arg.command(
+    "run the whole course through its notebooks, or resume an interrupted run",
+    "run --profile cpu --run-dir runs/cpu --set dpo.beta=0.05 loop.iterations=3",
+    *(arg.PROFILE, arg.NEW_RUN_DIR, arg.SEED, arg.SET),
+    arg.either(
+        arg.flag("--all", "execute the notebooks after 04, too: experiments and scaling up"),
+        arg.flag("--no-notebooks", "do the same stages without executing notebooks"),
+    ),
+    arg.amount(
+        "--cell-timeout", "stop if a cell takes longer (default: no limit)", metavar="SECONDS"
+    ),
+    arg.flag("--dry-run", "show what is to do, with an estimate of time and memory; do nothing"),
+)
+def do_run(options: argparse.Namespace) -> None:
+    # Torch loads only after the settings are known to be right.
+    config = load_config(options.profile, options.overrides, seed=options.seed)
+    folder = Path(options.run_dir or Path("runs", Path(options.profile).stem))
+    if options.dry_run:
+        _show_plan(folder, config)
+        return
+    from grath_utils.course.execute import run_notebooks
+    from grath_utils.course.export import model_card
+    from grath_utils.course.notebooks import main_line, numbered_notebooks
+    from grath_utils.course.report import summary_table, write_report
+    from grath_utils.files import write_text
+    from grath_utils.loop.stages import final_iteration, run_stages, start_run
+
+    if options.no_notebooks:
+        run = start_run(folder, config)
+        run_stages(run)
+    else:
+        notebooks = numbered_notebooks() if options.all else main_line()
+        run = start_run(folder, config)
+        run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
+
+    def conclude() -> None:
+        write_report(run)
+        chosen = final_iteration(run)
+        write_text(run.iteration(chosen) / "MODEL_CARD.md", model_card(run, chosen))
+        print(f"\nReport: {run.report}\n")
+        print(summary_table(run))
+
+    processes.on_main(conclude)
+
+
+def _show_plan(folder: Path, config: Config) -> None:
+    from grath_utils.loop.run_dir import Run
+    from grath_utils.loop.stages import plan_stages
+    from grath_utils.scale import costs
+    from grath_utils.scale.shapes import shape_of
+    from grath_utils.text import duration
+
+    run = Run(folder, config)
+    plan = plan_stages(run)
+    print(f"{run.path} (profile {config.profile}, seed {config.seed}, model {config.model.name})")
+    try:
+        amounts, shape = costs.workload(config), shape_of(config.model)
+    except GrathError as error:  # the plan is still worth seeing
+        for stage in plan:
+            print(f"  {_state(stage.done)} {stage.name}")
+        print(f"no estimate of time and memory: {error}")
+        return
+    device = costs.this_device(config.model)
+    every = replace(config, evaluation=replace(config.evaluation, every_iteration=True))
+    expected = {cost.name: cost for cost in costs.estimate(every, device, shape=shape)}
+    for stage in plan:
+        cost = expected[stage.name]
+        about = f"{duration(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
+        print(f"  {_state(stage.done)} {stage.name:40} {about}")
+    for what, count in amounts.items():
+        print(f"{what}: {count:,}")
+    left = costs.total([expected[stage.name] for stage in plan if not stage.done])
+    print(
+        f"here ({device.name}, {device.peak / 1e9:,.0f} GFLOP/s {device.source}), to do: about "
+        f"{duration(left.seconds)}, up to {left.memory / costs.GIB:.1f} GiB"
+    )
+    print("notebooks do more than the stages: expect up to half as much again")
+    if left.memory > device.memory:
+        print(f"this machine has {device.memory / costs.GIB:.1f} GiB: it does not fit")
+    if gpu := costs.meant_for(config.profile):
+        cost = costs.total(costs.estimate(config, gpu, shape=shape))
+        print(
+            f"on one {gpu.name} (a prediction), all of it: about "
+            f"{duration(cost.seconds)}, {cost.memory / costs.GIB:.1f} GiB of GPU memory"
+        )
+
+
+def _state(done: bool) -> str:
+    return "done   " if done else "to do  "
+
+
+@arg.command("show where a run stands", "status --run-dir runs/cpu", arg.RUN_DIR)
+def do_status(options: argparse.Namespace) -> None:
+    from grath_utils.course.dashboard import choice_line
+    from grath_utils.loop.run_dir import load_run
+    from grath_utils.loop.stages import plan_stages
+
+    run = load_run(options.run_dir)
+    plan = plan_stages(run)
+    print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
+    for stage in plan:
+        print(f"  {_state(stage.done)} {stage.name}")
+    print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
+    print(choice_line(run))
+
+
+@arg.command(
+    "write report.html from what a run directory holds, and print the table",
+    "report --run-dir runs/cpu",
+    arg.RUN_DIR,
+)
+def do_report(options: argparse.Namespace) -> None:
+    from grath_utils.course.report import summary_table, write_report
+    from grath_utils.loop.run_dir import load_run
+
+    run = load_run(options.run_dir)
+    write_report(run)
+    print(f"Report: {run.report}\n")
+    print(summary_table(run))
+
+
+@arg.command(
+    "run a grid of settings and seeds, sharing what the runs have in common; ends in a table "
+    "and a figure",
+    "sweep smoke_2x2x2 --out runs/sweep --jobs 2\n"
+    "  python -m grath_utils sweep grid.yaml --out runs/sweep -- --executor slurm --jobs 20",
+    arg.argument("grid", metavar="GRID", help="a YAML file, or an example in scale/grid_files"),
+    arg.option("--out", "DIR", required=True, type=Path),
+    arg.amount("--jobs", "points at a time, each as large as a run (default: 1)", default=1),
+    arg.flag("--here", "without Snakemake: one point after the other, in this process"),
+    arg.flag("--plan", "check the grid, write points.json and stop"),
+    arg.flag("--collect", "write table, figure and report of what is there"),
+)
+def do_sweep(options: argparse.Namespace) -> None:
+    from grath_utils.scale import sweeps
+
+    if options.plan or options.collect:
+        plan = sweeps.plan_sweep(options.grid, options.out)
+        print(sweeps.describe_plan(plan))
+        for point in plan["points"] if options.plan else []:
+            print(f"  {point['name']}")
+        if options.collect:
+            print(sweeps.counts(sweeps.collect(options.out)))
+    else:
+        how = {"here": options.here, "jobs": options.jobs, "extra": options.passed_on}
+        sweeps.sweep(options.grid, options.out, **how)
+    if not options.plan:
+        print(f"\n{(options.out / 'report.md').read_text(encoding='utf-8')}")
+        print(f"Table, summary and figure: {options.out}")

@@ -1,0 +1,216 @@
+"""Commands for single steps: pairs, train, evaluate, merge, chat, mirror, options."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from grath_utils.cli import arguments as arg
+from grath_utils.config import Config, describe_options, load_config, parse_overrides
+from grath_utils.errors import UsageError, did_you_mean
+from grath_utils.pairs.modes import MODES, describe_modes
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUESTIONS_HELP = "own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set"
+HELD_OUT_HELP = "of the questions, to measure the margin on (default: the profile's)"
+BENCHMARKS_HELP = (
+    "truthfulqa_mc, truthfulqa_binary, truthfulqa_gen, arc_challenge, hellaswag, mmlu, probe, "
+    "retention"
+)
+MERGED_HELP = "of the written weights; 16 bits round away part of what was learned"
+
+
+def _step_config(options: argparse.Namespace) -> Config:
+    """Return the profile's configuration with a step's own options and ``--set`` applied."""
+    own = {key: value for key, value in vars(options).items() if "." in key and value is not None}
+    changed = {**own, **parse_overrides(options.overrides)}
+    return load_config(options.profile, changed, seed=options.seed)
+
+
+@arg.command(
+    "let a model write a correct and an incorrect answer to each question",
+    "pairs --questions own --limit 50 --out pairs.jsonl",
+    # The names with a dot are settings.
+    arg.option("--questions", "SOURCE", QUESTIONS_HELP, dest="questions.source", required=True),
+    arg.option("--column", "NAME", "column that holds the question", dest="questions.column"),
+    arg.option("--split", "NAME", "split of a Hub data set", dest="questions.split"),
+    arg.argument("--mode", choices=MODES, help="default: the profile's", dest="pairs.mode"),
+    arg.amount("--limit", "use N questions, drawn by the seed"),
+    arg.flag("--skip-bad", "skip and count unusable questions", dest="questions.skip_bad"),
+    arg.option("--out", "FILE.jsonl", required=True, type=Path),
+    *(arg.MODEL, arg.PROFILE, arg.SEED, arg.SET),
+)
+def do_pairs(options: argparse.Namespace) -> None:
+    config = _step_config(options)
+    # A profile's own limit is about its run; here only --limit counts.
+    questions_config = replace(config.questions, limit=options.limit)
+    from grath_utils.loop.named_models import load_policy
+    from grath_utils.pairs.generate import generate_pairs
+    from grath_utils.pairs.questions import load_questions
+
+    questions = load_questions(questions_config, config.seed)
+    print(f"{len(questions)} questions from {questions.source}")
+    policy = load_policy(
+        options.model, quantization=config.model.quantization, dtype=config.model.dtype
+    )
+    report = generate_pairs(
+        policy,
+        questions.questions,
+        config.pairs,
+        seed=config.seed,
+        out=options.out,
+        rejects=options.out.with_suffix(".rejects.jsonl"),
+        skip_long=config.questions.skip_bad,
+    )
+    print(report)
+    print(f"Pairs: {options.out}")
+
+
+@arg.command(
+    "run one DPO round on a file of pairs",
+    "train --pairs pairs.jsonl --out round_0 --set dpo.steps=30",
+    arg.option("--pairs", "FILE", required=True, type=Path),
+    arg.option("--out", "DIR", required=True, type=Path),
+    arg.option("--held-out", "SHARE", HELD_OUT_HELP, dest="questions.held_out", type=float),
+    *(arg.MODEL, arg.PROFILE, arg.SEED, arg.SET),
+)
+def do_train(options: argparse.Namespace) -> None:
+    config = _step_config(options)
+    from grath_utils.pairs.generate import read_pairs
+
+    pairs = read_pairs(options.pairs)
+    from grath_utils.dpo.round import train_round
+    from grath_utils.engine.models import resolve
+    from grath_utils.loop.named_models import resolve_name
+    from grath_utils.pairs.questions import split_held_out
+
+    if (options.out / "adapter").exists():
+        raise UsageError(f"{options.out / 'adapter'} exists already; choose another --out")
+    base, adapters = resolve_name(options.model)
+    if not adapters:
+        base = replace(config.model, name=base.name)
+    train, held_out = split_held_out(pairs, config.questions.held_out, config.seed)
+    report = train_round(
+        resolve(base),
+        train,
+        held_out,
+        options.out,
+        dpo=config.dpo,
+        lora=config.lora,
+        seed=config.seed,
+        previous=adapters[-1] if adapters else None,
+    )
+    last = report.log[-1]
+    print(
+        f"{report.pairs} pairs ({report.over_long} over-long left out), "
+        f"{report.held_out} held out, {report.steps} steps, "
+        f"{report.trainable_parameters:,} trained parameters"
+    )
+    print(f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})")
+    print(f"Adapter: {options.out / 'adapter'}")
+
+
+@arg.command(
+    "measure a model on a benchmark, with 95 %% intervals and question-blind controls",
+    "evaluate --model runs/cpu@1 --benchmark probe --out probe.json",
+    arg.MODEL,
+    arg.option("--benchmark", "B", BENCHMARKS_HELP, required=True),
+    arg.argument("--protocol", help="how the question is put (default: the benchmark's own)"),
+    arg.amount("--limit", "measure N items, drawn by the seed"),
+    arg.argument("--seed", type=int, default=0),
+    arg.argument("--dtype", choices=("auto", *DTYPES)),
+    arg.argument("--quantization", choices=("none", "nf4", "fp4", "int8")),
+    arg.option("--out", "FILE.json", required=True, type=Path),
+)
+def do_evaluate(options: argparse.Namespace) -> None:
+    from grath_utils.evaluation.benchmarks import BENCHMARKS
+
+    if options.benchmark not in BENCHMARKS:
+        near = did_you_mean(options.benchmark, BENCHMARKS)
+        raise UsageError(f'unknown benchmark "{options.benchmark}"{near}')
+    from grath_utils.evaluation.measure import evaluate
+    from grath_utils.loop.named_models import load_policy
+    from grath_utils.text import metric_line
+
+    policy = load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
+    result = evaluate(
+        policy,
+        options.benchmark,
+        protocol=options.protocol,
+        limit=options.limit,
+        seed=options.seed,
+        out=options.out,
+    )
+    print(f"{result['n']} items from {result['source']}, protocol {result['protocol']}")
+    for name, metric in result["metrics"].items():
+        print(f"  {name:12} {metric_line(metric)}")
+    for note in result["notes"]:
+        print(f"  note: {note}")
+    print(f"Result: {options.out}")
+
+
+@arg.command(
+    "write a trained model as one that stands alone, with a model card",
+    "merge --model runs/cpu@1 --to merged",
+    arg.option("--model", "RUN_DIR@ITERATION", required=True),
+    arg.TO,
+    arg.argument("--dtype", choices=DTYPES, default=DTYPES[0], help=MERGED_HELP),
+)
+def do_merge(options: argparse.Namespace) -> None:
+    from grath_utils.course.export import merge_model
+
+    difference = merge_model(options.model, options.to, dtype=options.dtype)
+    print(f"{options.to}: a model folder that loads like any other, with README.md as its card")
+    print(f"largest difference of a logit to {options.model}: {difference:.2g}")
+
+
+@arg.command(
+    "ask the base model and the trained one the same questions, side by side",
+    'chat --run-dir runs/cpu --ask "Do goldfish forget within seconds?"',
+    arg.RUN_DIR,
+    arg.many("--ask", "QUESTION", "without any, they are read from the keyboard, one a line"),
+    arg.amount("--max-new-tokens", "tokens of an answer, at most (default: 60)", default=60),
+)
+def do_chat(options: argparse.Namespace) -> None:
+    from grath_utils.course.export import ask_both
+    from grath_utils.loop.run_dir import load_run
+
+    run = load_run(options.run_dir)
+    typed = (line.strip() for line in iter(_read_question, ""))
+    asked = options.ask or typed
+    for question, before, after in ask_both(run, asked, max_new_tokens=options.max_new_tokens):
+        print(f"\n? {question}\n  base     {before}\n  trained  {after}\n")
+
+
+def _read_question() -> str:
+    """Return a typed question; an empty line or the end of the input ends the conversation."""
+    try:
+        return input("question (empty line to stop): ").strip()
+    except EOFError:
+        return ""
+
+
+@arg.command(
+    "copy the benchmarks from the Hub into a folder, for use without network (GRATH_MIRROR)",
+    "mirror --to mirror",
+    arg.TO,
+)
+def do_mirror(options: argparse.Namespace) -> None:
+    from grath_utils.evaluation.mirror import make_mirror
+
+    make_mirror(options.to)
+    print(f"Mirror: {options.to}. Use it with GRATH_MIRROR={options.to}")
+
+
+@arg.command(
+    "list every setting with its value in a profile and what it means",
+    "options --profile cpu",
+    arg.PROFILE,
+)
+def do_options(options: argparse.Namespace) -> None:
+    values = load_config(options.profile).flat()
+    for key, _, text in describe_options():
+        if key == "pairs.mode":
+            text = f"{describe_modes()} [{' | '.join(MODES)}]"
+        print(f"{key} = {values[key]}\n    {text}")
