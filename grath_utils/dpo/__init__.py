@@ -5,15 +5,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "adapters": ["add_adapter"],
         "data": ["collate", "tokenize_pair", "tokenize_pairs"],
         "drift": ["kl_per_token"],
         "global_batch": ["deal", "split_batch"],
-        "round": [
-            "add_adapter",
-            "completion_log_probs",
-            "preference_loss",
-            "reference_log_probs",
-            "train_round",
-        ],
+        "loss": ["completion_log_probs", "dpo_loss"],
+        "round": ["reference_log_probs", "train_round"],
     },
 )

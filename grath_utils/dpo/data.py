@@ -51,19 +51,17 @@ def tokenize_pair(
     answers and no token spans the border. The end-of-turn token closes each answer: a model that
     is never shown where an answer ends would learn to ramble.
     """
+    chat = prompt_format == "chat"
     prompt = training_prompt(tokenizer, pair.question, prompt_format)
     # A chat template writes the beginning-of-sequence token itself; plain text relies on the
     # tokenizer to add it. Doing both is the doubled BOS of the official code.
-    prompt_ids = tokenizer(prompt, add_special_tokens=prompt_format != "chat")["input_ids"]
-    lead = "" if prompt_format == "chat" else " "  # after `A:` an answer starts with a space
-
-    def answer_ids(answer: str) -> tuple[int, ...]:
-        ids = tokenizer(lead + answer, add_special_tokens=False)["input_ids"]
-        return (*ids, tokenizer.eos_token_id)
-
-    return PreferenceExample(
-        pair.id, tuple(prompt_ids), answer_ids(pair.correct), answer_ids(pair.incorrect)
-    )
+    prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    lead = "" if chat else " "  # after `A:` an answer starts with a space
+    answers = [
+        (*tokenizer(lead + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        for text in (pair.correct, pair.incorrect)
+    ]
+    return PreferenceExample(pair.id, tuple(prompt_ids), *answers)
 
 
 def tokenize_pairs(
@@ -82,8 +80,7 @@ def tokenize_pairs(
     kept, over_long = [], []
     for pair in pairs:
         example = tokenize_pair(tokenizer, pair, prompt_format)
-        fits = len(example.prompt_ids) <= max_prompt_length and example.length <= max_length
-        if fits:
+        if len(example.prompt_ids) <= max_prompt_length and example.length <= max_length:
             kept.append(example)
         else:
             over_long.append(pair.id)
@@ -104,20 +101,7 @@ def collate(
         ``input_ids``, ``attention_mask`` and ``completion_mask``, each of shape (2 B, T), padded
         on the right; ``completion_mask`` is 1 on answer tokens.
     """
-    rows = [(e.prompt_ids, e.chosen_ids) for e in examples]
-    rows += [(e.prompt_ids, e.rejected_ids) for e in examples]
-    longest = max(len(p) + len(c) for p, c in rows)
-    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    completion_mask = torch.zeros_like(input_ids)
-    for i, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        input_ids[i, :end] = torch.tensor(prompt + completion)
-        attention_mask[i, :end] = 1
-        completion_mask[i, len(prompt) : end] = 1
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "completion_mask": completion_mask,
-    }
+    from trl.trainer.dpo_trainer import DataCollatorForPreference  # as training collates
+
+    batch = DataCollatorForPreference(pad_token_id)([vars(example) for example in examples])
     return {key: value.to(device) for key, value in batch.items()}

@@ -45,7 +45,8 @@ def kl_per_token(
         raise UsageError(f"{policy.name}: the drift cannot be measured on this architecture")
     total, count = np.zeros(len(examples)), np.zeros(len(examples))
     for row in pack([vars(e) for e in examples], row_limit(policy.device)):
-        kl = _kl(_logits(policy, row), _logits(base, row))  # (P,)
+        logits = [_logits(model, row).split(LOGIT_ROWS) for model in (policy, base)]
+        kl = np.concatenate([_kl(p, q) for p, q in zip(*logits, strict=True)])  # (P,)
         at = row["sequence"].numpy() % len(examples)  # chosen and rejected of a pair together
         np.add.at(total, at, kl[row["which"].numpy()])
         np.add.at(count, at, 1)
@@ -53,7 +54,7 @@ def kl_per_token(
 
 
 def can_measure_drift(policy: Policy, base: Policy, examples: Sequence[PreferenceExample]) -> bool:
-    """Tell whether both models honour tree masks, which :func:`kl_per_token` needs."""
+    """Return True if both models honour tree masks, which :func:`kl_per_token` needs."""
     longest = max(example.length for example in examples)
     return all(can_run_trees(model, longest) for model in (policy, base))
 
@@ -65,8 +66,6 @@ def _logits(policy: Policy, row: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _kl(policy: torch.Tensor, base: torch.Tensor) -> np.ndarray:
-    values = []
-    for p, q in zip(policy.split(LOGIT_ROWS), base.split(LOGIT_ROWS), strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1).to(p.device)
-        values.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(values).cpu().numpy().astype(np.float64)
+    """Return KL(policy || base) of each row of logits, in float64."""
+    log_p, log_q = policy.float().log_softmax(-1), base.float().log_softmax(-1).to(policy.device)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).cpu().numpy().astype(np.float64)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, Dataset
 
 from grath_utils.config import DPOConfig
@@ -77,21 +78,20 @@ def deal(order: Sequence[int], config: DPOConfig, split: Split) -> list[list[Pie
         config: batch sizes.
         split: as :func:`split_batch` returns it.
     """
-    micro = _cut(order, config.micro_batch_size)
     hands: list[list[Piece]] = [[] for _ in range(split.processes)]
-    for step in _cut(micro, config.batch_size // config.micro_batch_size):
-        pieces = [(part, len(batch)) for batch in step for part in _cut(batch, split.piece)]
-        rounds = math.ceil(len(pieces) / split.processes)
-        for place in range(rounds * split.processes):
-            if place < len(pieces):
-                part, whole = pieces[place]
-                # The trainer averages over rounds and processes; one process would have averaged
-                # over the step's micro-batches.
-                scale = rounds * split.processes * len(part) / (whole * len(step))
-                piece = Piece(tuple(part), len(part) / whole, scale)
-            else:
-                piece = Piece(tuple(step[0][:1]), 0.0, 0.0)
-            hands[place % split.processes].append(piece)
+    per_step = config.batch_size // config.micro_batch_size
+    for step in _cut(_cut(order, config.micro_batch_size), per_step):
+        parts = [(part, len(micro)) for micro in step for part in _cut(micro, split.piece)]
+        turns = math.ceil(len(parts) / split.processes) * split.processes
+        # The trainer averages over all turns; one process would have averaged over the step's
+        # micro-batches.
+        pieces = [
+            Piece(tuple(part), len(part) / whole, turns * len(part) / (whole * len(step)))
+            for part, whole in parts
+        ]
+        pieces += [Piece(tuple(step[0][:1]), 0.0, 0.0)] * (turns - len(pieces))
+        for rank, hand in enumerate(hands):
+            hand += pieces[rank :: split.processes]
     return hands
 
 
@@ -103,8 +103,6 @@ class Pieces:
     """One process's pieces, epoch by epoch: what a ``DataLoader`` takes as batch sampler."""
 
     def __init__(self, count: int, seed: int, config: DPOConfig, split: Split, rank: int) -> None:
-        from accelerate.data_loader import SeedableRandomSampler
-
         # The very sampler that orders the data of one process.
         self.sampler = SeedableRandomSampler(range(count), data_seed=seed)
         self.config, self.split, self.rank = config, split, rank
@@ -116,43 +114,30 @@ class Pieces:
         yield from deal(list(self.sampler), self.config, self.split)[self.rank]
 
     def __len__(self) -> int:
-        count = len(self.sampler.data_source)
-        return len(deal(range(count), self.config, self.split)[self.rank])
+        order = range(len(self.sampler.data_source))
+        return len(deal(order, self.config, self.split)[self.rank])
 
 
-class PieceLoader(DataLoader):
-    """Collated batches with ``share`` and ``scale``, for one process."""
-
-    def __init__(
-        self,
-        rows: Sequence[dict[str, Any]],
-        pieces: Pieces,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            _Rows(rows), batch_sampler=pieces, collate_fn=_PieceCollator(collate), **options
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
-class _Rows(Dataset):
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
+@dataclass(frozen=True)
+class _PieceData(Dataset):
+    rows: Sequence[dict[str, Any]]
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, piece: Piece) -> tuple[Piece, list[dict[str, Any]]]:
-        return piece, [self.rows[i] for i in piece.indices]
+    def __getitems__(self, piece: Piece) -> dict[str, Any]:
+        batch = self.collate([self.rows[i] for i in piece.indices])
+        return {**batch, "share": piece.share, "scale": piece.scale}
 
 
-@dataclass(frozen=True)
-class _PieceCollator:
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, batch: tuple[Piece, list[dict[str, Any]]]) -> dict[str, Any]:
-        piece, examples = batch
-        return {**self.collate(examples), "share": piece.share, "scale": piece.scale}
+def piece_loader(
+    rows: Sequence[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    pieces: Pieces,
+) -> DataLoader:
+    """Return a loader of one process's pieces: collated, with their ``share`` and ``scale``."""
+    data = _PieceData(rows, collate)
+    loader = DataLoader(data, batch_sampler=pieces, collate_fn=lambda batch: batch)
+    loader.set_epoch = pieces.set_epoch  # the trainer calls it
+    return loader

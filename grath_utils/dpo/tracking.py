@@ -1,22 +1,21 @@
-"""Logs of training and evaluation for TensorBoard, and for the other trackers that TRL knows.
+"""Logs of training and evaluation for the trackers that ``dpo.report_to`` names.
 
-TensorBoard needs no account and no network: its event files lie in the run directory, so that
-``tensorboard --logdir RUN`` shows all rounds side by side. Other trackers get the training log
-through TRL; whether they use the network is theirs to say. Without ``dpo.report_to`` nothing here
-does anything, and nothing that it does changes a result.
+``accelerate`` knows the trackers. TensorBoard needs no account and no network: its event files lie
+in the run directory, so that ``tensorboard --logdir RUN`` shows all rounds side by side. Whether
+another tracker uses the network is its own affair. Nothing here changes a result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, did_you_mean
 
-NONE = ("none",)
-TENSORBOARD = "tensorboard"
+PROJECT = "grath"  # for trackers that keep their logs elsewhere
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -25,54 +24,59 @@ def check_trackers(names: Sequence[str]) -> None:
     Raises:
         ConfigError: an unknown name, one that is not installed, or ``none`` beside another.
     """
-    if tuple(names) == NONE:
+    if tuple(names) == ("none",):
         return
-    from transformers.integrations import integration_utils as known
+    from accelerate import tracking
 
-    valid = [*known.INTEGRATION_TO_CALLBACK, "none"]
+    valid = [*tracking.LOGGER_TYPE_TO_CLASS, "none"]
     for name in names:
         if name not in valid:
             raise ConfigError(f'"dpo.report_to" names "{name}"{did_you_mean(name, valid)}')
         if name == "none":
             raise ConfigError(f'"dpo.report_to" names none beside others: {", ".join(names)}')
-        if name not in known.get_available_reporting_integrations():
-            package = "tensorboard" if name == TENSORBOARD else "its package"
+        if name not in map(str, tracking.get_available_trackers()):
+            package = "tensorboard" if name == "tensorboard" else "its package"
             raise ConfigError(
                 f'"dpo.report_to" names "{name}", which is not installed here: install {package} '
                 "with pip, or leave it out"
             )
 
 
-def trl_trackers(names: Sequence[str]) -> list[str] | str:
-    """Return what TRL's own ``report_to`` takes: the trackers that we do not write ourselves."""
-    return [name for name in names if name not in (TENSORBOARD, "none")] or "none"
-
-
-def training_callbacks(names: Sequence[str], folder: Path, done: int) -> list[Any]:
-    """Return the callbacks that write the training log to ``folder`` as event files.
+@contextmanager
+def open_trackers(names: Sequence[str], folder: Path, *, resumed_at: int = 0) -> Iterator[list]:
+    """Start the trackers in the main process, and finish them at the end.
 
     Args:
         names: ``dpo.report_to``.
-        folder: where the event files go.
-        done: steps that an interrupted round had finished; what it logged after them is replaced.
-    """
-    if TENSORBOARD not in names or not processes.is_main():
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+        folder: where trackers that write files put them.
+        resumed_at: steps that an interrupted round had finished; TensorBoard forgets what was
+            logged after them.
 
-    writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
-    return [TensorBoardCallback(writer)]
+    Yields:
+        The ``accelerate.tracking.GeneralTracker`` objects.
+    """
+    trackers: list[Any] = []
+    for name in names if processes.is_main() else ():
+        if name == "none":
+            continue
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        place = (folder.name, folder.parent) if kind.requires_logging_directory else (PROJECT,)
+        purge = {"purge_step": resumed_at + 1} if resumed_at and name == "tensorboard" else {}
+        trackers.append(kind(*place, **purge))
+        trackers[-1].start()
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.finish()
 
 
 def write_scalars(
     names: Sequence[str], folder: Path, values: Mapping[str, float], step: int
 ) -> None:
-    """Add numbers to the event files in ``folder``, where TensorBoard is asked for."""
-    if TENSORBOARD not in names or not processes.is_main():
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+    """Send numbers to the trackers that ``names`` lists."""
+    with open_trackers(names, folder) as trackers:
+        for tracker in trackers:
+            tracker.log(dict(values), step=step)

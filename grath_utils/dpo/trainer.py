@@ -1,34 +1,36 @@
 """The bridge to TRL: one round of its ``DPOTrainer`` on token ids that are ready.
 
-TRL computes the loss, steps the optimiser and writes checkpoints. What is ours: the token ids and
-the reference log-probabilities come in with the data, a batch is computed without repeating what
-its sequences share, a checkpoint counts only when it is whole, and a loss that is not finite stops
-the round.
+TRL steps the optimiser and writes checkpoints. What is ours: the loss (:func:`.loss.dpo_loss`; the
+other losses that ``dpo.loss`` can name are TRL's); the token ids and the reference
+log-probabilities come in with the data; a batch is computed without repeating what its sequences
+share; a checkpoint counts only when it is whole; and a loss that is not finite stops the round.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from grath_utils.config import DPOConfig
-from grath_utils.dpo.global_batch import PieceLoader, Pieces, Split, split_batch
-from grath_utils.dpo.tracking import check_trackers, training_callbacks, trl_trackers
+from grath_utils.dpo.global_batch import Pieces, Split, piece_loader, split_batch
+from grath_utils.dpo.loss import dpo_loss
+from grath_utils.dpo.tracking import check_trackers, open_trackers
 from grath_utils.engine import processes
 from grath_utils.engine.models import Policy, activate_adapters, quiet_transformers
 from grath_utils.engine.packing import PackedCollator, packed_forward, row_limit
@@ -55,25 +57,52 @@ LOGGED = {
 class ReadyDataTrainer(DPOTrainer):
     """``DPOTrainer`` for rows that already hold token ids and reference log-probabilities.
 
-    With several processes, each trains on its pieces of every batch (:mod:`global_batch`) and
+    With several processes, each trains on its pieces of every batch (:mod:`.global_batch`) and
     measures all held-out pairs itself: they are few, and a mean is then the same in each.
     """
 
-    selects = True  # the model's forward takes `logits_to_keep`
-    pieces: Pieces | None = None  # with several processes: which pairs are this one's
+    def __init__(self, *args: Any, pieces: Pieces | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pieces = pieces
+        if pieces is not None:  # they differ in size, so gathering TRL's metrics would hang
+            self.accelerator.gather = self.accelerator.gather_for_metrics = lambda tensor: tensor
+            self.shares: list[float] = []
+        self.precompute_ref_logps = True  # the reference is read from the data
+        if self.loss_types == ["sigmoid"]:
+            self.loss_weights = [0.0]  # ours takes its place; what else TRL adds stays
+        model = self.accelerator.unwrap_model(self.model)
+        self.selects = accepts(model, "logits_to_keep")
+        if "ref" in model.peft_config:  # the copy of the adapter that TRL made as reference
+            model.delete_adapter("ref")
+        activate_adapters(model, trainable=True)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        share, scale = inputs.pop("share", None), inputs.pop("scale", None)
-        if "rows" in inputs:  # packed: every loss of TRL's, on log-probabilities computed our way
+        share, scale = inputs.pop("share", None), inputs.pop("scale", 1.0)
+        outputs: list[Any] = []
+        forward = model
+        if "rows" in inputs:  # packed: log-probabilities computed our way
             dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
-            model = packed_forward(model, dtype, selects=self.selects)
-        if self.pieces is None:
-            return super()._compute_loss(model, inputs, return_outputs)
-        with _ungathered(self.accelerator):
-            loss = super()._compute_loss(model, inputs, return_outputs)
-        if share is None:  # a held-out batch
-            return loss
-        self.shares.append(share)
+            forward = packed_forward(model, dtype, selects=self.selects)
+
+        def remembered(**batch: Any) -> Any:
+            outputs.append(forward(**batch))
+            return outputs[0]
+
+        loss = super()._compute_loss(remembered, inputs, False)  # TRL's losses, and all metrics
+        if self.loss_types == ["sigmoid"]:
+            losses, _, _ = dpo_loss(
+                *outputs[0].log_probs.sum(dim=1).chunk(2),  # (2 B, T - 1): chosen, then rejected
+                inputs["ref_chosen_logps"],
+                inputs["ref_rejected_logps"],
+                self.beta,
+                label_smoothing=self.label_smoothing,
+            )
+            loss = loss + losses.mean()
+        if share is not None:
+            self.shares.append(share)
         return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -85,40 +114,38 @@ class ReadyDataTrainer(DPOTrainer):
     def get_train_dataloader(self) -> Any:
         if self.pieces is None:
             return super().get_train_dataloader()
-        self.shares: list[float] = []
-        return PieceLoader(self.train_dataset, self.pieces, self.data_collator)
+        return piece_loader(self.train_dataset, self.data_collator, self.pieces)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if self.pieces is None:
             return super().get_eval_dataloader(eval_dataset)
         size = self.args.per_device_eval_batch_size
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        return DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset
+        return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with explained_write_errors(Path(self.args.output_dir) / "checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
 
-    def use_given_reference(self) -> None:
-        """Read the reference from the data; drop the copy of the adapter that TRL made for it."""
-        self.precompute_ref_logps = True
-        peft_model = self.accelerator.unwrap_model(self.model)
-        if "ref" in peft_model.peft_config:
-            peft_model.delete_adapter("ref")
-        activate_adapters(peft_model, trainable=True)
+
+def _combined(
+    metrics: Mapping[str, Sequence[float]], shares: Sequence[float]
+) -> dict[str, list[float]]:
+    """Return the mean of each metric over the pieces of all processes, each by its share."""
+    full = {name: values for name, values in metrics.items() if len(values) == len(shares)}
+    sums = {name: sum(map(operator.mul, shares, values)) for name, values in full.items()}
+    everywhere = processes.gather((sums, sum(shares)))
+    total = sum(weight for _, weight in everywhere)
+    return {name: [sum(part[name] for part, _ in everywhere) / total] for name in full}
 
 
 def run_trainer(
     policy: Policy,
     train_rows: Sequence[dict[str, Any]],
     held_out_rows: Sequence[dict[str, Any]],
+    *,
     folder: Path,
     config: DPOConfig,
     seed: int,
-    *,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train the policy's adapter in place and return the log, one row a logged step.
@@ -128,7 +155,7 @@ def run_trainer(
         train_rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps``,
             ``ref_rejected_logps``.
         held_out_rows: the same for held-out questions; may be empty.
-        folder: for checkpoints; an interrupted round goes on from the last whole one.
+        folder: for checkpoints; an interrupted round resumes from the last whole one.
         config: hyper-parameters.
         seed: order of the data.
         progress: show a progress bar.
@@ -139,8 +166,8 @@ def run_trainer(
 
     Raises:
         TrainingError: the loss is not finite, or nothing is trainable.
-        ConfigError: the loss or the optimiser is not one that TRL or transformers know, the batch
-            cannot be divided among the processes, or a tracker is not there.
+        ConfigError: TRL or transformers refuse a setting, the batch cannot be divided among the
+            processes, or a tracker is not there.
     """
     if not any(p.requires_grad for p in policy.model.parameters()):
         raise TrainingError("nothing to train: no parameter of the adapter requires a gradient")
@@ -148,67 +175,57 @@ def run_trainer(
     folder.mkdir(parents=True, exist_ok=True)
     split = split_batch(config, processes.size())
     collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in (*train_rows, *held_out_rows)
+    )
     # Where the weights are split, all processes have to call the model equally often.
-    if not processes.sharded() and can_run_trees(policy, _longest([*train_rows, *held_out_rows])):
+    if not processes.sharded() and can_run_trees(policy, longest):
         collator = PackedCollator(collator, row_limit(policy.device))
+    pieces = Pieces(len(train_rows), seed, config, split, processes.rank())
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
-    with _quiet():
+    done, checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
+    logs = folder.parent / "tensorboard"
+    with (
+        quiet_transformers(),
+        warnings.catch_warnings(action="ignore"),
+        open_trackers(config.report_to, logs, resumed_at=done) as trackers,
+    ):
         trainer = ReadyDataTrainer(
             model=policy.model,
-            args=_arguments(policy, config, split, folder, seed, bool(held_out_rows)),
+            args=_arguments(
+                policy, config, split, folder, seed=seed, evaluates=bool(held_out_rows)
+            ),
             train_dataset=Dataset.from_list(list(train_rows)),
             eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
             processing_class=policy.tokenizer,
             data_collator=collator,
+            pieces=pieces if split.processes > 1 else None,
         )
-        trainer.selects = accepts(policy.model, "logits_to_keep")
-        if split.processes > 1:
-            trainer.pieces = Pieces(len(train_rows), seed, config, split, processes.rank())
-        trainer.use_given_reference()
         # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
         for name, weights in adapter.items():
             policy.model.get_parameter(name).data = weights
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        trainer.add_callback(_Watch(config, progress and processes.is_main()))
-        checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
-        done = _step_of(Path(checkpoint)) if checkpoint else 0
-        for callback in training_callbacks(config.report_to, folder.parent / "tensorboard", done):
-            trainer.add_callback(callback)
+        trainer.add_callback(_Watch(config, trackers, progress and processes.is_main()))
         trainer.train(resume_from_checkpoint=checkpoint)
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
 
 
-def _longest(rows: Sequence[dict[str, Any]]) -> int:
-    return max(
-        len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows
-    )
-
-
-@contextmanager
-def _ungathered(accelerator: Any) -> Iterator[None]:
-    """Keep TRL's metrics in this process: pieces differ in size, so gathering them would hang."""
-    accelerator.gather = accelerator.gather_for_metrics = lambda tensor: tensor
-    try:
-        yield
-    finally:  # the methods of the class show again
-        del accelerator.gather, accelerator.gather_for_metrics
-
-
-def _combined(
-    metrics: Mapping[str, Sequence[float]], shares: Sequence[float]
-) -> dict[str, list[float]]:
-    """Return the mean of each metric over the pieces of all processes, each by its share."""
-    full = {name: values for name, values in metrics.items() if len(values) == len(shares)}
-    sums = {name: sum(s * v for s, v in zip(shares, full[name], strict=True)) for name in full}
-    everywhere = processes.gather((sums, sum(shares)))
-    total = sum(weight for _, weight in everywhere)
-    return {name: [sum(part[name] for part, _ in everywhere) / total] for name in full}
+def _last_checkpoint(folder: Path) -> tuple[int, str | None]:
+    """Return (steps, folder) of the newest checkpoint; remove those that were left half-written."""
+    whole: dict[int, str | None] = {0: None}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            whole[int(path.name.removeprefix("checkpoint-"))] = str(path)
+        else:
+            shutil.rmtree(path)
+    return max(whole.items())
 
 
 def _arguments(
-    policy: Policy, config: DPOConfig, split: Split, folder: Path, seed: int, evaluates: bool
+    policy: Policy, config: DPOConfig, split: Split, folder: Path, *, seed: int, evaluates: bool
 ) -> TRLConfig:
     on_cpu = policy.device.type == "cpu"
     try:
@@ -245,7 +262,7 @@ def _arguments(
             eval_on_start=evaluates,
             save_steps=config.save_every,
             save_total_limit=2,
-            report_to=trl_trackers(config.report_to),
+            report_to="none",  # _Watch calls the trackers
             disable_tqdm=True,
             dataloader_pin_memory=not on_cpu,
             remove_unused_columns=False,
@@ -258,16 +275,22 @@ def _arguments(
 
 
 class _Watch(TrainerCallback):
-    """Progress bar, checkpoint markers, and a stop where training has diverged or collapsed."""
+    """Progress bar, trackers, marks of whole checkpoints, and a stop where training has failed."""
 
-    def __init__(self, config: DPOConfig, progress: bool) -> None:
-        self.config = config
+    def __init__(self, config: DPOConfig, trackers: Sequence[GeneralTracker], progress: bool):
+        self.config, self.trackers = config, trackers
         self.bar = tqdm(total=config.steps, desc="DPO", unit="step", disable=not progress)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if kwargs.get("model") is not None:  # reading a checkpoint leaves the top adapter alone
-            activate_adapters(kwargs["model"], trainable=True)
-        self.bar.update(state.global_step - self.bar.n)
+        model = kwargs["model"]
+        activate_adapters(model, trainable=True)  # reading a checkpoint leaves the top one alone
+        self.bar.update(state.global_step)
+        for tracker in self.trackers:
+            settings = {
+                "args": args.to_json_string(),
+                "model_config": model.config.to_json_string(),
+            }
+            tracker.log(settings)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -293,6 +316,8 @@ class _Watch(TrainerCallback):
         if "loss" in logs:
             margin = float(logs.get("rewards/margins", 0.0))
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, margin {margin:+.2f}")
+        for tracker in self.trackers:
+            tracker.log(rewrite_logs(logs), step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -303,47 +328,15 @@ class _Watch(TrainerCallback):
         self.bar.close()
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest whole checkpoint; remove those that a killed process left half-written."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file():
-            whole.append((_step_of(path), path))
-        else:
-            shutil.rmtree(path)
-    return str(max(whole)[1]) if whole else None
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
 def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows, seen = [], set()
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for entry in history:
-        held_out = "eval_loss" in entry
-        prefix = "eval_" if held_out else ""
-        if prefix + "loss" not in entry:
-            continue  # the summary of the whole run
-        split, step = "held_out" if held_out else "train", int(entry["step"])
-        if (split, step) in seen:
-            continue  # a resumed round measures its first step once more
-        seen.add((split, step))
-        row: dict[str, Any] = {"step": step, "split": split}
-        for theirs, ours in LOGGED.items():
-            if prefix + theirs in entry:
-                row[ours] = float(entry[prefix + theirs])
-        rows.append(row)
-    return rows
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and notices out of the notebook; ours say what matters."""
-    disable_progress_bar()
-    try:
-        with quiet_transformers(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        enable_progress_bar()
+        split, prefix = ("held_out", "eval_") if "eval_loss" in entry else ("train", "")
+        if prefix + "loss" in entry:  # it is not the summary of the whole run
+            step = int(entry["step"])
+            row = {
+                our: float(entry[prefix + x]) for x, our in LOGGED.items() if prefix + x in entry
+            }
+            # A resumed round measures its first step once more.
+            rows.setdefault((split, step), {"step": step, "split": split, **row})
+    return list(rows.values())

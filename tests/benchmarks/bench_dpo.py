@@ -90,7 +90,8 @@ def run_child(options: argparse.Namespace, side: str) -> dict[str, Any]:
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
     from grath_utils.config import LoraConfig, ModelConfig
-    from grath_utils.dpo.round import add_adapter, reference_log_probs
+    from grath_utils.dpo.adapters import add_adapter
+    from grath_utils.dpo.round import reference_log_probs
     from grath_utils.engine.models import TRAINING_BLOCK, keep_freed_memory, load_base
 
     side = options.child
@@ -207,7 +208,9 @@ def train(
             save_every=10**6,
             **settings,
         )
-        return run_trainer(policy, rows, [], folder, config, seed=0, progress=False)
+        return run_trainer(
+            policy, rows, [], folder=folder, config=config, seed=0, progress=False
+        )
     return train_with_trl(policy, rows, folder, settings, options)
 
 

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LORA, PAIRS
+from tiny_rounds import moved_policy, tokens
 
-from grath_utils.config import ModelConfig
-from grath_utils.dpo.data import tokenize_pairs
 from grath_utils.dpo.drift import kl_per_token
-from grath_utils.dpo.round import add_adapter
-from grath_utils.engine.models import Policy, load_base
+from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
 
 
-@pytest.fixture
-def examples(tiny_policy: Policy):
-    limits = {"max_prompt_length": 200, "max_length": 300}
-    return tokenize_pairs(tiny_policy.tokenizer, PAIRS, **limits).examples
-
-
-@pytest.fixture
-def moved(tiny_llama) -> Policy:
-    base = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
-    policy = add_adapter(load_base(base), LORA, seed=0)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.2)
-    return policy
-
-
-def test_a_policy_has_not_drifted_from_itself(tiny_policy: Policy, examples) -> None:
+def test_a_policy_has_not_drifted_from_itself(tiny_policy: Policy) -> None:
+    examples = tokens(tiny_policy)
     assert kl_per_token(tiny_policy, tiny_policy, examples) == [0.0] * len(examples)
 
 
-def test_the_drift_is_the_mean_divergence_over_the_answers_tokens(
-    tiny_policy: Policy, moved: Policy, examples
-) -> None:
-    by_hand = []
+def test_the_drift_is_the_mean_divergence_over_the_answers_tokens(tiny_policy: Policy) -> None:
+    moved = moved_policy(tiny_policy.config)
+    examples, by_hand = tokens(tiny_policy), []
     for example in examples:
         values = []
         for answer in (example.chosen_ids, example.rejected_ids):

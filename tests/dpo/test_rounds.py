@@ -1,8 +1,4 @@
-"""Reference x chain over three rounds, quantized and not: step 0 is that of the intended models.
-
-The models that a round should start from and be compared with are put together here with plain
-``peft`` calls, without the code under test.
-"""
+"""Rounds: where one starts and what it is compared with, what moves, resuming, wrong input."""
 
 from __future__ import annotations
 
@@ -13,20 +9,71 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DPO, LORA, PAIRS
+from conftest import DPO, LORA, make_tiny_llama
 from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
+from tiny_rounds import HELD_OUT, LIMITS, one_round, scalars
 
-from grath_utils.config import ModelConfig
+from grath_utils.config import DPOConfig, ModelConfig
+from grath_utils.dpo import trainer
+from grath_utils.dpo.adapters import (
+    Weights,
+    add_adapter,
+    model_after,
+    reference_of_round,
+    start_of_round,
+)
 from grath_utils.dpo.data import collate, tokenize_pairs
-from grath_utils.dpo.round import completion_log_probs, preference_loss, train_round
-from grath_utils.engine.models import load_base
+from grath_utils.dpo.global_batch import split_batch
+from grath_utils.dpo.loss import completion_log_probs, dpo_loss
+from grath_utils.dpo.round import TrainingReport, train_round
+from grath_utils.engine.models import Policy, load_base
+from grath_utils.errors import ConfigError, DataError, ModelError, TrainingError
+from grath_utils.files import read_json, read_jsonl, write_json
 from grath_utils.loop.named_models import load_policy
 
 ROUNDS = 3
-TRAINED, HELD_OUT = PAIRS[:4], PAIRS[4:]
-MODES = list(itertools.product(("current", "base"), ("continue", "merge", "fresh")))
+CHAINS = ("continue", "merge", "fresh")
+MODES = list(itertools.product(("current", "base"), CHAINS))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama: Path) -> ModelConfig:
+    return ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def done(
+    base: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, TrainingReport]:
+    """A round of eight steps, and its report."""
+    folder = tmp_path_factory.mktemp("done")
+    return folder, one_round(base, folder, steps=8)
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+# --- where a round starts, and what it is compared with ------------------------------------------
+
+
+def test_recipes_of_weights(tmp_path: Path) -> None:
+    base = ModelConfig()
+    first, second = tmp_path / "iter_0" / "adapter", tmp_path / "iter_1" / "adapter"
+    for chain in CHAINS:
+        assert start_of_round(base, None, chain) == (Weights(base), False)
+    assert start_of_round(base, first, "fresh") == (Weights(base), False)
+    assert start_of_round(base, first, "merge") == (Weights(base, (first,)), False)
+    assert start_of_round(base, first, "continue") == (Weights(base, (first,)), True)
+    assert reference_of_round(base, first, "base") == Weights(base)
+    assert reference_of_round(base, first, "current") == Weights(base, (first,))
+    assert model_after(base, second).adapters == (second,)
+    # After a merge, the model is the base with the first adapter folded in and the second on top.
+    second.mkdir(parents=True)
+    write_json(second / "grath.json", {"merged": ["../../iter_0/adapter"]})
+    assert model_after(base, second).adapters == (first, second)
 
 
 @dataclass(frozen=True)
@@ -58,10 +105,9 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 @pytest.fixture(scope="module")
-def base(kind: Kind, tiny_llama: Path) -> ModelConfig:
-    return ModelConfig(
-        name=str(tiny_llama), quantization=kind.quantization, dtype=kind.dtype, device=kind.device
-    )
+def kind_base(kind: Kind, tiny_llama: Path) -> ModelConfig:
+    where = {"dtype": kind.dtype, "device": kind.device}
+    return ModelConfig(name=str(tiny_llama), quantization=kind.quantization, **where)
 
 
 def plain_model(base: ModelConfig, adapters: list[Path]) -> torch.nn.Module:
@@ -84,38 +130,32 @@ def plain_model(base: ModelConfig, adapters: list[Path]) -> torch.nn.Module:
 
 def held_out_log_probs(base: ModelConfig, adapters: list[Path]) -> tuple[torch.Tensor, ...]:
     tokenizer = load_base(base).tokenizer
-    limits = {"max_prompt_length": 200, "max_length": 300}
-    examples = tokenize_pairs(tokenizer, HELD_OUT, **limits).examples
+    examples = tokenize_pairs(tokenizer, HELD_OUT, **LIMITS).examples
     batch = collate(examples, tokenizer.pad_token_id, base.device)
     with torch.no_grad():
         return completion_log_probs(plain_model(base, adapters).eval(), batch).cpu().chunk(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reference", "chain"), MODES)
 def test_three_rounds(
-    kind: Kind, base: ModelConfig, tmp_path: Path, reference: str, chain: str
+    kind: Kind, kind_base: ModelConfig, tmp_path: Path, reference: str, chain: str
 ) -> None:
+    """Step 0 is that of the intended models, put together here with plain ``peft`` calls."""
+    base = kind_base
     pristine = held_out_log_probs(base, [])
     done: list[Path] = []
     for t in range(ROUNDS):
         folder = tmp_path / f"iter_{t}"
-        report = train_round(
-            base,
-            TRAINED,
-            HELD_OUT,
-            folder,
-            dpo=replace(DPO, reference=reference, chain=chain),
-            lora=LORA,
-            seed=t,
-            previous=done[-1] if done else None,
-            progress=False,
-        )
+        previous = done[-1] if done else None
+        report = one_round(base, folder, previous, seed=t, reference=reference, chain=chain)
         # What this round should have started from, and been compared with.
         before = {"continue": done[-1:], "merge": done, "fresh": []}[chain]
         wrote_pairs = {"continue": done[-1:], "merge": done, "fresh": done[-1:]}[chain]
         start = held_out_log_probs(base, before)
         compared = held_out_log_probs(base, [] if reference == "base" else wrote_pairs)
-        losses, margins = preference_loss(*start, *compared, beta=DPO.beta)
+        losses, chosen, rejected = dpo_loss(*start, *compared, beta=DPO.beta)
+        margins = chosen - rejected
         first = next(row for row in report.log if row["split"] == "held_out")
         assert first["step"] == 0
         assert first["loss"] == pytest.approx(losses.mean().item(), abs=kind.exact)
@@ -142,3 +182,138 @@ def test_three_rounds(
     # The base never drifts: neither its file nor what is loaded from it.
     again = held_out_log_probs(base, [])
     assert all(torch.equal(a, b) for a, b in zip(pristine, again, strict=True))
+
+
+# --- what moves, and what is left ----------------------------------------------------------------
+
+
+def test_a_round_lowers_the_loss_and_logs_it(done: tuple[Path, TrainingReport]) -> None:
+    folder, report = done
+    rows = read_jsonl(folder / "training_log.jsonl")
+    assert rows == list(report.log)
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert train[-1]["loss"] < 0.65
+    assert train[-1]["margin"] > 0.1
+    assert [r["step"] for r in rows if r["split"] == "held_out"] == [0, 2, 4, 6, 8]
+    assert (report.pairs, report.held_out, report.steps) == (4, 2, 8)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_adapter_moved_and_names_its_base_and_no_path_of_this_machine(
+    base: ModelConfig, done: tuple[Path, TrainingReport]
+) -> None:
+    folder, _ = done
+    weights = adapter_weights(folder)
+    assert {name.split(".")[-3] for name in weights} == {"q_proj", "k_proj", "v_proj"}
+    assert all(value.abs().max() > 0 for value in weights.values())
+    record = read_json(folder / "adapter" / "grath.json")
+    assert (record["base"], record["merged"]) == (base.name, [])
+    settings = read_json(folder / "adapter" / "adapter_config.json")
+    assert settings["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+    assert settings["base_model_name_or_path"] == base.name
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(
+    base: ModelConfig, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        one_round(base, tmp_path / name, seed=seed)
+    first, again, other = (adapter_weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_an_interrupted_round_ends_with_the_same_adapter_and_log(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    one_round(base, whole, steps=6)
+    settings = {"steps": 6, "report_to": ("tensorboard",)}
+
+    class Interrupted(trainer._Watch):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:  # a checkpoint was written after step 4
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_Watch", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one_round(base, broken, **settings)
+    assert not (broken / "adapter").exists()
+    # What a process killed in the middle of saving would leave.
+    half = broken / "checkpoints" / "checkpoint-5"
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")
+    one_round(base, broken, **settings)
+    expected, resumed = adapter_weights(whole), adapter_weights(broken)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert read_jsonl(whole / "training_log.jsonl") == read_jsonl(broken / "training_log.jsonl")
+    shown = scalars(broken / "tensorboard")["train/loss"]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6], "no point is doubled"
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+
+def test_the_layers_that_an_adapter_names(tiny_policy: Policy) -> None:
+    targets = ("q_proj", "out_proj", "fc_in")
+    with pytest.raises(TrainingError, match=r"out_proj, fc_in; its linear layers are .*q_proj"):
+        add_adapter(tiny_policy, replace(LORA, targets=targets), seed=0)
+    policy = add_adapter(tiny_policy, replace(LORA, targets=("all-linear",)), seed=0)
+    adapted = {
+        name.split(".")[-4] for name, _ in policy.model.named_parameters() if "lora_A" in name
+    }
+    layers = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    assert adapted == set(layers.split())
+
+
+def test_no_pairs_is_an_error(base: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no pair to train on"):
+        train_round(base, [], [], tmp_path, dpo=DPO, lora=LORA, seed=0, progress=False)
+
+
+def test_the_global_batch_is_what_is_configured() -> None:
+    config = DPOConfig(batch_size=16, micro_batch_size=4)
+    splits = [split_batch(config, processes) for processes in (1, 2, 4, 8)]
+    assert [(s.piece, s.accumulation) for s in splits] == [(4, 4), (4, 2), (4, 1), (2, 1)]
+    with pytest.raises(ConfigError, match="cannot be divided among 3 processes"):
+        split_batch(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"optimizer": "adamm"}, ConfigError, "the trainer refuses"),
+        (
+            {"learning_rate": 1e30, "max_grad_norm": 1e30},
+            TrainingError,
+            "training has diverged; lower dpo.learning_rate",
+        ),
+        (
+            {"learning_rate": 0.5, "steps": 8, "max_displacement": 0.5},
+            TrainingError,
+            r"at step \d+ the chosen answers have lost .* Raise",
+        ),
+    ],
+)
+def test_what_stops_a_round(
+    base: ModelConfig, tmp_path: Path, changes: dict, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        one_round(base, tmp_path, **changes)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_another_loss_trains_by_name(base: ModelConfig, tmp_path: Path) -> None:
+    report = one_round(base, tmp_path, loss="robust", label_smoothing=0.1, steps=1)
+    assert all(math.isfinite(row["loss"]) for row in report.log)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    base: ModelConfig, tmp_path: Path, done: tuple[Path, TrainingReport]
+) -> None:
+    other = replace(base, name=str(make_tiny_llama(tmp_path / "other", seed=1)))
+    with pytest.raises(ModelError, match="was trained on"):
+        model_after(other, done[0] / "adapter").load()

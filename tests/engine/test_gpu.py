@@ -9,8 +9,10 @@ import torch
 from conftest import DPO, LORA, PAIRS
 
 from grath_utils.config import ModelConfig
+from grath_utils.dpo.adapters import add_adapter
 from grath_utils.dpo.data import collate, tokenize_pairs
-from grath_utils.dpo.round import add_adapter, completion_log_probs, train_round
+from grath_utils.dpo.loss import completion_log_probs
+from grath_utils.dpo.round import train_round
 from grath_utils.engine.encoding import Request
 from grath_utils.engine.generation import generate
 from grath_utils.engine.models import load_base

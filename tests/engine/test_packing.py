@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from trl import DPOConfig as TRLConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from grath_utils.dpo.adapters import add_adapter
 from grath_utils.dpo.data import collate, tokenize_pairs
-from grath_utils.dpo.round import add_adapter, completion_log_probs, reference_log_probs
+from grath_utils.dpo.loss import completion_log_probs
+from grath_utils.dpo.round import reference_log_probs
 from grath_utils.dpo.trainer import ReadyDataTrainer
 from grath_utils.engine.models import Policy
 from grath_utils.engine.packing import PackedCollator, pack
@@ -100,7 +102,6 @@ def loss_and_gradients(policy: Policy, folder: Path, collator, **options):
         processing_class=policy.tokenizer,
         data_collator=collator,
     )
-    trainer.use_given_reference()
     trainer.model.train()
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, collator(rows))

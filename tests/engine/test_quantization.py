@@ -11,7 +11,8 @@ from conftest import DPO, LORA, PAIRS
 from torch import nn
 
 from grath_utils.config import ModelConfig
-from grath_utils.dpo.round import Weights, train_round
+from grath_utils.dpo.adapters import Weights
+from grath_utils.dpo.round import train_round
 from grath_utils.engine.models import load_base, round_weights
 from grath_utils.errors import TrainingError
 

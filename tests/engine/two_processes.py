@@ -14,7 +14,7 @@ import torch
 
 from grath_utils.cli import main
 from grath_utils.config import Config
-from grath_utils.dpo.round import full_adapter
+from grath_utils.dpo.adapters import full_adapter
 from grath_utils.engine import processes
 from grath_utils.errors import DataError
 from grath_utils.loop.run_dir import Run, lock_run

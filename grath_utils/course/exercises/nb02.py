@@ -13,7 +13,7 @@ from grath_utils.course.exercises.judging import (
     hold,
     near,
 )
-from grath_utils.dpo.round import preference_loss
+from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run
 
@@ -25,7 +25,7 @@ def beta_rises(run: Run, answer: Any, policy: Policy | None) -> str:
     hold(all(value > 0 for value in found), "the chosen log-probability has to rise.")
     zero = torch.zeros(1, dtype=torch.float64)
     for beta, rise in zip(betas, found, strict=True):
-        loss = preference_loss(zero + rise, zero, zero, zero, beta)[0].item()
+        loss = dpo_loss(zero + rise, zero, zero, zero, beta)[0].item()
         hold(
             loss < goal * 1.1,
             f"for beta {beta:g} the loss is still {loss:.3f} after that rise. Is the range that "
@@ -62,7 +62,7 @@ def level_errors(run: Run, answer: Any, policy: Policy | None) -> str:
     return f"NF4's error is {1 - found[0] / found[1]:.0%} smaller on these weights."
 
 
-@exercise("02.hard", "your function, called as preference_loss is")
+@exercise("02.hard", "your function, called as dpo_loss is")
 def positive_loss(run: Run, answer: Any, policy: Policy | None) -> str:
     hold(callable(answer), "hand in the function itself, without calling it.")
     beta = 0.1
@@ -70,7 +70,7 @@ def positive_loss(run: Run, answer: Any, policy: Policy | None) -> str:
 
     def both(up: float, down: float) -> tuple[float, float]:
         four = (chosen + up, rejected + down, chosen, rejected)
-        return float(answer(*four, beta)), preference_loss(*four, beta)[0].item()
+        return float(answer(*four, beta)), dpo_loss(*four, beta)[0].item()
 
     for up, down in ((0.0, 0.0), (5.0, 0.0), (0.0, -5.0), (0.0, 3.0)):
         ours, plain = both(up, down)
