@@ -18,17 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from grath_utils.config import Config, LoraConfig, ModelConfig, PairsConfig, load_config
+from grath_utils.config import Config, LoraConfig, ModelConfig, load_config
 from grath_utils.errors import DataError
 from grath_utils.files import read_jsonl
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.questions import load_questions
-from grath_utils.pairs.writers import Asked
-from grath_utils.scale import shapes
 from grath_utils.scale.shapes import BYTES, Shape, shape_of
-from grath_utils.text import duration
 
 GIB = 2**30
 
@@ -80,11 +75,6 @@ def question_count(config: Config) -> int:
     return min(found, limit or found)
 
 
-def question_work(pairs: PairsConfig, iteration: int) -> Asked:
-    """Return what one question takes: pairs written, single answers written, candidates scored."""
-    return find_mode(pairs.mode).asked(pairs, iteration)
-
-
 def workload(config: Config) -> dict[str, int]:
     """Return how much a whole run does.
 
@@ -93,7 +83,8 @@ def workload(config: Config) -> dict[str, int]:
     """
     questions, rounds = question_count(config), config.loop.iterations
     models = 1 + (rounds if config.evaluation.every_iteration else 1)
-    written = sum(sum(question_work(config.pairs, t)[:2]) for t in range(rounds))
+    mode = find_mode(config.pairs.mode)
+    written = sum(sum(mode.asked(config.pairs, t)[:2]) for t in range(rounds))
     return {
         "questions": questions,
         "completions to write, at most": questions * written,
@@ -192,14 +183,8 @@ def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
     peak = _matmul_rate(getattr(torch, resolved.dtype), resolved.device, seconds)
     if resolved.device == "cpu":
         return cpu_device(peak, memory, dtype=resolved.dtype)
-    return Device(
-        name=resolved.device,
-        peak=peak,
-        memory=memory,
-        bandwidth=300e9,
-        dtype=resolved.dtype,
-        source="",
-    )
+    here = {"name": resolved.device, "dtype": resolved.dtype, "source": ""}
+    return Device(peak=peak, memory=memory, bandwidth=300e9, **here)
 
 
 def _matmul_rate(dtype: Any, device: str, seconds: float) -> float:
@@ -298,23 +283,11 @@ def full_training_memory(shape: Shape) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """A piece of a stage's work; ``kind`` is ``write``, ``train`` or ``score``."""
-
-    kind: str
-    flops: float
-    passes: float
-    """Forward passes, over all devices."""
-
-
-@dataclass(frozen=True)
 class StageCost:
-    """What one stage of a run takes."""
+    """What one stage of a run takes; ``memory`` is the highest on one device, in bytes."""
 
     name: str
-    flops: float
     memory: float
-    """Bytes at the highest, on one device."""
     seconds: float
 
 
@@ -330,50 +303,49 @@ class CostModel:
         gpu = device.kind == "gpu"
         self.row_tokens = config.evaluation.batch_tokens if gpu else CPU_ROW_TOKENS
 
-    def flops(self, tokens: float, predicted: float, context: float) -> float:
+    def pass_flops(self, tokens: float, predicted: float, context: float) -> float:
         """Operations of a forward pass (attention: 2 for each query-key and weight-value pair)."""
         s = self.shape
         attention = 4 * s.layers * s.heads * s.head_dim * context
-        return tokens * (2 * s.linear_parameters + attention) + (
-            2 * s.vocabulary * s.hidden * predicted
-        )
+        head = 2 * s.vocabulary * s.hidden
+        return tokens * (2 * s.linear_parameters + attention) + predicted * head
 
-    def seconds(self, work: Work) -> float:
-        """Return the time of a piece of work: the longest of arithmetic, bandwidth and launch."""
-        device, shape = self.device, self.shape
+    def seconds(self, kind: str, flops: float, passes: float) -> float:
+        """Return the time of work in ``passes`` forward passes: the longest of three."""
+        device, weights = self.device, self.shape.linear_parameters
         moved = BYTES[device.dtype] if self.quantization == "none" else NF4_MOVED
         bandwidth = device.bandwidth * (GPU_BANDWIDTH_REACHED if device.kind == "gpu" else 1.0)
-        arithmetic = work.flops / (device.peak * dict(device.reached)[work.kind])
-        one_pass = max(
-            shape.linear_parameters * moved / bandwidth,
-            shape.layers * device.launch,
+        times = (
+            flops / (device.peak * dict(device.reached)[kind]),
+            passes * weights * moved / bandwidth,
+            passes * self.shape.layers * device.launch,
         )
-        return max(arithmetic, work.passes * one_pass) / device.count
+        return max(times) / device.count
 
-    def writing(self, completions: float, prompt: float, new: float, prefix: float) -> Work:
-        """Work of writing: prompts after a shared prefix, then ``new`` tokens each, in batches."""
+    def writing(self, completions: float, prompt: float, new: float, prefix: float) -> float:
+        """Seconds of writing: prompts after a shared prefix, then ``new`` tokens each."""
+        if not completions:
+            return 0.0
         tokens = prefix + completions * (prompt + new)
-        flops = self.flops(tokens, completions * (new + 1), prefix + (prompt + new) / 2)
+        flops = self.pass_flops(tokens, completions * (new + 1), prefix + (prompt + new) / 2)
         batches = completions / self.config.pairs.batch_size
         passes = math.ceil(batches / self.device.count) * self.device.count
-        return Work("write", flops, passes * (new + 1))
+        return self.seconds("write", flops, passes * (new + 1))
 
-    def scoring(self, tokens: float, predicted: float, context: float) -> Work:
-        """Work of scoring, in rows."""
+    def scoring(self, tokens: float, predicted: float, context: float) -> float:
+        """Seconds of scoring: tokens read in rows, and places that predict."""
         passes = math.ceil(tokens / self.row_tokens)
-        return Work("score", self.flops(tokens, predicted, context), passes)
+        return self.seconds("score", self.pass_flops(tokens, predicted, context), passes)
 
-    def training(self, pairs: float, each: float, predicted: float) -> Work:
-        """Work of DPO on ``pairs`` of ``each`` tokens, without that of the adapter's own weights.
+    def training(self, pairs: float, each: float, predicted: float, adapter: float = 0) -> float:
+        """Seconds of DPO on ``pairs`` of ``each`` tokens, with the adapter's weights if given.
 
         A backward pass launches twice what a forward pass does, and moves the weights once.
         """
-        dpo = self.config.dpo
-        forwards = 3 if dpo.gradient_checkpointing else 2
-        flops = forwards * self.flops(pairs * each, pairs * predicted, each)
-        return Work(
-            "train", flops, pairs / pairs_at_once(self.config, self.device) * (forwards + 1)
-        )
+        forwards = 3 if self.config.dpo.gradient_checkpointing else 2
+        flops = forwards * self.pass_flops(pairs * each, pairs * predicted, each)
+        passes = pairs / pairs_at_once(self.config, self.device) * (forwards + 1)
+        return self.seconds("train", flops + 6 * pairs * each * adapter, passes)
 
     def inference_memory(self, *, write: bool) -> dict[str, float]:
         """Return the bytes of writing pairs (``write``) or of scoring, by part."""
@@ -392,46 +364,37 @@ class CostModel:
             "working space": rows * shape.intermediate * BYTES[dtype] * 3 + 0.6e9,
         }
 
-    def stage(self, name: str, memory: Mapping[str, float], *work: Work) -> StageCost:
-        """Add up the pieces of a stage's work, and the loading at an assumed 1 GB a second."""
+    def stage(self, name: str, memory: Mapping[str, float], *seconds: float) -> StageCost:
+        """Add up a stage's memory and its time, with the loading at an assumed 1 GB a second."""
         kept = CPU_KEPT if self.device.kind == "cpu" else 0
         loading = 4 + self.shape.weight_bytes("bfloat16") / 1e9
-        return StageCost(
-            name,
-            flops=sum(piece.flops for piece in work),
-            memory=sum(memory.values()) + kept,
-            seconds=loading + sum(map(self.seconds, work)),
-        )
+        return StageCost(name, sum(memory.values()) + kept, loading + sum(seconds))
 
     def write_pairs(self, iteration: int) -> StageCost:
         """Return what writing the pairs of an iteration takes."""
-        written, single, scored = (
-            self.questions * n for n in question_work(self.config.pairs, iteration)
-        )
+        asked = find_mode(self.config.pairs.mode).asked(self.config.pairs, iteration)
+        pairs, answers, scored = (self.questions * n for n in asked)
         q, prefix = self.question_tokens, self.config.pairs.shots * SHOT_TOKENS
-        prompt, work = q + TEMPLATE_TOKENS, []
-        if written:
-            work.append(self.writing(written, prompt, q + PAIR_TOKENS, prefix))
-        if single:
-            work.append(self.writing(single, prompt, TYPICAL_ANSWER_TOKENS, prefix / 2))
-        if scored:
-            tokens, predicted = scored * CANDIDATE_TOKENS, scored * CANDIDATE_PREDICTED
-            work.append(self.scoring(tokens, predicted, prefix / 2))
-        memory = self.inference_memory(write=True)
-        return self.stage(f"write pairs, iteration {iteration}", memory, *work)
+        prompt = q + TEMPLATE_TOKENS
+        return self.stage(
+            f"write pairs, iteration {iteration}",
+            self.inference_memory(write=True),
+            self.writing(pairs, prompt, q + PAIR_TOKENS, prefix),
+            self.writing(answers, prompt, TYPICAL_ANSWER_TOKENS, prefix / 2),
+            self.scoring(scored * CANDIDATE_TOKENS, scored * CANDIDATE_PREDICTED, prefix / 2),
+        )
 
     def train(self, iteration: int) -> StageCost:
         """Return what a round of DPO takes, the reference's log-probabilities included."""
         dpo, each = self.config.dpo, PAIR_DISTINCT + self.question_tokens
         seen = dpo.steps * dpo.batch_size
-        steps = self.training(seen, each, PAIR_PREDICTED)
-        adapter = 6 * seen * each * self.shape.lora_parameters(self.config.lora)
+        adapter = self.shape.lora_parameters(self.config.lora)
         held_out = self.questions * self.config.questions.held_out
         measured = self.questions + held_out * (dpo.steps // dpo.evaluate_every + 1)
         return self.stage(
             f"train, iteration {iteration}",
             training_memory(self.config, self.device, shape=self.shape, pair_tokens=each),
-            replace(steps, flops=steps.flops + adapter),
+            self.training(seen, each, PAIR_PREDICTED, adapter),
             self.scoring(measured * each, measured * PAIR_PREDICTED, each),
         )
 
@@ -462,10 +425,7 @@ class CostModel:
 def estimate(config: Config, device: Device, *, shape: Shape | None = None) -> list[StageCost]:
     """Return the cost of every stage of a run with all its rounds, in the order of the plan.
 
-    Args:
-        config: the settings.
-        device: what it would run on.
-        shape: of the model; None for the configured one's.
+    ``shape`` is that of the model: None for the configured one's.
 
     Raises:
         ModelError: the model's shape is not known.
@@ -492,42 +452,12 @@ def total(stages: Sequence[StageCost]) -> StageCost:
     """Add stages up; memory is the highest of any."""
     return StageCost(
         "total",
-        flops=sum(stage.flops for stage in stages),
         memory=max((stage.memory for stage in stages), default=0.0),
         seconds=sum(stage.seconds for stage in stages),
     )
 
 
-# --- as a table, and against what was measured ---------------------------------------------------
-
-TABLE_MODELS = {
-    shapes.SMOLLM2_135M: "none",
-    shapes.SMOLLM2_1_7B: "nf4",
-    shapes.LLAMA2_7B: "nf4",
-    shapes.LLAMA2_70B: "nf4",
-}
-
-
-def scale_markdown() -> str:
-    """Return README.md's table: memory, and time for the paper's recipe / for the course's.
-
-    Every stage is counted, evaluation too.
-    """
-    rows = []
-    for shape, quantization in TABLE_MODELS.items():
-        stored = {"model.quantization": quantization}
-        recipes = [load_config(name, stored) for name in ("paper-llama2", "cpu")]
-        cells, most = [], 0.0
-        for device in DEVICES.values():
-            both = [total(estimate(config, device, shape=shape)) for config in recipes]
-            memory = max(cost.memory for cost in both)
-            times = " / ".join(duration(cost.seconds) for cost in both)
-            cells.append(times if memory <= device.memory else "does not fit")
-            most = max(most, memory)
-        weights = "16-bit" if quantization == "none" else quantization.upper()
-        rows.append([shape.name, weights, f"{most / GIB:.1f}", *cells])
-    columns = ["model", "weights", "memory, one GPU (GiB)", *(d.name for d in DEVICES.values())]
-    return tabulate(rows, columns, tablefmt="github", disable_numparse=True)
+# --- against what was measured -------------------------------------------------------------------
 
 
 def compare_with_measurements() -> list[tuple[str, str, float, float]]:
@@ -544,13 +474,13 @@ def predict(row: Mapping[str, Any]) -> float:
     match row["kind"]:
         case "dpo step":
             pairs = config.dpo.batch_size
-            return model.seconds(model.training(pairs, row["pair_tokens"], row["pair_predicted"]))
+            return model.training(pairs, row["pair_tokens"], row["pair_predicted"])
         case "training memory":
             parts = training_memory(config, device, pair_tokens=row["pair_tokens"])
             return sum(parts.values()) / GIB
         case "scoring":
             items, (_, tokens, predicted) = row["items"], BENCHMARK_WORK[row["benchmark"]]
-            return model.seconds(model.scoring(items * tokens, items * predicted, 256))
+            return model.scoring(items * tokens, items * predicted, 256)
         case "pairs":
             return model.write_pairs(0).seconds
         case _:  # a whole run

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tabulate import tabulate
 
 from grath_utils.cli import commands as cli
 from grath_utils.config import LoraConfig, ModelConfig, load_config, profile_names
@@ -15,9 +16,10 @@ from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import plan_stages
-from grath_utils.scale import costs
+from grath_utils.scale import costs, shapes
 from grath_utils.scale.costs import DEVICES, GIB, cpu_device, estimate, total
 from grath_utils.scale.shapes import KNOWN, NF4_BYTES, shape_of
+from grath_utils.text import duration
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = cpu_device(1e12, 24 * GIB)
@@ -157,7 +159,6 @@ def cost_of(
 )
 def test_more_work_takes_longer(more: str) -> None:
     assert cost_of(more).seconds > cost_of().seconds
-    assert cost_of(more, device=DEVICES["T4"]).flops > cost_of(device=DEVICES["T4"]).flops
 
 
 def test_the_faster_the_machine_the_shorter_the_run_but_not_in_proportion() -> None:
@@ -165,7 +166,6 @@ def test_the_faster_the_machine_the_shorter_the_run_but_not_in_proportion() -> N
     assert idle < fast < slow < 10 * fast  # norms, softmax and Python get no faster
     one, eight = (cost_of(profile="paper-llama2", device=DEVICES[d]) for d in ("H100", "8xH100"))
     assert one.seconds / 8 < eight.seconds < one.seconds
-    assert one.flops == eight.flops
 
 
 def test_what_takes_memory_on_a_gpu_and_on_a_cpu() -> None:
@@ -186,7 +186,7 @@ def test_every_benchmark_has_a_cost() -> None:
     every = load_config("cpu", {"evaluation.benchmarks": list(BENCHMARKS)})
     found = [cost for cost in estimate(every, CPU) if cost.name.startswith("evaluate")]
     assert len(found) == len(BENCHMARKS) * (1 + every.loop.iterations)
-    assert all(cost.flops > 0 for cost in found)
+    assert all(cost.seconds > 0 for cost in found)
 
 
 def test_unknown_sizes_are_said_to_be_so() -> None:
@@ -237,11 +237,26 @@ def test_what_no_constant_is_fitted_to_comes_out_within_a_factor(kind: str) -> N
 
 
 def test_the_readme_holds_the_table_as_it_is_computed() -> None:
+    """Memory, and time for the paper's recipe / for the course's: every stage is counted."""
+    rows = []
+    for name in ("SMOLLM2_135M", "SMOLLM2_1_7B", "LLAMA2_7B", "LLAMA2_70B"):
+        shape, stored = getattr(shapes, name), "none" if name == "SMOLLM2_135M" else "nf4"
+        cells, most = [], 0.0
+        for device in DEVICES.values():
+            both = [
+                total(estimate(load_config(p, {"model.quantization": stored}), device, shape=shape))
+                for p in ("paper-llama2", "cpu")
+            ]
+            memory = max(cost.memory for cost in both)
+            times = " / ".join(duration(cost.seconds) for cost in both)
+            cells.append(times if memory <= device.memory else "does not fit")
+            most = max(most, memory)
+        weights = "16-bit" if stored == "none" else "NF4"
+        rows.append([shape.name, weights, f"{most / GIB:.1f}", *cells])
+    columns = ["model", "weights", "memory, one GPU (GiB)", *(d.name for d in DEVICES.values())]
+    table = tabulate(rows, columns, tablefmt="github", disable_numparse=True)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert costs.scale_markdown() in text, (
-        "README.md, `How long on what`: put in what this prints:\n"
-        "python -c 'from grath_utils.scale import costs; print(costs.scale_markdown())'"
-    )
+    assert table in text, f"README.md, `How long on what`: put in\n{table}"
 
 
 # --- the dry run ---------------------------------------------------------------------------------
