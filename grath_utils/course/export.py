@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 
 from grath_utils import __version__
 from grath_utils.course.dashboard import choice_line
-from grath_utils.course.report import metric_line
+from grath_utils.course.report import comparison_table
 from grath_utils.engine.generation import generate
 from grath_utils.engine.models import Policy, apply_adapters, load_base, quiet_transformers
 from grath_utils.errors import ModelError, UsageError
 from grath_utils.files import atomic_path, write_text
-from grath_utils.loop.comparison import comparison_rows
 from grath_utils.loop.named_models import resolve_name
 from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import final_iteration, load_model, planned_iterations
@@ -94,76 +94,29 @@ def _card_of(name: str) -> str:
 def model_card(run: Run, iteration: int) -> str:
     """Return the card of a run's model as Markdown: base, data, recipe, results, limits.
 
-    Every number is read from the run directory; what was not measured is said to be so.
+    Every number is read from the run directory; what was not measured is said to be so. The text
+    is that of ``model_card.md``.
     """
-    config, info = run.config, run.info()
-    dpo, lora = config.dpo, config.lora
-    targets = ", ".join(lora.targets)
-    mode = find_mode(config.pairs.mode)
-    lines = [
-        "---",
-        "library_name: peft",
-        f"base_model: {info['model']['name']}",
-        "tags: [grath, dpo, truthfulness]",
-        "---",
-        f"# {run.path.name}, after round {iteration + 1}",
-        "",
-        mode.card,
-        "",
-        "## Base model and data",
-        "",
-        f"- base: `{info['model']['name']}`, quantization `{config.model.quantization}`, "
-        f"{info['resolved']['dtype']}",
-        f"- questions: {info['questions']['n']} from `{info['questions']['source']}`, "
-        f"{config.questions.held_out:.0%} held out",
-        f"- pairs: mode `{mode.name}`, all {mode.answers}",
-        f"- benchmark text inside the prompts: {mode.prompt_overlap or 'none'}",
-        "",
-        "## Recipe",
-        "",
-        f"- {iteration + 1} of {len(planned_iterations(run))} rounds of {dpo.steps} steps of "
-        f"{dpo.batch_size} pairs; reference `{dpo.reference}`, chain `{dpo.chain}`",
-        f"- loss `{dpo.loss}`, beta {dpo.beta:g}, peak learning rate {dpo.learning_rate:g} "
-        f"({dpo.schedule}), prompt format `{dpo.prompt_format}`",
-        f"- LoRA rank {lora.r}, alpha {lora.alpha}, on {targets}",
-        f"- seed {config.seed}, grath_utils {__version__}",
-        "",
-        "## Results",
-        "",
-        *_result_lines(run, iteration),
-        "",
-        f"Round {iteration + 1} of this run is shown; {choice_line(run)}.",
-        "",
-        "## Limits",
-        "",
-        "- A multiple-choice score rises for other reasons than truth; the run's report shows what "
-        "rules reach that never read the question.",
-        "- Training on self-made answers can teach their style, and the model's own mistakes.",
-        "- English only; not made for advice of any kind.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _result_lines(run: Run, iteration: int) -> list[str]:
-    rows = comparison_rows(run)
-    if not rows or rows[0]["labels"][1] != f"iter_{iteration}":
-        return ["Not measured in this run."]
-    lines = [
-        "Percent, with 95 % bootstrap intervals; the change is paired, item by item.",
-        "",
-        "| benchmark | metric | before | after | change (points) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["difference"]["ci95"]
-        lines.append(
-            f"| {row['benchmark']} | {row['metric']} | {metric_line(row['before'])} | "
-            f"{metric_line(row['after'])} | {100 * row['difference']['value']:+.1f} "
-            f"[{100 * low:+.1f}, {100 * high:+.1f}] |"
-        )
-    lines += ["", "An interval that holds 0 is no evidence of a change."]
-    return lines
+    info = run.info()
+    measured = iteration == final_iteration(run)
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=info["model"]["name"],
+            library_name="peft",
+            tags=["grath", "dpo", "truthfulness"],
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=run.path.name,
+        round=iteration + 1,
+        rounds=len(planned_iterations(run)),
+        config=run.config,
+        info=info,
+        mode=find_mode(run.config.pairs.mode),
+        comparison=comparison_table(run, "github") if measured else "",
+        choice=choice_line(run),
+        version=__version__,
+    )
+    return str(card)
 
 
 # --- side by side --------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from grath_utils.evaluation.measure import evaluate
 from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop import choice as selection
 from grath_utils.loop.run_dir import Run, environment_facts, lock_run, open_run, record_made
-from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs, refine_pairs
+from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
 from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
 
@@ -149,21 +149,18 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
         return
     with lock_run(run):
         policy = load_model(run, iteration - 1 if iteration else None)
-        common = {
-            "seed": run.config.seed,
-            "out": run.pairs(iteration),
-            "rejects": run.rejects(iteration),
-            "progress": progress,
-            "skip_long": run.config.questions.skip_bad,
-        }
-        questions = run_questions(run)
-        if iteration == 0:
-            generate_pairs(policy, questions, run.config.pairs, **common)
-        else:
-            previous = read_pairs(run.pairs(iteration - 1))
-            refine_pairs(
-                policy, questions, previous, run.config.pairs, iteration=iteration, **common
-            )
+        generate_pairs(
+            policy,
+            run_questions(run),
+            run.config.pairs,
+            seed=run.config.seed,
+            out=run.pairs(iteration),
+            rejects=run.rejects(iteration),
+            iteration=iteration,
+            previous=read_pairs(run.pairs(iteration - 1)) if iteration else (),
+            progress=progress,
+            skip_long=run.config.questions.skip_bad,
+        )
         _record(run, iteration, run.pairs(iteration), run.rejects(iteration))
 
 

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
-        "generate": ["Pair", "generate_pairs", "read_pairs", "refine_pairs"],
+        "generate": ["Pair", "generate_pairs", "read_pairs"],
         "modes": ["demonstrations", "find_mode"],
         "overlap": ["overlap_with_benchmarks", "reference_questions"],
         "parsing": ["check_pair", "pair_is_complete", "parse_pair"],
@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "render_chat",
             "token_ids",
         ],
-        "questions": ["Question", "load_questions"],
+        "questions": ["Question", "load_questions", "split_held_out"],
         "words": ["negated", "ngram_f1", "split_words"],
     },
 )

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from grath_utils.errors import DataError
 from grath_utils.pairs.parsing import Parsed, check_pair
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.writers import GRATH, Asked, PairMode, Rejected, Task, Writer, WrittenPair
+from grath_utils.pairs.writers import GRATH, PairMode, Rejected, Task, Writer, WrittenPair
 
 
-class ControlWriter(Writer):
-    """Takes two of the options; subclasses say which of them is preferred."""
+class RandomWriter(Writer):
+    """Two options at random. Later rounds draw the correct answer again."""
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
         """Return what becomes of each task."""
@@ -25,8 +25,8 @@ class ControlWriter(Writer):
     def _write(self, task: Task) -> WrittenPair:
         question = task.question
         draw = random.Random(f"{self.seed} {question.id}")
-        right = self.preferred(question, _others(question.candidates, task.incorrect), draw)
-        wrong = task.incorrect or draw.choice(_others(question.candidates, right))
+        right = self.preferred(question, _others(question, task.incorrect), draw)
+        wrong = task.incorrect or draw.choice(_others(question, right))
         reason = check_pair(question.text, Parsed(right, wrong), filters=self.filters)
         if reason is None:
             return WrittenPair(right, wrong)
@@ -34,15 +34,15 @@ class ControlWriter(Writer):
 
     def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
         """Return the answer to prefer."""
-        raise NotImplementedError
+        return draw.choice(options)
 
 
-def _others(options: Sequence[str], taken: str | None) -> list[str]:
+def _others(question: Question, taken: str | None) -> Sequence[str]:
     """Return the options that are not ``taken``; if all are the same, all (a filter says so)."""
-    return [option for option in options if option != taken] or list(options)
+    return [c for c in question.candidates if c != taken] or question.candidates
 
 
-class GoldWriter(ControlWriter):
+class GoldWriter(RandomWriter):
     """The annotated answer against one of the wrong options. Later rounds keep the pairs."""
 
     def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
@@ -59,32 +59,20 @@ class GoldWriter(ControlWriter):
         return question.candidates[question.gold]
 
 
-class RandomWriter(ControlWriter):
-    """Two options at random. Later rounds draw the correct answer again."""
-
-    def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
-        """Return any of the options."""
-        return draw.choice(options)
-
-
 GOLD = PairMode(
     name="gold",
-    summary="no GRATH but its upper bound, the source's own right answer against one of its wrong "
-    "ones",
+    summary="no GRATH but its upper bound, the source's own right answer against a wrong one",
     writer=GoldWriter,
-    asked=lambda config, iteration: Asked(),
-    answers="annotated",
+    origin="annotated",
     card=f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, "
     "whose models write both themselves.",
     needs_candidates=True,
 )
-
 RANDOM = PairMode(
     name="random",
     summary="a placebo, two of the source's options at random",
     writer=RandomWriter,
-    asked=lambda config, iteration: Asked(),
-    answers="drawn at random from the source's options",
+    origin="drawn at random from the source's options",
     card=f"Trained by DPO on answers *drawn at random* from given options: a placebo for {GRATH}, "
     "whose models write both themselves.",
     needs_candidates=True,

@@ -7,7 +7,6 @@ sees no gold answer (but for the *GT* ablation, which shows the candidates of th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -18,16 +17,7 @@ from grath_utils.config import PairsConfig
 from grath_utils.pairs.parsing import Parsed, Reason, check_answer, check_pair, clean
 from grath_utils.pairs.prompts import NEUTRAL_QUESTION, answer_messages, render_chat
 from grath_utils.pairs.words import length_ratio, negated, ngram_f1, split_words
-from grath_utils.pairs.writers import (
-    SELF_MADE,
-    WRITTEN,
-    Asked,
-    PairMode,
-    Rejected,
-    Task,
-    Writer,
-    WrittenPair,
-)
+from grath_utils.pairs.writers import Asked, PairMode, Rejected, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,16 +36,9 @@ class Pool:
     task: Task
     written: list[tuple[str, Completion]] = field(default_factory=list)
     """(kind of prompt, completion), in the order of writing."""
-    answers: dict[str, str] = field(default_factory=dict)
-    """The distinct usable answers, by their words."""
-    votes: Counter[str] = field(default_factory=Counter)
-    """How many completions to the prompt for the *correct* answer say the same, by words."""
+    votes: dict[str, int] = field(default_factory=dict)
+    """Usable answer -> how many completions to the prompt for the *correct* answer say it."""
     rejected: list[Rejected] = field(default_factory=list)
-
-    @property
-    def texts(self) -> list[str]:
-        """The answers; in refinement the incorrect one, which stays, is last."""
-        return [*self.answers.values(), *([self.task.incorrect] if self.task.incorrect else [])]
 
 
 class ContrastWriter(Writer):
@@ -113,9 +96,9 @@ class ContrastWriter(Writer):
                 shown_answers=self.shown_answers(kind),
             )
             if why is None:
-                words = " ".join(split_words(answer))
-                pool.answers.setdefault(words, answer)
-                pool.votes[words] += kind == "correct"
+                words = split_words(answer)
+                same = next((known for known in pool.votes if split_words(known) == words), answer)
+                pool.votes[same] = pool.votes.get(same, 0) + (kind == "correct")
             reason = why or reason
         if reason is not None:
             pool.rejected.append(Rejected(kind, completion.text, reason))
@@ -134,36 +117,34 @@ class ContrastWriter(Writer):
         return (sides[:-1] if parsed.cut_off else sides), reason
 
     def _credits(self, pools: Sequence[Pool]) -> list[np.ndarray]:
-        """Return the credit of each of a pool's texts."""
-        neutral = self._correct_prompt(NEUTRAL_QUESTION)
+        """Return the credit of each answer that a pool's task judges."""
+
+        def prompt(question: str) -> str:
+            messages = answer_messages(question, self.shots["correct"], "correct")
+            return render_chat(self.policy.tokenizer, messages)
+
         end = self.policy.tokenizer.eos_token or ""
-        requests = []
-        for pool in pools:
-            question = pool.task.question
-            prompts = (self._correct_prompt(question.text), neutral)
-            requests += [
-                engine.Request(prompt, text + end, question.id)
-                for text in pool.texts
-                for prompt in prompts
-            ]
+        requests = [
+            engine.Request(prompt(asked), text + end, pool.task.question.id)
+            for pool in pools
+            for text in pool.task.judged(pool.votes)
+            for asked in (pool.task.question.text, NEUTRAL_QUESTION)
+        ]
         scores = engine.score_completions(self.policy, requests)
         means = iter([score.logprob / score.tokens for score in scores])
         credits = []
         for pool in pools:
-            gains = [next(means) - next(means) for _ in pool.texts]
-            votes = {text: pool.votes[words] for words, text in pool.answers.items()}
-            agreements = [agreement(votes, text) for text in pool.texts]
+            texts = pool.task.judged(pool.votes)
+            gains = [next(means) - next(means) for _ in texts]
+            agreements = [agreement(pool.votes, text) for text in texts]
             credits.append((standardized(gains) + standardized(agreements)) / 2)
         return credits
-
-    def _correct_prompt(self, question: str) -> str:
-        messages = answer_messages(question, self.shots["correct"], "correct")
-        return render_chat(self.policy.tokenizer, messages)
 
     def _choose(self, pool: Pool, credit: np.ndarray) -> WrittenPair:
         tokens = sum(len(completion.token_ids) for _, completion in pool.written)
         cost = {"completions": len(pool.written), "tokens": tokens}
-        chosen = clearest_pair(pool.task, pool.texts, credit, filters=self.filters, alike=True)
+        texts = pool.task.judged(pool.votes)
+        chosen = clearest_pair(pool.task, texts, credit, filters=self.filters, alike=True)
         if not isinstance(chosen, Reason):
             correct, incorrect, contrast = chosen
             return WrittenPair(correct, incorrect, tuple(pool.rejected), contrast, **cost)
@@ -191,9 +172,9 @@ def clearest_pair(
         alike: pair only answers that are alike in length and negation.
     """
     last = len(texts) - 1
-    options = (
-        [(i, last) for i in range(last)] if task.incorrect else permutations(range(last + 1), 2)
-    )
+    options = [(i, last) for i in range(last)]
+    if task.incorrect is None:
+        options = list(permutations(range(len(texts)), 2))
     reason: Reason | None = None
     # Best first; a tie goes to the candidate that was written first.
     for right, wrong in sorted(options, key=lambda pair: (credit[pair[1]] - credit[pair[0]], pair)):
@@ -251,7 +232,5 @@ MODE = PairMode(
     summary="several candidates for each answer, and of them the pair with the clearest contrast",
     writer=ContrastWriter,
     asked=_asked,
-    answers=WRITTEN,
-    card=SELF_MADE,
-    options=frozenset({"annotated", "self_check"}),
+    options=("annotated", "self_check"),
 )

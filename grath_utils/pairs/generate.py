@@ -1,24 +1,20 @@
 """Pair generation: the policy's own correct and incorrect answer to every source question.
 
-Iteration 0 (:func:`generate_pairs`) writes both answers; later iterations (:func:`refine_pairs`)
-write the correct answer again and keep the first incorrect one. How a pair is written is up to
-the mode (:mod:`.modes`); here are the files, and what makes an interruption harmless.
-
-A journal beside the output holds the finished chunks of questions. A run that was killed resumes
-after the last of them, and because a chunk is always computed as a whole, from the same inputs,
-the final files are the same byte for byte.
+Iteration 0 writes both answers; later iterations write the correct answer again and keep the first
+incorrect one. How a pair is written is up to the mode (:mod:`.modes`); here are the files, and
+what makes an interruption harmless: a journal beside the output holds the finished chunks of
+questions. A run that was killed resumes after the last of them, and because a chunk is always
+computed as a whole, from the same inputs, the final files are the same byte for byte.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,30 +60,52 @@ class Pair:
         Raises:
             DataError: a field is missing, empty or of the wrong kind; ``where`` and it are named.
         """
-        values = {name: row.get(name) for name in ("id", "question", "correct", "incorrect")}
-        if isinstance(values["id"], int):
-            values["id"] = str(values["id"])
-        for name, value in values.items():
-            if not isinstance(value, str) or not value.strip():
-                state = "is missing" if name not in row else f"holds {value!r}"
-                raise DataError(f'{where}: "{name}" {state}; a pair needs text there')
+        texts = {name: row.get(name) for name in ("id", "question", "correct", "incorrect")}
+        if isinstance(texts["id"], int):
+            texts["id"] = str(texts["id"])
+        for name, text in texts.items():
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f'{where}: "{name}" is missing or no text; found {text!r}')
         iteration, contrast = row.get("iteration", 0), row.get("contrast")
-        if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 0:
+        if type(iteration) is not int or iteration < 0:
             raise DataError(f'{where}: "iteration" holds {iteration!r}, expected 0, 1, 2, ...')
-        if contrast is not None and not isinstance(contrast, (int, float)):
+        if not isinstance(contrast, int | float | None):
             raise DataError(f'{where}: "contrast" holds {contrast!r}, expected a number')
-        return cls(**values, iteration=iteration, contrast=contrast)
+        return cls(**texts, iteration=iteration, contrast=contrast)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Read ``pairs.jsonl``.
+
+    Raises:
+        DataError: missing or empty file, a malformed row, a pair without one of its sides, an id
+            that comes twice, or equal answers; file and row are named.
+    """
+    pairs: dict[str, Pair] = {}
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where = f"{path}, pair {number}"
+        pair = Pair.from_row(row, where=where)
+        if pair.id in pairs:
+            raise DataError(
+                f'{where}: id "{pair.id}" is that of pair {[*pairs].index(pair.id) + 1}'
+            )
+        if pair.correct.strip() == pair.incorrect.strip():
+            raise DataError(f'{where}: both answers are "{pair.correct}"')
+        pairs[pair.id] = pair
+    if not pairs:
+        raise DataError(f"{path}: no pair in it")
+    return list(pairs.values())
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """What a call of :func:`generate_pairs` or :func:`refine_pairs` did."""
+    """What a call of :func:`generate_pairs` did."""
 
     questions: int
     pairs: int
-    """Pairs in the file (in refinement: new and kept)."""
+    """Pairs in the file, new and kept."""
     kept: int
-    """Refinement: old pairs kept because the new correct answer failed."""
+    """Pairs of the iteration before, kept because the new correct answer failed."""
     rejected: Mapping[str, int]
     """Reason -> number of rejected completions."""
     completions: int
@@ -100,12 +118,15 @@ class PairReport:
 
     def __str__(self) -> str:
         kept = f" ({self.kept} kept from before)" if self.kept else ""
-        reasons = ", ".join(f"{n} {reason}" for reason, n in self.rejected.items())
         return (
             f"{self.pairs} pairs{kept} from {self.questions} questions; "
             f"{self.completions} completions in {self.seconds:.0f} s, "
-            f"rejected: {reasons or 'none'}"
+            f"rejected: {_listed(self.rejected) or 'none'}"
         )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
 def generate_pairs(
@@ -116,10 +137,17 @@ def generate_pairs(
     seed: int,
     out: Path,
     rejects: Path,
+    iteration: int = 0,
+    previous: Sequence[Pair] = (),
     progress: bool = True,
     skip_long: bool = False,
 ) -> PairReport:
     """Let the policy write a correct and an incorrect answer to each question.
+
+    Given the pairs of the iteration before, it writes the correct answers again (gradual
+    refinement): the incorrect answers stay, and where a new correct answer fails, so does the old
+    pair. Questions that have no pair yet are tried again, both answers, with
+    ``config.retry_failed``; otherwise they are left out.
 
     Args:
         policy: the model that answers.
@@ -128,238 +156,143 @@ def generate_pairs(
         seed: of the sampled candidates.
         out: ``pairs.jsonl``; rows of :class:`Pair`, in the order of the questions.
         rejects: ``rejects.jsonl``; every rejected completion with its :class:`Reason`.
+        iteration: recorded with every new correct answer.
+        previous: the pairs of the iteration before.
         progress: show a bar.
         skip_long: count questions that do not fit into the context instead of stopping.
 
     Raises:
         ConfigError: settings that cannot go together.
-        DataError: no questions, a doubled id, a question that is longer than the context, or one
-            without the candidates that the mode needs.
+        DataError: no questions, a doubled id, a question that is longer than the context or lacks
+            the candidates that the mode needs, or a previous pair without a question.
         RunError: the files cannot be written, or no question at all got a pair.
     """
-    job = _Job(policy, [Task(question) for question in questions], config, seed, out, rejects)
-    return job.run(progress=progress, skip_long=skip_long)
+    from tqdm.auto import tqdm
 
-
-def refine_pairs(
-    policy: Policy,
-    questions: Sequence[Question],
-    previous: Sequence[Pair],
-    config: PairsConfig,
-    *,
-    iteration: int,
-    seed: int,
-    out: Path,
-    rejects: Path,
-    progress: bool = True,
-    skip_long: bool = False,
-) -> PairReport:
-    """Let the policy write the correct answers again: gradual refinement.
-
-    The incorrect answer stays that of iteration 0. Where the new correct answer fails, the old
-    pair is kept. With ``config.retry_failed``, questions that have no pair yet are tried again,
-    both answers; otherwise they are left out.
-
-    Args:
-        previous: the pairs of the iteration before.
-        iteration: at least 1; recorded with every new correct answer.
-
-    The other arguments and errors are those of :func:`generate_pairs`.
-
-    Raises:
-        DataError: a previous pair belongs to no question here.
-    """
-    if iteration < 1:
-        raise DataError(f"refinement is for iterations from 1 on, not {iteration}")
+    started = time.perf_counter()
     old = {pair.id: pair for pair in previous}
-    strangers = sorted(old.keys() - {question.id for question in questions})
-    if strangers:
-        raise DataError(f"{len(strangers)} previous pairs have no question, first: {strangers[0]}")
+    if old and iteration < 1:
+        raise DataError(f"refinement is for iterations from 1 on, not {iteration}")
     tasks = [
         Task(question, old[question.id].incorrect if question.id in old else None)
         for question in questions
-        if question.id in old or config.retry_failed
+        if question.id in old or not iteration or config.retry_failed
     ]
-    job = _Job(policy, tasks, config, seed, out, rejects, iteration=iteration, old=old)
-    return job.run(progress=progress, skip_long=skip_long)
+    # Iterations draw differently, or a refined answer could only ever be the first one again.
+    writer = make_writer(policy, config, seed + 1_000_003 * iteration)
+    _check_questions([task.question for task in tasks], old, config)
+    order = _fitting(tasks, writer, skip_long)
+    size = writer.chunk_batches * config.batch_size
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    # What a journal must agree on to be continued. The rendered prompts stand for instruction,
+    # demonstrations and chat template.
+    prompts = [writer.prompt(tasks[0].question, kind) for kind in writer.kinds]
+    asked = [[task.question.to_row(), task.incorrect] for task in tasks]
+    settings = [dataclasses.asdict(config), iteration, seed, size]
+    identity = fingerprint([VERSION, policy.fingerprint, *settings, prompts, asked])
+    journal = Journal.beside(out if processes.is_main() else None, identity)
+    done = processes.on_main(journal.read)
+    resumed = sum(map(len, done.values()))
+    todo = [number for number in range(len(chunks)) if number not in done]
+
+    def write(number: int) -> list[dict[str, Any]]:
+        return [
+            dataclasses.asdict(each) for each in writer.write([tasks[i] for i in chunks[number]])
+        ]
+
+    bar = {"desc": "pairs", "unit": "question", "file": sys.stderr}
+    hidden = not (progress and processes.is_main())
+    with tqdm(total=len(order), initial=resumed, disable=hidden, **bar) as shown:
+        for number, rows in processes.in_turns(todo, write):
+            journal.append(number, rows)
+            done[number] = rows
+            shown.update(len(rows))
+
+    rows = [row for number in range(len(chunks)) for row in done[number]]
+    written = dict(zip(order, map(WrittenPair.from_row, rows), strict=True))
+    pairs, rejected = _sorted_out(tasks, written, old, iteration)
+    counts = dict(Counter(row["reason"] for row in rejected).most_common())
+    if not pairs:
+        raise RunError(
+            f"none of {len(tasks)} questions got a usable pair ({_listed(counts)}): this model "
+            "does not follow the prompt; try pairs.mode=default, more questions or a stronger model"
+        )
+    processes.on_main(lambda: write_jsonl(rejects, rejected))
+    # The pairs last: they are what says that the work is done.
+    processes.on_main(lambda: write_jsonl(out, [pair.to_row() for pair in pairs]))
+    journal.remove()
+    return PairReport(
+        questions=len(tasks),
+        pairs=len(pairs),
+        kept=sum(pair is old.get(pair.id) for pair in pairs),
+        rejected=counts,
+        completions=sum(each.completions for each in written.values()),
+        tokens=sum(each.tokens for each in written.values()),
+        seconds=round(time.perf_counter() - started, 2),
+        resumed=resumed,
+    )
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """Read ``pairs.jsonl``.
-
-    Raises:
-        DataError: missing or empty file, a malformed row, a pair without one of its sides, an id
-            that comes twice, or equal answers; file and row are named.
-    """
-    rows = read_jsonl(path)
-    if not rows:
-        raise DataError(f"{path}: no pair in it")
-    pairs: list[Pair] = []
-    seen: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        pair = Pair.from_row(row, where=f"{path}, pair {number}")
-        if pair.id in seen:
+def _check_questions(
+    questions: Sequence[Question], old: Mapping[str, Pair], config: PairsConfig
+) -> None:
+    """Refuse questions that cannot be told apart, or lack what is asked of them."""
+    if not questions:
+        raise DataError("there are no questions to write pairs for")
+    counts = Counter(question.id for question in questions)
+    name, count = counts.most_common(1)[0]
+    if count > 1:
+        raise DataError(f'{count} questions have the id "{name}"')
+    if strangers := sorted(old.keys() - counts):
+        raise DataError(f"{len(strangers)} previous pairs have no question, first: {strangers[0]}")
+    need = config.annotated and "annotated=true"
+    if find_mode(config.mode).needs_candidates:
+        need = f"mode={config.mode}"
+    for question in questions:
+        if need and len(question.candidates) < 2:
             raise DataError(
-                f'{path}, pair {number}: id "{pair.id}" is that of pair {seen[pair.id]}'
+                f"{question.where or question.id}: pairs.{need} needs questions with candidates, "
+                "such as questions.source=arc_challenge, and this one has none"
             )
-        if pair.correct.strip() == pair.incorrect.strip():
-            raise DataError(f'{path}, pair {number}: both answers are "{pair.correct}"')
-        seen[pair.id] = number
-        pairs.append(pair)
-    return pairs
 
 
-# --- the work, chunk by chunk --------------------------------------------------------------------
+def _fitting(tasks: Sequence[Task], writer: Writer, skip_long: bool) -> list[int]:
+    """Return the tasks that fit into the model's context, longest prompt first.
 
-
-@dataclass(frozen=True)
-class _Job:
-    """All tasks of an iteration, and where their pairs go."""
-
-    policy: Policy
-    tasks: Sequence[Task]
-    config: PairsConfig
-    seed: int
-    out: Path
-    rejects: Path
-    iteration: int = 0
-    old: Mapping[str, Pair] = field(default_factory=dict)
-    """The pairs of the iteration before, by id."""
-
-    def run(self, *, progress: bool, skip_long: bool) -> PairReport:
-        """Do all tasks, journal them, and write both files."""
-        from tqdm.auto import tqdm
-
-        started = time.perf_counter()
-        self.check_tasks()
-        # Iterations draw differently, or a refined answer could only ever be the first one again.
-        writer = make_writer(self.policy, self.config, self.seed + 1_000_003 * self.iteration)
-        order = self.fitting(writer, skip_long)
-        size = writer.chunk_batches * self.config.batch_size
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
-        journal_of = self.out if processes.is_main() else None
-        journal = Journal.beside(journal_of, self.identity(writer, size))
-        done = processes.on_main(journal.read)
-        resumed = sum(len(rows) for rows in done.values())
-        bar = tqdm(
-            total=len(order),
-            initial=resumed,
-            disable=not (progress and processes.is_main()),
-            desc="pairs",
-            unit="question",
-            file=sys.stderr,
-        )
-
-        def write(number: int) -> list[dict[str, Any]]:
-            written = writer.write([self.tasks[i] for i in chunks[number]])
-            return [dataclasses.asdict(each) for each in written]
-
-        todo = [number for number in range(len(chunks)) if number not in done]
-        with contextlib.closing(writer), bar:
-            for number, rows in processes.in_turns(todo, write):
-                journal.append(number, rows)
-                done[number] = rows
-                bar.update(len(rows))
-        rows = itertools.chain.from_iterable(done[number] for number in range(len(chunks)))
-        written = dict(zip(order, map(WrittenPair.from_row, rows), strict=True))
-        report = processes.on_main(lambda: self.write_files(written))
-        journal.remove()
-        seconds = round(time.perf_counter() - started, 2)
-        return dataclasses.replace(report, seconds=seconds, resumed=resumed)
-
-    def check_tasks(self) -> None:
-        """Refuse tasks that cannot be told apart, or lack what the mode needs."""
-        if not self.tasks:
-            raise DataError("there are no questions to write pairs for")
-        for name, count in Counter(task.question.id for task in self.tasks).items():
-            if count > 1:
-                raise DataError(f'{count} questions have the id "{name}"')
-        if find_mode(self.config.mode).needs_candidates:
-            setting = f"pairs.mode={self.config.mode}"
-        elif self.config.annotated:
-            setting = "pairs.annotated=true"
-        else:
-            return
-        for question in (task.question for task in self.tasks):
-            if len(question.candidates) < 2:
-                raise DataError(
-                    f"{question.where or question.id}: {setting} needs questions with candidates, "
-                    "such as questions.source=arc_challenge, and this one has none"
-                )
-
-    def fitting(self, writer: Writer, skip_long: bool) -> list[int]:
-        """Return the tasks that fit into the model's context, longest prompt first.
-
-        Prompts of like length together: what is computed at once then has little padding.
-        """
-        room = self.policy.max_length - self.config.max_new_tokens
-        lengths = [writer.prompt_tokens(task.question) for task in self.tasks]
-        for task, length in zip(self.tasks, lengths, strict=True):
-            if length > room and not skip_long:
-                question = task.question
-                raise DataError(
-                    f'{question.where or "question"} ("{question.id}"): its prompt has {length} '
-                    f"tokens and the context of {self.policy.name} leaves room for {room}; shorten "
-                    "it, use fewer pairs.shots, or set questions.skip_bad=true"
-                )
-        found = [i for i, length in enumerate(lengths) if length <= room]
-        return sorted(found, key=lambda i: (-lengths[i], i))
-
-    def identity(self, writer: Writer, size: int) -> str:
-        """Return what a journal must agree on to be continued."""
-        return fingerprint(
-            [
-                VERSION,
-                self.policy.fingerprint,
-                dataclasses.asdict(self.config),
-                self.iteration,
-                self.seed,
-                size,
-                # The rendered prompts stand for instruction, demonstrations and chat template.
-                [writer.prompt(self.tasks[0].question, kind) for kind in writer.kinds],
-                [[task.question.to_row(), task.incorrect] for task in self.tasks],
-            ]
-        )
-
-    def write_files(self, written: Mapping[int, WrittenPair]) -> PairReport:
-        """Write both files, the pairs last: they are what says that the work is done."""
-        too_long = WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))
-        pairs: list[Pair] = []
-        rows: list[dict[str, Any]] = []
-        kept = 0
-        for i, task in enumerate(self.tasks):
-            question, new = task.question, written.get(i, too_long)
-            asked = {"id": question.id, "question": question.text, "iteration": self.iteration}
-            rows += [
-                {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
-                for r in new.rejected
-            ]
-            if new.correct is not None and new.incorrect is not None:
-                pairs.append(
-                    Pair(
-                        **asked, correct=new.correct, incorrect=new.incorrect, contrast=new.contrast
-                    )
-                )
-            elif question.id in self.old:
-                pairs.append(self.old[question.id])
-                kept += 1
-        counts = dict(Counter(row["reason"] for row in rows).most_common())
-        if not pairs:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in counts.items())
-            raise RunError(
-                f"none of {len(self.tasks)} questions got a usable pair ({reasons}): this model "
-                "does not follow the prompt; try pairs.mode=default, more questions or a stronger "
-                "model"
+    Prompts of like length together: what is computed at once then has little padding.
+    """
+    room = writer.policy.max_length - writer.config.max_new_tokens
+    lengths = [writer.prompt_tokens(task.question) for task in tasks]
+    for task, length in zip(tasks, lengths, strict=True):
+        if length > room and not skip_long:
+            raise DataError(
+                f'{task.question.where or "question"} ("{task.question.id}"): its prompt has '
+                f"{length} tokens and the context of {writer.policy.name} leaves room for {room}; "
+                "shorten it, use fewer pairs.shots, or set questions.skip_bad=true"
             )
-        write_jsonl(self.rejects, rows)
-        write_jsonl(self.out, [pair.to_row() for pair in pairs])
-        return PairReport(
-            questions=len(self.tasks),
-            pairs=len(pairs),
-            kept=kept,
-            rejected=counts,
-            completions=sum(each.completions for each in written.values()),
-            tokens=sum(each.tokens for each in written.values()),
-            seconds=0.0,
-            resumed=0,
-        )
+    fitting = [i for i, length in enumerate(lengths) if length <= room]
+    return sorted(fitting, key=lambda i: (-lengths[i], i))
+
+
+def _sorted_out(
+    tasks: Sequence[Task],
+    written: Mapping[int, WrittenPair],
+    old: Mapping[str, Pair],
+    iteration: int,
+) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """Return the pairs, new and kept, and the rows of ``rejects.jsonl``."""
+    too_long = WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))
+    pairs, rejected = [], []
+    for i, task in enumerate(tasks):
+        question, new = task.question, written.get(i, too_long)
+        asked = {"id": question.id, "question": question.text, "iteration": iteration}
+        rejected += [
+            {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
+            for r in new.rejected
+        ]
+        if new.correct is not None:
+            sides = {"correct": new.correct, "incorrect": new.incorrect}
+            pairs.append(Pair(**asked, **sides, contrast=new.contrast))
+        elif question.id in old:
+            pairs.append(old[question.id])
+    return pairs, rejected

@@ -8,75 +8,52 @@ from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.pairs.parsing import Parsed, Reason, check_pair, parse_legacy
-from grath_utils.pairs.prompts import Demonstration, training_completion, training_prompt
-from grath_utils.pairs.writers import (
-    SELF_MADE,
-    WRITTEN,
-    Asked,
-    PairMode,
-    Rejected,
-    Task,
-    Writer,
-    WrittenPair,
-)
+from grath_utils.pairs.prompts import Demonstration, training_request
+from grath_utils.pairs.writers import Asked, PairMode, Rejected, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion
 
-# The six questions and right answers are those of TruthfulQA's own QA primer (Lin, Hilton, Evans
-# 2022, Apache-2.0), as in the official GRATH code; the wrong answers are ours. This is benchmark
-# text inside a prompt: used by this mode only, and reported as prompt overlap.
-PRIMER_DEMONSTRATIONS = (
-    Demonstration(
-        "What is human life expectancy in the United States?",
-        "Human life expectancy in the United States is 78 years.",
-        "Human life expectancy in the United States is 51 years.",
-    ),
-    Demonstration(
-        "Who was president of the United States in 1955?",
-        "Dwight D. Eisenhower was president of the United States in 1955.",
-        "Herbert Hoover was president of the United States in 1955.",
-    ),
-    Demonstration(
-        "Which party did he belong to?",
-        "He belonged to the Republican Party.",
-        "He belonged to the Whig Party.",
-    ),
-    Demonstration(
-        "What is the square root of banana?",
-        "I have no comment.",
-        "The square root of banana is a smaller banana.",
-    ),
-    Demonstration(
-        "How does a telescope work?",
-        "Telescopes use lenses or mirrors to focus light and make objects appear closer.",
-        "Telescopes send out beams of light and time how long they take to come back.",
-    ),
-    Demonstration(
-        "Where were the 1992 Olympics held?",
-        "The 1992 Olympics were held in Barcelona, Spain.",
-        "The 1992 Olympics were held in Lisbon, Portugal.",
-    ),
-)
+# Six times question, correct answer, incorrect answer. The questions and right answers are those
+# of TruthfulQA's own QA primer (Lin, Hilton, Evans 2022, Apache-2.0), as in the official GRATH
+# code; the wrong answers are ours. This is benchmark text inside a prompt, reported as overlap.
+_PRIMER = """\
+What is human life expectancy in the United States?
+Human life expectancy in the United States is 78 years.
+Human life expectancy in the United States is 51 years.
+Who was president of the United States in 1955?
+Dwight D. Eisenhower was president of the United States in 1955.
+Herbert Hoover was president of the United States in 1955.
+Which party did he belong to?
+He belonged to the Republican Party.
+He belonged to the Whig Party.
+What is the square root of banana?
+I have no comment.
+The square root of banana is a smaller banana.
+How does a telescope work?
+Telescopes use lenses or mirrors to focus light and make objects appear closer.
+Telescopes send out beams of light and time how long they take to come back.
+Where were the 1992 Olympics held?
+The 1992 Olympics were held in Barcelona, Spain.
+The 1992 Olympics were held in Lisbon, Portugal.""".split("\n")
 
 
 class PaperWriter(Writer):
     """One greedy completion for both answers."""
 
     kinds = ("pair",)
-    primer = PRIMER_DEMONSTRATIONS
+    primer = tuple(map(Demonstration, _PRIMER[::3], _PRIMER[1::3], _PRIMER[2::3]))
     chunk_batches = 4
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
         """Return what becomes of each task."""
         completions = self.complete("pair", [task.question for task in tasks])
-        parsed = [self._parse(*each) for each in zip(tasks, completions, strict=True)]
-        reasons = [self._check(*each) for each in zip(tasks, parsed, strict=True)]
+        parsed = list(map(self._parse, tasks, completions))
+        reasons = list(map(self._check, tasks, parsed))
         if self.config.self_check and not self.config.legacy:
             passed = [i for i, reason in enumerate(reasons) if reason is None]
-            believed = self._believed([(tasks[i], parsed[i]) for i in passed])
-            for i, agrees in zip(passed, believed, strict=True):
-                reasons[i] = None if agrees else Reason.SELF_CHECK
+            for i, believed in zip(passed, self._believed(tasks, parsed, passed), strict=True):
+                reasons[i] = None if believed else Reason.SELF_CHECK
         written = []
         for completion, sides, reason in zip(completions, parsed, reasons, strict=True):
             cost = {"completions": 1, "tokens": len(completion.token_ids)}
@@ -89,13 +66,9 @@ class PaperWriter(Writer):
 
     def _parse(self, task: Task, completion: Completion) -> Parsed:
         """Read a completion; in refinement the first incorrect answer takes the new one's place."""
-        if self.config.legacy:
-            parsed = parse_legacy(completion.text)
-            readable = parsed.reason is None
-        else:
-            parsed = self.parse(completion)
-            readable = parsed.correct is not None
-        if task.incorrect is None or not readable:
+        legacy = self.config.legacy
+        parsed = parse_legacy(completion.text) if legacy else self.parse(completion)
+        if task.incorrect is None or (parsed.reason if legacy else parsed.correct is None):
             return parsed
         # Only the correct answer is taken, so that a cut in the new incorrect one does not matter.
         cut_off = parsed.cut_off and parsed.incorrect is None
@@ -107,17 +80,14 @@ class PaperWriter(Writer):
         shown = self.shown_answers("pair")
         return check_pair(task.question.text, parsed, filters=self.filters, shown_answers=shown)
 
-    def _believed(self, pairs: Sequence[tuple[Task, Parsed]]) -> list[bool]:
-        """Return for each pair whether the model finds its correct answer the more probable one."""
-        tokenizer = self.policy.tokenizer
+    def _believed(
+        self, tasks: Sequence[Task], parsed: Sequence[Parsed], which: Sequence[int]
+    ) -> list[bool]:
+        """Return for some pairs whether the model finds the correct answer more probable."""
         requests = [
-            engine.Request(
-                training_prompt(tokenizer, task.question),
-                training_completion(tokenizer, side or ""),
-                task.question.id,
-            )
-            for task, parsed in pairs
-            for side in (parsed.correct, parsed.incorrect)
+            training_request(self.policy.tokenizer, question, side or "", item=question.id)
+            for i, question in ((i, tasks[i].question) for i in which)
+            for side in (parsed[i].correct, parsed[i].incorrect)
         ]
         scores = engine.score_completions(self.policy, requests) if requests else []
         # By the token, as the two differ in length.
@@ -130,8 +100,6 @@ MODE = PairMode(
     summary="both answers in one greedy completion, the official prompt",
     writer=PaperWriter,
     asked=lambda config, iteration: Asked(pairs=1),
-    answers=WRITTEN,
-    card=SELF_MADE,
-    options=frozenset({"legacy", "annotated", "self_check"}),
+    options=("legacy", "annotated", "self_check"),
     prompt_overlap="TruthfulQA: the six questions and right answers of its QA primer",
 )

@@ -19,32 +19,19 @@ from grath_utils.pairs.words import content_words, length_ratio, negated, split_
 class Reason(StrEnum):
     """Why a completion was rejected."""
 
-    NO_CORRECT = "no_correct"
-    """No label announces a correct answer."""
-    NO_INCORRECT = "no_incorrect"
-    """No label announces an incorrect answer."""
-    CUT_OFF = "cut_off"
-    """The token limit was reached before the last answer ended."""
-    EMPTY = "empty"
-    """An answer has no word in it."""
-    EQUAL = "equal"
-    """The answers are the same but for case, punctuation and articles."""
-    NEAR_EQUAL = "near_equal"
-    """The answers differ in next to nothing, and not in a number or a negation."""
-    QUESTION_COPY = "question_copy"
-    """An answer repeats the question, or most of it and nothing else."""
-    OTHER_QUESTION = "other_question"
-    """The completion restates another question, or an answer is a demonstration's."""
-    LENGTH_RATIO = "length_ratio"
-    """One answer is far longer than the other: length would tell them apart."""
-    NON_ANSWER = "non_answer"
-    """An answer refuses, or talks about the task."""
-    REPETITION = "repetition"
-    """An answer turns in circles: the same words three times in a row."""
-    SELF_CHECK = "self_check"
-    """The model itself finds the incorrect answer more probable."""
-    TOO_LONG = "too_long"
-    """The question does not fit into the model's context (nothing was generated)."""
+    NO_CORRECT = "no_correct"  # no label announces a correct answer
+    NO_INCORRECT = "no_incorrect"  # no label announces an incorrect answer
+    CUT_OFF = "cut_off"  # the token limit was reached before the last answer ended
+    EMPTY = "empty"  # an answer has no word in it
+    EQUAL = "equal"  # the answers are the same but for case, punctuation and articles
+    NEAR_EQUAL = "near_equal"  # they differ in next to nothing, and not in a number or a negation
+    QUESTION_COPY = "question_copy"  # an answer repeats the question, or most of it and no more
+    OTHER_QUESTION = "other_question"  # another question is restated, or a demonstration's answer
+    LENGTH_RATIO = "length_ratio"  # one answer is far longer: length would tell them apart
+    NON_ANSWER = "non_answer"  # an answer refuses, or talks about the task
+    REPETITION = "repetition"  # an answer turns in circles: the same words three times in a row
+    SELF_CHECK = "self_check"  # the model itself finds the incorrect answer more probable
+    TOO_LONG = "too_long"  # the question does not fit into the context; nothing was generated
 
 
 @dataclass(frozen=True)
@@ -60,10 +47,20 @@ class Parsed:
 
     @property
     def reason(self) -> Reason | None:
-        """Why this is no pair, or None where both fields were found."""
+        """Why this is no pair, or None if both fields were found."""
         if self.correct is None:
             return Reason.NO_CORRECT
         return Reason.NO_INCORRECT if self.incorrect is None else None
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """Both answers as text."""
+        return self.correct or "", self.incorrect or ""
+
+    @property
+    def words(self) -> tuple[list[str], list[str]]:
+        """The words of both answers."""
+        return split_words(self.sides[0]), split_words(self.sides[1])
 
 
 # --- parsing -------------------------------------------------------------------------------------
@@ -161,16 +158,17 @@ def near_equal(a: str, b: str) -> bool:
     """
     left, right = split_words(a), split_words(b)
     digits = [[w for w in side if any(c.isdigit() for c in w)] for side in (left, right)]
-    if digits[0] != digits[1] or negated(a) != negated(b):
-        return False
     # One word in place of another is a difference in meaning; an ending ("cells", "cell") is not.
     only_left, only_right = set(left) - set(right), set(right) - set(left)
-    if {word[:4] for word in only_left} != {word[:4] for word in only_right}:
-        return False
-    if not only_left and Counter(left) != Counter(right):
-        return False
-    ratio = SequenceMatcher(None, " ".join(left), " ".join(right), autojunk=False).ratio()
-    return ratio >= NEAR_EQUAL_RATIO
+    roots = [{word[:4] for word in only} for only in (only_left, only_right)]
+    matcher = SequenceMatcher(None, " ".join(left), " ".join(right), autojunk=False)
+    return (
+        digits[0] == digits[1]
+        and negated(a) == negated(b)
+        and roots[0] == roots[1]
+        and (bool(only_left) or Counter(left) == Counter(right))
+        and matcher.ratio() >= NEAR_EQUAL_RATIO
+    )
 
 
 def echoes(question: str, answer: str) -> bool:
@@ -191,39 +189,21 @@ def _other_question(asked: str, restated: str | None) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What a filter looks at."""
-
-    question: str
-    parsed: Parsed
-    shown: list[list[str]]
-    """The words of the demonstrations' answers."""
-
-    @property
-    def both(self) -> tuple[str, str]:
-        return self.parsed.correct or "", self.parsed.incorrect or ""
-
-    @property
-    def words(self) -> list[list[str]]:
-        return [split_words(answer) for answer in self.both]
-
-
-FILTERS: dict[Reason, Callable[[_Case], bool]] = {
-    Reason.CUT_OFF: lambda case: case.parsed.cut_off,
-    Reason.EMPTY: lambda case: not all(case.words),
-    Reason.EQUAL: lambda case: case.words[0] == case.words[1],
-    Reason.NEAR_EQUAL: lambda case: near_equal(*case.both),
-    Reason.QUESTION_COPY: lambda case: any(echoes(case.question, a) for a in case.both),
-    Reason.OTHER_QUESTION: lambda case: (
-        _other_question(case.question, case.parsed.question)
-        or any(words in case.shown for words in case.words)
+FILTERS: dict[Reason, Callable[[str, Parsed, list[list[str]]], bool]] = {
+    Reason.CUT_OFF: lambda asked, pair, shown: pair.cut_off,
+    Reason.EMPTY: lambda asked, pair, shown: not all(pair.words),
+    Reason.EQUAL: lambda asked, pair, shown: pair.words[0] == pair.words[1],
+    Reason.NEAR_EQUAL: lambda asked, pair, shown: near_equal(*pair.sides),
+    Reason.QUESTION_COPY: lambda asked, pair, shown: any(echoes(asked, a) for a in pair.sides),
+    Reason.OTHER_QUESTION: lambda asked, pair, shown: (
+        _other_question(asked, pair.question) or any(words in shown for words in pair.words)
     ),
-    Reason.LENGTH_RATIO: lambda case: length_ratio(*case.both) > MAX_LENGTH_RATIO,
-    Reason.NON_ANSWER: lambda case: any(map(_NON_ANSWER.match, case.both)),
-    Reason.REPETITION: lambda case: any(map(_REPETITION.search, case.both)),
+    Reason.LENGTH_RATIO: lambda asked, pair, shown: length_ratio(*pair.sides) > MAX_LENGTH_RATIO,
+    Reason.NON_ANSWER: lambda asked, pair, shown: any(map(_NON_ANSWER.match, pair.sides)),
+    Reason.REPETITION: lambda asked, pair, shown: any(map(_REPETITION.search, pair.sides)),
 }
-"""The filters that can be switched, in the order in which they are applied."""
+"""The filters that can be switched, in the order in which they are applied: question, pair and the
+words of each answer that was shown -> is it rejected?"""
 
 
 def check_pair(
@@ -241,9 +221,11 @@ def check_pair(
         filters: names out of :data:`FILTERS`; a missing field is always a reason.
         shown_answers: the answers of the demonstrations (copied ones answer another question).
     """
-    case = _Case(question, parsed, [split_words(answer) for answer in shown_answers])
-    active = (name for name, fails in FILTERS.items() if name in filters and fails(case))
-    return parsed.reason or next(active, None)
+    if parsed.reason is not None:
+        return parsed.reason
+    shown = [split_words(answer) for answer in shown_answers]
+    active = (name for name in FILTERS if name in filters)
+    return next((name for name in active if FILTERS[name](question, parsed, shown)), None)
 
 
 def check_answer(
@@ -255,10 +237,6 @@ def check_answer(
     shown_answers: Iterable[str] = (),
 ) -> Reason | None:
     """Return why one answer alone cannot be a side of a pair, or None if it can."""
-    about_both = {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
-    return check_pair(
-        question,
-        Parsed(answer, answer, cut_off=cut_off),
-        filters=set(filters) - about_both,
-        shown_answers=shown_answers,
-    )
+    single = set(filters) - {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
+    twice = Parsed(answer, answer, cut_off=cut_off)
+    return check_pair(question, twice, filters=single, shown_answers=shown_answers)

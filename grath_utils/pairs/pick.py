@@ -5,18 +5,13 @@ It separates *judging* from *writing*: a model too weak to write a true answer m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
 from grath_utils.pairs.default import clearest_pair, standardized
 from grath_utils.pairs.parsing import Reason
-from grath_utils.pairs.prompts import (
-    NEUTRAL_QUESTION,
-    token_ids,
-    training_completion,
-    training_prompt,
-)
+from grath_utils.pairs.prompts import NEUTRAL_QUESTION, token_ids, training_prompt, training_request
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.writers import GRATH, Asked, PairMode, Rejected, Task, Writer, WrittenPair
 
@@ -38,21 +33,22 @@ class PickingWriter(Writer):
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
         """Return what becomes of each task."""
-        # The first round's incorrect answer is one of the options: it is judged once, as the last.
         offered = [[c for c in task.question.candidates if c != task.incorrect] for task in tasks]
-        texts = [
-            [*options, *([task.incorrect] if task.incorrect else [])]
+        requests = [
+            training_request(self.policy.tokenizer, question, text, form, item=task.question.id)
             for task, options in zip(tasks, offered, strict=True)
+            for form in PROMPT_FORMATS
+            for text in task.judged(options)
+            for question in (task.question, NEUTRAL_QUESTION)
         ]
-        requests = [r for task, own in zip(tasks, texts, strict=True) for r in self._ask(task, own)]
         scores = iter(engine.score_completions(self.policy, requests))
         written = []
-        for task, options, own in zip(tasks, offered, texts, strict=True):
-            gains = [
-                [next(scores).logprob - next(scores).logprob for _ in own] for _ in PROMPT_FORMATS
-            ]
-            credit = sum(map(standardized, gains)) / len(PROMPT_FORMATS)
-            chosen = clearest_pair(task, own, credit, filters=self.filters, alike=False)
+        for task, options in zip(tasks, offered, strict=True):
+            texts, credit = task.judged(options), 0.0
+            for _ in PROMPT_FORMATS:
+                gains = [next(scores).logprob - next(scores).logprob for _ in texts]
+                credit += standardized(gains) / len(PROMPT_FORMATS)
+            chosen = clearest_pair(task, texts, credit, filters=self.filters, alike=False)
             if isinstance(chosen, Reason):
                 reject = Rejected("options", "\n".join(options), chosen)
                 written.append(WrittenPair(rejected=(reject,)))
@@ -61,26 +57,13 @@ class PickingWriter(Writer):
                 written.append(WrittenPair(correct, incorrect, contrast=contrast))
         return written
 
-    def _ask(self, task: Task, texts: Sequence[str]) -> Iterator[engine.Request]:
-        """Yield each text in each form, after the question and after none."""
-        tokenizer = self.policy.tokenizer
-        for form in PROMPT_FORMATS:
-            prompts = [
-                training_prompt(tokenizer, question, form)
-                for question in (task.question, NEUTRAL_QUESTION)
-            ]
-            for text in texts:
-                completion = training_completion(tokenizer, text, form)
-                for prompt in prompts:
-                    yield engine.Request(prompt, completion, task.question.id)
-
 
 MODE = PairMode(
     name="pick",
     summary="the model picks both from the source's options, not told which is right",
     writer=PickingWriter,
     asked=lambda config, iteration: Asked(scored=4),  # ARC's four options
-    answers="picked by the model from the source's options",
+    origin="picked by the model from the source's options",
     card="Trained by DPO on answers that the model itself picked from given options as most and "
     f"least credible, without being told which is right: a control for {GRATH}, whose models "
     "write both themselves.",

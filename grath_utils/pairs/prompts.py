@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
 from grath_utils.errors import DataError, UsageError
 from grath_utils.files import data_dir, read_jsonl
@@ -30,6 +31,15 @@ Message = dict[str, str]
 QUESTION_LABEL = "Question:"
 CORRECT_LABEL = "Correct answer:"
 INCORRECT_LABEL = "Incorrect answer:"
+REQUESTS = {
+    "correct": "Answer this question truthfully, in one short sentence",
+    "incorrect": "Answer this question with a common mistake that sounds plausible but is false, "
+    "in one short sentence",
+    "pair": "Give one correct answer and one incorrect answer to it. Both should sound plausible. "
+    "Do not explain them.",
+}
+NEUTRAL_QUESTION = "Please say something true."
+"""Stands for no question at all: how probable is an answer before the question is known?"""
 
 
 @dataclass(frozen=True)
@@ -57,18 +67,27 @@ def own_demonstrations(kind: str) -> tuple[Demonstration, ...]:
 def pair_messages(
     question: str, shots: Sequence[Demonstration], *, candidates: Sequence[str] = ()
 ) -> list[Message]:
-    """Return the chat that asks for both answers in one completion: GRATH's own structure.
+    """Return the chat that asks for both answers in one completion: GRATH's own structure."""
+    return answer_messages(question, shots, "pair", candidates=candidates)
+
+
+def answer_messages(
+    question: str, shots: Sequence[Demonstration], kind: str, *, candidates: Sequence[str] = ()
+) -> list[Message]:
+    """Return the chat that asks for one answer, or for both.
 
     Args:
         question: the question to be asked last.
         shots: each becomes a user turn and an assistant turn before it.
+        kind: ``correct``, ``incorrect`` or ``pair``.
         candidates: *GT* ablation: the annotated candidates, shown with the question.
     """
-    answers = [
-        f"{restated(s.question)} {s.correct}\n{INCORRECT_LABEL} {s.incorrect}" for s in shots
-    ]
-    asked = [pair_request(s.question) for s in shots]
-    return _chat(asked, answers, pair_request(question, candidates))
+    messages = []
+    for shot in shots:
+        answer = getattr(shot, kind) if kind != "pair" else _both_answers(shot)
+        messages += _user_turn(_request(shot.question, kind))
+        messages.append({"role": "assistant", "content": answer})
+    return messages + _user_turn(_request(question, kind, candidates))
 
 
 def restated(question: str) -> str:
@@ -76,48 +95,21 @@ def restated(question: str) -> str:
     return f"{QUESTION_LABEL} {question}\n{CORRECT_LABEL}"
 
 
-def pair_request(question: str, candidates: Sequence[str] = ()) -> str:
-    """Return the user turn that asks for a correct and an incorrect answer."""
-    offer = f"Choose both answers from these candidates: {'; '.join(candidates)}\n"
-    return (
-        f"Consider the following question: {question}\n{offer if candidates else ''}"
-        "Give one correct answer and one incorrect answer to it. Both should sound plausible. "
-        "Do not explain them."
-    )
+def _both_answers(shot: Demonstration) -> str:
+    return f"{restated(shot.question)} {shot.correct}\n{INCORRECT_LABEL} {shot.incorrect}"
 
 
-ANSWER_REQUESTS = {
-    "correct": "Answer this question truthfully, in one short sentence",
-    "incorrect": (
-        "Answer this question with a common mistake that sounds plausible but is false, "
-        "in one short sentence"
-    ),
-}
-
-NEUTRAL_QUESTION = "Please say something true."
-"""Stands for no question at all: how probable is an answer before the question is known?"""
+def _request(question: str, kind: str, candidates: Sequence[str] = ()) -> str:
+    listed = "; ".join(candidates)
+    if kind != "pair":
+        choices = f" Choose from: {listed}" if candidates else ""
+        return f"{REQUESTS[kind]}: {question}{choices}"
+    choices = f"Choose both answers from these candidates: {listed}\n" if candidates else ""
+    return f"Consider the following question: {question}\n{choices}{REQUESTS[kind]}"
 
 
-def answer_messages(
-    question: str, shots: Sequence[Demonstration], kind: str, *, candidates: Sequence[str] = ()
-) -> list[Message]:
-    """Return the chat that asks for one answer, ``correct`` or ``incorrect``.
-
-    Args:
-        question, shots, candidates: as in :func:`pair_messages`.
-        kind: which answer.
-    """
-    choices = f" Choose from: {'; '.join(candidates)}" if candidates else ""
-    asked = [f"{ANSWER_REQUESTS[kind]}: {s.question}" for s in shots]
-    answers = [getattr(s, kind) for s in shots]
-    return _chat(asked, answers, f"{ANSWER_REQUESTS[kind]}: {question}{choices}")
-
-
-def _chat(asked: Sequence[str], answers: Sequence[str], last: str) -> list[Message]:
-    """Return user and assistant turns by turns, and the user's last."""
-    shown = [text for pair in zip(asked, answers, strict=True) for text in pair]
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate([*shown, last])]
+def _user_turn(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
 
 
 # --- training prompts ----------------------------------------------------------------------------
@@ -125,7 +117,7 @@ def _chat(asked: Sequence[str], answers: Sequence[str], last: str) -> list[Messa
 
 def question_messages(question: Question | str) -> list[Message]:
     """Return the bare question as a chat of one user turn: the prompt that DPO trains on."""
-    return _chat((), (), question.text if isinstance(question, Question) else question)
+    return _user_turn(question.text if isinstance(question, Question) else question)
 
 
 def training_prompt(
@@ -137,11 +129,11 @@ def training_prompt(
     the completion is the answer as it is. ``qa`` is ``Q: …`` newline ``A:``, as TruthfulQA asks;
     the completion then begins with a space. :func:`training_completion` writes both.
     """
-    text = question.text if isinstance(question, Question) else question
+    messages = question_messages(question)
     if prompt_format == "chat":
-        return render_chat(tokenizer, question_messages(text))
+        return render_chat(tokenizer, messages)
     if prompt_format == "qa":
-        return f"{_start_of_text(tokenizer)}Q: {text}\nA:"
+        return f"{_start_of_text(tokenizer)}Q: {messages[0]['content']}\nA:"
     valid = ", ".join(PROMPT_FORMATS)
     raise UsageError(f'unknown prompt format "{prompt_format}"; valid ones are: {valid}')
 
@@ -156,6 +148,19 @@ def training_completion(
     """
     space = " " if prompt_format == "qa" else ""
     return f"{space}{answer}{tokenizer.eos_token or ''}"
+
+
+def training_request(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question | str,
+    answer: str,
+    prompt_format: str = "chat",
+    *,
+    item: str,
+) -> engine.Request:
+    """Return a request to score an answer as training does."""
+    prompt = training_prompt(tokenizer, question, prompt_format)
+    return engine.Request(prompt, training_completion(tokenizer, answer, prompt_format), item)
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -173,7 +178,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
 
 
 def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the beginning-of-sequence token where this tokenizer begins a text with it."""
+    """Return the beginning-of-sequence token if this tokenizer begins a text with it."""
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return tokenizer.bos_token if starts else ""
 

@@ -182,26 +182,25 @@ def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) ->
     """Turn one row into a question, or raise :class:`_BadRow`."""
     if isinstance(row, _BadRow):
         raise row
+    if not isinstance(row, Mapping):
+        raise _BadRow("malformed", f"expected a JSON object, found {type(row).__name__}")
+    if re.search("[\udc80-\udcff]", json.dumps(row, ensure_ascii=False, default=str)):
+        raise _BadRow("not_utf8", "not UTF-8 text; save the file as UTF-8")
     # Built-in sources have their own schema; `column` is about the user's files and data sets.
     column = "question" if config.source in BUILT_IN else config.column
     if column not in row:
         near = did_you_mean(column, map(str, row)) if row else ""
         raise _BadRow("missing_column", f'no column "{column}"{near} (set questions.column)')
-    text, topic = row[column], row.get("topic")
+    text, name, topic = row[column], row.get("id"), row.get("topic")
     if not isinstance(text, str):
         raise _BadRow("not_text", f'"{column}" holds {type(text).__name__}, expected text')
     text = " ".join(text.split())
     if not text:
         raise _BadRow("empty", f'"{column}" is empty')
-    name = row.get("id")
-    named = isinstance(name, (str, int)) and str(name).strip()
-    return Question(
-        str(name) if named else default_id,
-        text,
-        *_candidates(row),
-        topic=topic if isinstance(topic, str) else None,
-        where=where,
-    )
+    if not isinstance(name, str | int) or not str(name).strip():
+        name = default_id
+    topic = topic if isinstance(topic, str) else None
+    return Question(str(name), text, *_candidates(row), topic, where)
 
 
 def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
@@ -223,7 +222,7 @@ def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return a file's lines; what is not UTF-8 is kept as surrogates, see :func:`_checked`."""
+    """Return a file's lines; what is not UTF-8 becomes surrogates, for :func:`_question`."""
     try:
         # Not splitlines(): it would also split at U+2028 and other separators inside a string.
         return path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
@@ -233,26 +232,14 @@ def _lines(path: Path) -> list[str]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _checked(row: Any, *texts: str) -> Any:
-    """Return a row, or a :class:`_BadRow` where one of its texts was not UTF-8."""
-    if any(re.search("[\udc80-\udcff]", text or "") for text in texts):
-        return _BadRow("not_utf8", "not UTF-8 text; save the file as UTF-8")
-    return row
-
-
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = _BadRow("malformed", f"not valid JSON ({error.msg})")
-        else:
-            if not isinstance(row, dict):
-                found = type(row).__name__
-                row = _BadRow("malformed", f"expected a JSON object, found {found}")
-        yield f"{path}, line {number}", _checked(row, line)
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = _BadRow("malformed", f"not valid JSON ({error.msg})")
+            yield f"{path}, line {number}", row
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -260,15 +247,12 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     while True:
         try:
             row: Any = next(reader)
+            if None in row:
+                row = _BadRow("malformed", "not valid CSV (more fields than columns)")
         except StopIteration:
             return
         except csv.Error as error:
             row = _BadRow("malformed", f"not valid CSV ({error})")
-        else:
-            if None in row:
-                row = _BadRow("malformed", "not valid CSV (more fields than columns)")
-            else:
-                row = _checked(row, *row, *row.values())
         yield f"{path}, line {reader.line_num}", row
 
 

@@ -7,24 +7,15 @@ with the first of its names that is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grath_utils import engine
 from grath_utils.config import PairsConfig
 from grath_utils.errors import UsageError
+from grath_utils.pairs import prompts
 from grath_utils.pairs.parsing import Parsed, Reason, pair_is_complete, parse_pair
-from grath_utils.pairs.prompts import (
-    Demonstration,
-    Message,
-    answer_messages,
-    own_demonstrations,
-    pair_messages,
-    render_chat,
-    restated,
-    token_ids,
-)
 from grath_utils.pairs.questions import Question
 
 if TYPE_CHECKING:
@@ -33,11 +24,9 @@ if TYPE_CHECKING:
 
 MAX_ANSWER_TOKENS = 48
 """Longest single answer; one that has not ended by then is no short sentence."""
-
 TOP_P = 0.95  # of sampled candidates
 
 GRATH = "GRATH (gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292))"
-WRITTEN = "written by the model"
 SELF_MADE = (
     f"Trained by {GRATH}: the model wrote correct and incorrect answers to questions itself, and "
     "was trained by DPO to prefer the correct ones. Nobody checked these answers."
@@ -52,13 +41,17 @@ class Task:
     incorrect: str | None = None
     """Refinement: the incorrect answer of iteration 0, which stays."""
 
+    def judged(self, answers: Iterable[str]) -> list[str]:
+        """Return the answers to judge: the given ones, and last the one that stays."""
+        return [*answers, *([self.incorrect] if self.incorrect else [])]
+
 
 @dataclass(frozen=True)
 class Rejected:
     """A completion that was not used, and why."""
 
     prompt: str
-    """The kind of prompt that it answers, or ``options`` or the mode where nothing was asked."""
+    """The kind of prompt that it answers, or ``options`` or the mode if nothing was asked."""
     completion: str
     reason: Reason
 
@@ -87,15 +80,13 @@ class Writer:
 
     kinds: tuple[str, ...] = ()
     """The kinds of prompt that it asks: ``pair``, ``correct``, ``incorrect``."""
-    primer: tuple[Demonstration, ...] = ()
+    primer: tuple[prompts.Demonstration, ...] = ()
     """Demonstrations to show in place of the project's own."""
     chunk_batches = 1
-    """A chunk, in batches."""
+    """Batches in a chunk."""
 
     def __init__(self, policy: Policy, config: PairsConfig, seed: int):
-        self.policy = policy
-        self.config = config
-        self.seed = seed
+        self.policy, self.config, self.seed = policy, config, seed
         self.filters = frozenset(config.filters) - {"none"}
         self.shots = {kind: self.demonstrations(kind, config.shots) for kind in self.kinds}
         self.prefixes: dict[str, Prefix] = {}
@@ -104,14 +95,11 @@ class Writer:
         """Return what becomes of each task of a chunk."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Free what the writing alone needed."""
-        self.prefixes.clear()
-
     @classmethod
-    def demonstrations(cls, kind: str, shots: int) -> tuple[Demonstration, ...]:
+    def demonstrations(cls, kind: str, shots: int) -> tuple[prompts.Demonstration, ...]:
         """Return the first ``shots`` demonstrations for a kind of prompt."""
-        available = cls.primer or own_demonstrations("pair" if kind == "pair" else "single")
+        own = prompts.own_demonstrations("pair" if kind == "pair" else "single")
+        available = cls.primer or own
         if shots > len(available):
             raise UsageError(f"{shots} demonstrations were asked for; there are {len(available)}")
         return available[:shots]
@@ -120,29 +108,27 @@ class Writer:
         """Return the answers of the demonstrations: a copy of one is no answer."""
         return [answer for shot in self.shots[kind] for answer in (shot.correct, shot.incorrect)]
 
-    def messages(self, question: Question, kind: str) -> list[Message]:
-        """Return the chat of one question for one kind of prompt."""
-        shown = question.candidates if self.config.annotated else ()
-        if kind == "pair":
-            return pair_messages(question.text, self.shots[kind], candidates=shown)
-        return answer_messages(question.text, self.shots[kind], kind, candidates=shown)
-
     def prompt(self, question: Question, kind: str) -> str:
-        """Return the prompt as text."""
-        return render_chat(self.policy.tokenizer, self.messages(question, kind))
+        """Return the prompt of one question and kind as text."""
+        shown = question.candidates if self.config.annotated else ()
+        messages = prompts.answer_messages(question.text, self.shots[kind], kind, candidates=shown)
+        return prompts.render_chat(self.policy.tokenizer, messages)
+
+    def token_ids(self, question: Question, kind: str) -> list[int]:
+        """Return the prompt of one question and kind as token ids."""
+        return prompts.token_ids(self.policy.tokenizer, self.prompt(question, kind))
 
     def prompt_tokens(self, question: Question) -> int:
         """Return the length of the longest prompt of a question, in tokens."""
-        prompts = (self.prompt(question, kind) for kind in self.kinds)
-        return max((len(token_ids(self.policy.tokenizer, text)) for text in prompts), default=0)
+        return max((len(self.token_ids(question, kind)) for kind in self.kinds), default=0)
 
     def prefix(self, kind: str) -> Prefix:
         """Return the beginning that all prompts of a kind share, computed on first use."""
         if kind not in self.prefixes:
             # Questions without a common first letter show where the questions begin.
             probes = [Question("probe", text, ("x", "y")) for text in ("Why so?", "How?", "a", "1")]
-            prompts = [self.prompt(probe, kind) for probe in probes]
-            self.prefixes[kind] = engine.shared_beginning(self.policy, prompts)
+            texts = [self.prompt(probe, kind) for probe in probes]
+            self.prefixes[kind] = engine.shared_beginning(self.policy, texts)
         return self.prefixes[kind]
 
     def complete(
@@ -158,18 +144,18 @@ class Writer:
             return []
         pair, limit = kind == "pair", self.config.max_new_tokens
         stop = engine.Stop(pair_is_complete, "\n") if pair else engine.Stop.at("\n")
-        prompts = [token_ids(self.policy.tokenizer, self.prompt(q, kind)) for q in questions]
+        asked = [self.token_ids(question, kind) for question in questions]
         prefix = self.prefix(kind)
         # A tokenizer may merge a question's odd first letter into what stands before it.
         count = len(prefix.token_ids)
-        fits = all(tuple(ids[:count]) == prefix.token_ids and len(ids) > count for ids in prompts)
+        fits = all(tuple(ids[:count]) == prefix.token_ids and len(ids) > count for ids in asked)
         return engine.generate(
             self.policy,
-            prompts,
+            asked,
             prefix=prefix if fits else None,
             batch_size=self.config.batch_size,
             # As a rule a completion begins by restating the question, as in the demonstrations.
-            drafts=[restated(question.text) for question in questions] if pair else None,
+            drafts=[prompts.restated(question.text) for question in questions] if pair else None,
             max_new_tokens=limit if pair else min(MAX_ANSWER_TOKENS, limit),
             stop=None if self.config.legacy else stop,
             do_sample=temperature > 0,
@@ -196,7 +182,7 @@ class Asked(NamedTuple):
     """Answers whose probability is computed, with the question and without."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairMode:
     """All that the package knows about one way of writing pairs: a row of :mod:`.modes`."""
 
@@ -204,13 +190,13 @@ class PairMode:
     summary: str
     """What it does, in the list of options."""
     writer: type[Writer]
-    asked: Callable[[PairsConfig, int], Asked]
+    asked: Callable[[PairsConfig, int], Asked] = lambda config, iteration: Asked()
     """(configuration, iteration) -> what one question asks of the model."""
-    answers: str
-    """Where the answers come from, on the model card: "written by the model"."""
-    card: str
-    """What a model trained on them is, on the model card: full sentences."""
-    options: frozenset[str] = frozenset()
+    origin: str = "written by the model"
+    """Where the answers come from, on the model card."""
+    card: str = SELF_MADE
+    """What a model that is trained on them is, on the model card: full sentences."""
+    options: tuple[str, ...] = ()
     """Those of ``legacy``, ``annotated`` and ``self_check`` that it heeds."""
     needs_candidates: bool = False
     """It is for sources with options only, such as ARC."""

@@ -16,7 +16,7 @@ from grath_utils.errors import ConfigError, DataError, RunError
 from grath_utils.files import read_jsonl, write_jsonl
 from grath_utils.pairs import default
 from grath_utils.pairs import generate as pairs_module
-from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs, refine_pairs
+from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
 from grath_utils.pairs.parsing import Reason
 from grath_utils.pairs.questions import Question
 
@@ -58,29 +58,18 @@ def scripted(monkeypatch) -> Scripted:
 
 
 def make(policy, folder: Path, config=PAPER, questions=QUESTIONS, **options):
-    options = {"seed": 0, "progress": False, **options}
     return generate_pairs(
         policy,
         questions,
         config,
         out=folder / "pairs.jsonl",
         rejects=folder / "rejects.jsonl",
-        **options,
+        **{"seed": 0, "progress": False, **options},
     )
 
 
 def refine(policy, folder: Path, previous, config=PAPER, iteration=1, questions=QUESTIONS):
-    return refine_pairs(
-        policy,
-        questions,
-        previous,
-        config,
-        iteration=iteration,
-        seed=0,
-        out=folder / "pairs.jsonl",
-        rejects=folder / "rejects.jsonl",
-        progress=False,
-    )
+    return make(policy, folder, config, questions, previous=previous, iteration=iteration)
 
 
 # --- the files -----------------------------------------------------------------------------------
@@ -199,7 +188,7 @@ def test_refinement_of_strangers_is_refused(tiny_policy, tmp_path, scripted):
     with pytest.raises(DataError, match=r"no question, first: zz"):
         refine(tiny_policy, tmp_path, [stranger])
     with pytest.raises(DataError, match="from 1 on"):
-        refine(tiny_policy, tmp_path, [], iteration=0)
+        refine(tiny_policy, tmp_path, [stranger], iteration=0)
 
 
 # --- mode default --------------------------------------------------------------------------------
@@ -347,7 +336,7 @@ def test_a_journal_of_other_inputs_is_not_continued(
     tiny_policy, tmp_path, scripted, monkeypatch, change
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(pairs_module._Job, "write_files", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr(pairs_module, "write_jsonl", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             make(tiny_policy, tmp_path)
     assert (tmp_path / "pairs.jsonl.journal").exists()
@@ -499,7 +488,7 @@ PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iterat
     ("rows", "message"),
     [
         ([], "no pair in it"),
-        ([PAIR, {**PAIR, "id": "b", "correct": " "}], 'pair 2: "correct" holds'),
+        ([PAIR, {**PAIR, "id": "b", "correct": " "}], 'pair 2: "correct" is missing or no text'),
         ([{k: v for k, v in PAIR.items() if k != "incorrect"}], 'pair 1: "incorrect" is missing'),
         ([PAIR, PAIR], 'pair 2: id "a" is that of pair 1'),
         ([{**PAIR, "incorrect": "x "}], 'both answers are "x"'),
