@@ -6,22 +6,20 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from grath_utils import __version__, course, engine, loop, scale
 from grath_utils.cli import arguments as arg
 from grath_utils.config import Config, ModelConfig, load_config, profile_names
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError
+from grath_utils.files import cache_dir, data_dir, mirror_dir, write_text
+from grath_utils.text import duration
 
 
 @arg.command("print versions, device and caches: what a bug report needs", "env")
 def do_env(options: argparse.Namespace) -> None:
-    from grath_utils import __version__
-    from grath_utils.engine.models import CONVERSION, resolve
-    from grath_utils.files import cache_dir, data_dir, mirror_dir
-    from grath_utils.loop.run_dir import environment_facts
-
-    facts = environment_facts()
-    model = resolve(ModelConfig())
-    cached = (cache_dir() / CONVERSION / "config.json").is_file()
+    facts = loop.environment_facts()
+    model = engine.resolve(ModelConfig())
+    cached = (cache_dir() / engine.CONVERSION / "config.json").is_file()
     print(f"grath_utils {__version__} (profiles: {', '.join(profile_names())})")
     for section in ("versions", "device"):
         print(f"{section}:")
@@ -47,49 +45,37 @@ def do_env(options: argparse.Namespace) -> None:
     arg.flag("--dry-run", "show what is to do, with an estimate of time and memory; do nothing"),
 )
 def do_run(options: argparse.Namespace) -> None:
-    # Torch loads only after the settings are known to be right.
     config = load_config(options.profile, options.overrides, seed=options.seed)
     folder = Path(options.run_dir or Path("runs", Path(options.profile).stem))
     if options.dry_run:
         _show_plan(folder, config)
         return
-    from grath_utils.course.execute import run_notebooks
-    from grath_utils.course.export import model_card
-    from grath_utils.course.notebooks import main_line, numbered_notebooks
-    from grath_utils.course.report import summary_table, write_report
-    from grath_utils.files import write_text
-    from grath_utils.loop.stages import final_iteration, run_stages, start_run
 
     if options.no_notebooks:
-        run = start_run(folder, config)
-        run_stages(run)
+        run = loop.start_run(folder, config)
+        loop.run_stages(run)
     else:
-        notebooks = numbered_notebooks() if options.all else main_line()
-        run = start_run(folder, config)
-        run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
+        notebooks = course.numbered_notebooks() if options.all else course.main_line()
+        run = loop.start_run(folder, config)
+        course.run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
 
     def conclude() -> None:
-        write_report(run)
-        chosen = final_iteration(run)
-        write_text(run.iteration(chosen) / "MODEL_CARD.md", model_card(run, chosen))
+        course.write_report(run)
+        chosen = loop.final_iteration(run)
+        write_text(run.iteration(chosen) / "MODEL_CARD.md", course.model_card(run, chosen))
         print(f"\nReport: {run.report}\n")
-        print(summary_table(run))
+        print(course.summary_table(run))
 
     processes.on_main(conclude)
 
 
 def _show_plan(folder: Path, config: Config) -> None:
-    from grath_utils.loop.run_dir import Run
-    from grath_utils.loop.stages import plan_stages
-    from grath_utils.scale import costs
-    from grath_utils.scale.shapes import shape_of
-    from grath_utils.text import duration
-
-    run = Run(folder, config)
-    plan = plan_stages(run)
+    costs = scale.costs
+    run = loop.Run(folder, config)
+    plan = loop.plan_stages(run)
     print(f"{run.path} (profile {config.profile}, seed {config.seed}, model {config.model.name})")
     try:
-        amounts, shape = costs.workload(config), shape_of(config.model)
+        amounts, shape = costs.workload(config), scale.shape_of(config.model)
     except GrathError as error:  # the plan is still worth seeing
         for stage in plan:
             print(f"  {_state(stage.done)} {stage.name}")
@@ -126,17 +112,13 @@ def _state(done: bool) -> str:
 
 @arg.command("show where a run stands", "status --run-dir runs/cpu", arg.RUN_DIR)
 def do_status(options: argparse.Namespace) -> None:
-    from grath_utils.course.dashboard import choice_line
-    from grath_utils.loop.run_dir import load_run
-    from grath_utils.loop.stages import plan_stages
-
-    run = load_run(options.run_dir)
-    plan = plan_stages(run)
+    run = loop.load_run(options.run_dir)
+    plan = loop.plan_stages(run)
     print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
     for stage in plan:
         print(f"  {_state(stage.done)} {stage.name}")
     print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
-    print(choice_line(run))
+    print(course.choice_line(run))
 
 
 @arg.command(
@@ -145,13 +127,10 @@ def do_status(options: argparse.Namespace) -> None:
     arg.RUN_DIR,
 )
 def do_report(options: argparse.Namespace) -> None:
-    from grath_utils.course.report import summary_table, write_report
-    from grath_utils.loop.run_dir import load_run
-
-    run = load_run(options.run_dir)
-    write_report(run)
+    run = loop.load_run(options.run_dir)
+    course.write_report(run)
     print(f"Report: {run.report}\n")
-    print(summary_table(run))
+    print(course.summary_table(run))
 
 
 @arg.command(
@@ -167,8 +146,7 @@ def do_report(options: argparse.Namespace) -> None:
     arg.flag("--collect", "write table, figure and report of what is there"),
 )
 def do_sweep(options: argparse.Namespace) -> None:
-    from grath_utils.scale import sweeps
-
+    sweeps = scale.sweeps
     if options.plan or options.collect:
         plan = sweeps.plan_sweep(options.grid, options.out)
         print(sweeps.describe_plan(plan))

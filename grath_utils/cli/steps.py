@@ -6,10 +6,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from grath_utils import course, dpo, engine, evaluation, loop, pairs
 from grath_utils.cli import arguments as arg
 from grath_utils.config import Config, describe_options, load_config, parse_overrides
 from grath_utils.errors import UsageError, did_you_mean
 from grath_utils.pairs.modes import MODES, describe_modes
+from grath_utils.text import metric_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTIONS_HELP = "own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set"
@@ -44,17 +46,13 @@ def _step_config(options: argparse.Namespace) -> Config:
 def do_pairs(options: argparse.Namespace) -> None:
     config = _step_config(options)
     # A profile's own limit is about its run; here only --limit counts.
-    questions_config = replace(config.questions, limit=options.limit)
-    from grath_utils.loop.named_models import load_policy
-    from grath_utils.pairs.generate import generate_pairs
-    from grath_utils.pairs.questions import load_questions
-
-    questions = load_questions(questions_config, config.seed)
+    source = replace(config.questions, limit=options.limit)
+    questions = pairs.load_questions(source, config.seed)
     print(f"{len(questions)} questions from {questions.source}")
-    policy = load_policy(
+    policy = loop.load_policy(
         options.model, quantization=config.model.quantization, dtype=config.model.dtype
     )
-    report = generate_pairs(
+    report = pairs.generate_pairs(
         policy,
         questions.questions,
         config.pairs,
@@ -77,22 +75,15 @@ def do_pairs(options: argparse.Namespace) -> None:
 )
 def do_train(options: argparse.Namespace) -> None:
     config = _step_config(options)
-    from grath_utils.pairs.generate import read_pairs
-
-    pairs = read_pairs(options.pairs)
-    from grath_utils.dpo.round import train_round
-    from grath_utils.engine.models import resolve
-    from grath_utils.loop.named_models import resolve_name
-    from grath_utils.pairs.questions import split_held_out
-
+    written = pairs.read_pairs(options.pairs)
     if (options.out / "adapter").exists():
         raise UsageError(f"{options.out / 'adapter'} exists already; choose another --out")
-    base, adapters = resolve_name(options.model)
+    base, adapters = loop.resolve_name(options.model)
     if not adapters:
         base = replace(config.model, name=base.name)
-    train, held_out = split_held_out(pairs, config.questions.held_out, config.seed)
-    report = train_round(
-        resolve(base),
+    train, held_out = pairs.split_held_out(written, config.questions.held_out, config.seed)
+    report = dpo.train_round(
+        engine.resolve(base),
         train,
         held_out,
         options.out,
@@ -124,17 +115,11 @@ def do_train(options: argparse.Namespace) -> None:
     arg.option("--out", "FILE.json", required=True, type=Path),
 )
 def do_evaluate(options: argparse.Namespace) -> None:
-    from grath_utils.evaluation.benchmarks import BENCHMARKS
-
-    if options.benchmark not in BENCHMARKS:
-        near = did_you_mean(options.benchmark, BENCHMARKS)
+    if options.benchmark not in evaluation.BENCHMARKS:
+        near = did_you_mean(options.benchmark, evaluation.BENCHMARKS)
         raise UsageError(f'unknown benchmark "{options.benchmark}"{near}')
-    from grath_utils.evaluation.measure import evaluate
-    from grath_utils.loop.named_models import load_policy
-    from grath_utils.text import metric_line
-
-    policy = load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
-    result = evaluate(
+    policy = loop.load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
+    result = evaluation.evaluate(
         policy,
         options.benchmark,
         protocol=options.protocol,
@@ -158,9 +143,7 @@ def do_evaluate(options: argparse.Namespace) -> None:
     arg.argument("--dtype", choices=DTYPES, default=DTYPES[0], help=MERGED_HELP),
 )
 def do_merge(options: argparse.Namespace) -> None:
-    from grath_utils.course.export import merge_model
-
-    difference = merge_model(options.model, options.to, dtype=options.dtype)
+    difference = course.merge_model(options.model, options.to, dtype=options.dtype)
     print(f"{options.to}: a model folder that loads like any other, with README.md as its card")
     print(f"largest difference of a logit to {options.model}: {difference:.2g}")
 
@@ -173,13 +156,9 @@ def do_merge(options: argparse.Namespace) -> None:
     arg.amount("--max-new-tokens", "tokens of an answer, at most (default: 60)", default=60),
 )
 def do_chat(options: argparse.Namespace) -> None:
-    from grath_utils.course.export import ask_both
-    from grath_utils.loop.run_dir import load_run
-
-    run = load_run(options.run_dir)
-    typed = (line.strip() for line in iter(_read_question, ""))
-    asked = options.ask or typed
-    for question, before, after in ask_both(run, asked, max_new_tokens=options.max_new_tokens):
+    run = loop.load_run(options.run_dir)
+    asked, limit = options.ask or iter(_read_question, ""), options.max_new_tokens
+    for question, before, after in course.ask_both(run, asked, max_new_tokens=limit):
         print(f"\n? {question}\n  base     {before}\n  trained  {after}\n")
 
 
@@ -197,9 +176,7 @@ def _read_question() -> str:
     arg.TO,
 )
 def do_mirror(options: argparse.Namespace) -> None:
-    from grath_utils.evaluation.mirror import make_mirror
-
-    make_mirror(options.to)
+    evaluation.make_mirror(options.to)
     print(f"Mirror: {options.to}. Use it with GRATH_MIRROR={options.to}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from grath_utils import course, loop, workshop
 from grath_utils.cli import arguments as arg
 from grath_utils.config import load_config
 from grath_utils.errors import UsageError
+from grath_utils.files import mirror_dir
 
 
 @arg.command(
@@ -19,9 +21,7 @@ from grath_utils.errors import UsageError
     arg.option("--from", "FOLDER", "copy from a finished run or classroom folder", dest="source"),
 )
 def do_checkpoint(options: argparse.Namespace) -> None:
-    from grath_utils.course.notebooks import changed_parameters, default_run_dir
-    from grath_utils.loop.stages import start_run
-    from grath_utils.workshop import checkpoints
+    checkpoints = workshop.checkpoints
 
     checkpoints.check_notebook(options.at)
     source = None
@@ -32,13 +32,13 @@ def do_checkpoint(options: argparse.Namespace) -> None:
         config = source.config
     else:
         config = load_config(options.profile or "cpu", options.overrides, seed=options.seed)
-    run = start_run(options.run_dir or default_run_dir(config.profile), config)
+    run = loop.start_run(options.run_dir or course.default_run_dir(config.profile), config)
     if source:
         checkpoints.copy_state(run, options.at, source)
     else:
         checkpoints.make_state(run, options.at)
     print(f"{run.path} is ready for notebook {options.at}")
-    for name, value in changed_parameters(run).items():
+    for name, value in course.changed_parameters(run).items():
         print(f"  in its parameters cell: {name} = {value!r}")
 
 
@@ -52,11 +52,10 @@ def do_checkpoint(options: argparse.Namespace) -> None:
 )
 def do_render(options: argparse.Namespace) -> None:
     config = load_config(options.profile, seed=options.seed)
-    from grath_utils.loop.stages import start_run
-    from grath_utils.workshop.render import render
 
     folder = options.run_dir or Path("runs", Path(options.profile).stem)
-    written = render(start_run(folder, config), options.notebooks, again=options.again)
+    run = loop.start_run(folder, config)
+    written = workshop.render.render(run, options.notebooks, again=options.again)
     print(f"{len(written)} notebooks written")
 
 
@@ -73,14 +72,11 @@ def do_classroom(options: argparse.Namespace) -> None:
     if options.python_version and not options.platform:
         raise UsageError("--python-version goes with --platform; name both")
     config = load_config(options.profile, options.overrides, seed=options.seed)
-    from grath_utils.course.notebooks import default_run_dir
-    from grath_utils.files import mirror_dir
-    from grath_utils.loop.stages import start_run
-    from grath_utils.workshop import classroom
 
+    classroom = workshop.classroom
     versions = options.python_version or [classroom.this_machine().python]
     targets = [classroom.find_target(tag, v) for tag in options.platform for v in versions]
-    run = start_run(options.run_dir or default_run_dir(config.profile), config)
+    run = loop.start_run(options.run_dir or course.default_run_dir(config.profile), config)
     mirror = options.mirror or mirror_dir()
     folder = classroom.make_classroom(
         options.to, run, targets=targets, mirror=mirror, wheels=not options.no_wheels
@@ -95,11 +91,8 @@ def do_classroom(options: argparse.Namespace) -> None:
     arg.option("--into", "FILE.md", "put the table between the marks of this page", type=Path),
 )
 def do_timings(options: argparse.Namespace) -> None:
-    from grath_utils.course.notebooks import numbered_notebooks
-    from grath_utils.loop.run_dir import load_run
-    from grath_utils.workshop import timings
-
-    table = timings.timings_table(load_run(options.run_dir), numbered_notebooks())
+    run = loop.load_run(options.run_dir)
+    table = workshop.timings.timings_table(run, course.numbered_notebooks())
     if options.into:
-        timings.refresh(options.into, table)
+        workshop.timings.refresh(options.into, table)
     print(table)

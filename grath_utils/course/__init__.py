@@ -12,8 +12,17 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "round_rows",
             "sample_rows",
         ],
+        "execute": ["run_notebooks"],
         "exercises.catalogue": ["check"],
-        "notebooks": ["Table", "open_notebook_run"],
+        "export": ["ask_both", "merge_model", "model_card"],
+        "notebooks": [
+            "Table",
+            "changed_parameters",
+            "default_run_dir",
+            "main_line",
+            "numbered_notebooks",
+            "open_notebook_run",
+        ],
         "report": ["summary_table", "write_report"],
     },
 )

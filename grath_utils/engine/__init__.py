@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "encoding": ["Request"],
         "generation": ["Stop", "generate", "shared_beginning"],
-        "models": ["Policy", "load_base", "quiet_transformers", "round_weights"],
+        "models": [
+            "CONVERSION",
+            "Policy",
+            "load_base",
+            "quiet_transformers",
+            "resolve",
+            "round_weights",
+        ],
         "packing": ["pack"],
         "scoring": ["score_completions"],
     },

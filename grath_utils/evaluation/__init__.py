@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "benchmarks": ["BENCHMARKS", "Item", "load_benchmark"],
         "blind_rules": ["RULES", "controls", "has_negation"],
         "measure": ["compare", "evaluate"],
+        "mirror": ["make_mirror"],
         "protocols": ["build_requests", "find_protocol"],
         "statistics": [
             "bootstrap_means",

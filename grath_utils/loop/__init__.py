@@ -6,9 +6,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "choice": ["text_health"],
-        "named_models": ["load_policy"],
+        "named_models": ["load_policy", "resolve_name"],
         "comparison": ["comparison_rows", "results"],
-        "run_dir": ["Run", "load_run"],
+        "run_dir": ["Run", "environment_facts", "load_run"],
         "stages": [
             "BASE",
             "check_ready",
