@@ -38,10 +38,10 @@ lab: setup  ## open the notebooks in JupyterLab
 test test-fast: export OMP_NUM_THREADS = 1
 
 test: setup-dev lint  ## lint and all tests, on two cores
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup
+	@$(VENV_PYTHON) -m pytest -n 2 --no-loadscope-reorder
 
 test-fast: setup-dev lint  ## lint and the tests that take seconds: no real model, no notebook
-	@$(VENV_PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not model and not notebook"
+	@$(VENV_PYTHON) -m pytest -n 2 --no-loadscope-reorder -m "not slow and not model and not notebook"
 
 lint: setup-dev
 	@$(VENV_PYTHON) -m ruff check .

@@ -17,17 +17,29 @@ from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import run_questions
 from grath_utils.pairs.generate import Pair
 
+# The test files that use the one smoke run: the same worker does them all.
+SMOKE = ("test_end_to_end.py", "test_browser.py", "test_exercises.py", "test_widgets.py")
 
-@pytest.hookimpl(tryfirst=True)
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one worker, and all that use the one smoke run in the first."""
-    modules = {item.path for item in items if "smoke" in getattr(item, "fixturenames", ())}
+    """Begin with what takes longest, so that no worker waits for it at the end."""
     for item in items:
-        group = "smoke" if item.path in modules else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    # What takes longest begins first, so that no worker waits for it at the end.
+        assert "smoke" not in item.fixturenames or item.path.name in SMOKE, f"{item.path}: SMOKE"
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in modules, item.path not in slow))
+    items.sort(key=lambda item: (item.path.name not in SMOKE, item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give whole files to the workers, and all that use the smoke run to one of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "smoke" if file.endswith(SMOKE) else file
+
+    return WholeFiles(config, log)
 
 
 # Tests never ask a hub for anything; the default model comes from the package index.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -78,7 +81,8 @@ def test_the_rooms_import_one_way_only(tmp_path: Path) -> None:
     ):
         path = tmp_path / "grath_utils" / room / "planted.py"
         path.write_text(planted + "\n", encoding="utf-8")
-        assert lint_imports(tmp_path).returncode == 1, f"{room} may not do: {planted}"
+        done = lint_imports(tmp_path)
+        assert (done.returncode, "BROKEN" in done.stdout) == (1, True), f"{room}: {planted}"
         path.unlink()
 
 
@@ -95,9 +99,34 @@ def test_every_room_is_in_the_contract_the_docstring_and_the_wheel() -> None:
     assert {".".join(path.relative_to(ROOT).parts) for path in folders} <= set(packages)
 
 
-@pytest.mark.parametrize(
-    "module", ["grath_utils", "grath_utils.cli.commands", "grath_utils.config"]
-)
+def imports_of(notebook: Path) -> set[tuple[str, str]]:
+    """Return (module, name) of everything that a notebook imports from the package."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    code = re.sub(r"^\s*[%!].*$", "", code, flags=re.MULTILINE)
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grath_utils")
+        for alias in node.names
+    }
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_notebook_imports_what_the_rooms_offer(notebook: Path) -> None:
+    for module, name in imports_of(notebook):
+        assert module.count(".") <= 1, f"{notebook.name}: import {name} from its room"
+        found = hasattr(importlib.import_module(module), name)
+        assert found or importlib.util.find_spec(f"{module}.{name}"), f"no {name} in {module}"
+
+
+LIGHT = ["grath_utils", "grath_utils.cli.commands", "grath_utils.config", "grath_utils.pairs"]
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_do_not_load_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
