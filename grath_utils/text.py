@@ -1,9 +1,12 @@
-"""Numbers and times as people read them."""
+"""Numbers, times and tables as people read them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from tabulate import tabulate
 
 
 def duration(seconds: float) -> str:
@@ -20,7 +23,44 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def interval(value: float, ci95: Sequence[float], spec: str = ".1f") -> str:
+    """Return ``25.1 [21.0, 29.1]``; ``spec`` is the format of each number."""
+    low, high = ci95
+    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
 def metric_line(metric: Mapping[str, Any]) -> str:
     """Return ``25.1 % [21.0, 29.1], n = 419`` for a metric of an evaluation's result."""
     low, high = metric["ci95"]
     return f"{percent(metric['value'])} % [{percent(low)}, {percent(high)}], n = {metric['n']}"
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    form: str = "plain",
+    *,
+    numbers_from: int | None = None,
+) -> str:
+    """Return rows as a table; floats get three decimals.
+
+    Args:
+        columns: their headings; empty for a table without.
+        rows: one cell a column.
+        form: tabulate's name of the format: ``plain``, ``simple``, ``github``, ``html``.
+        numbers_from: columns from this one on are right-aligned, as are those that begin with a
+            number.
+    """
+    rows = [list(row) for row in rows]
+    sides = [
+        "right"
+        if isinstance(cell, (int, float)) or (numbers_from is not None and i >= numbers_from)
+        else "left"
+        for i, cell in enumerate(rows[0] if rows else [])
+    ]
+    shown = [[f"{c:,.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    text = tabulate(shown, columns, form, disable_numparse=True, colalign=sides)
+    if form == "html":  # Jupyter would put texts to the right and in the middle of high rows
+        text = re.sub(r'<(t[dh]) style="', r'<\1 style="vertical-align: top; ', text)
+        text = re.sub(r"<(t[dh])>", r'<\1 style="vertical-align: top; text-align: left;">', text)
+    return text

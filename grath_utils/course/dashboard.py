@@ -6,9 +6,8 @@ Two kinds of numbers stand side by side: what a round is *judged* by (held-out p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from grath_utils.evaluation.statistics import summarize
 from grath_utils.loop.choice import displacement, margins
@@ -25,16 +24,7 @@ from grath_utils.loop.stages import (
 from grath_utils.pairs.audit import audit_pairs, wilson
 from grath_utils.pairs.generate import read_pairs
 from grath_utils.pairs.words import ngram_f1
-
-
-def choice_line(run: Run) -> str:
-    """Return which round was chosen and why, and why the loop stopped early if it did."""
-    found = round_choice(run)
-    if found is None:
-        return "no round has been measured yet"
-    line = f"chosen without a look at any benchmark: {found.why}"
-    return line + (f"; stopped early, {found.stop}" if found.stop else "")
-
+from grath_utils.text import interval
 
 ROUND_COLUMNS = (
     "model",
@@ -49,6 +39,15 @@ ROUND_COLUMNS = (
 )
 
 
+def choice_line(run: Run) -> str:
+    """Return which round was chosen and why, and why the loop stopped early if it did."""
+    found = round_choice(run)
+    if found is None:
+        return "no round has been measured yet"
+    line = f"chosen without a look at any benchmark: {found.why}"
+    return line + (f"; stopped early, {found.stop}" if found.stop else "")
+
+
 def round_rows(run: Run) -> list[tuple[str, ...]]:
     """Return what each round was judged by, one row a model, in the order of ROUND_COLUMNS.
 
@@ -59,33 +58,30 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
     if found is None:
         return []
     base, rounds = measured_rounds(run)
-
-    def mean(values: Sequence[float] | None) -> str:
-        if values is None or not len(values):
-            return "not measured"
-        summary = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
-        return "{:+.2f} [{:+.2f}, {:+.2f}]".format(summary["value"], *summary["ci95"])
-
     rows = []
-    for label, after, warned in zip(
-        ("base", *(f"round {t + 1}" for t in range(len(rounds)))),
-        (base, *rounds),
-        ((), *found.alarms),
-        strict=True,
-    ):
+    for t, (after, warned) in enumerate(zip((base, *rounds), ((), *found.alarms), strict=True)):
+        means = [
+            _mean(run, v) for v in (margins(base, after), displacement(base, after), after["kl"])
+        ]
         health = after["health"]
         rows.append(
             (
-                label,
-                mean(margins(base, after)),
-                mean(displacement(base, after)),
-                mean(after["kl"]),
+                f"round {t}" if t else "base",
+                *("not measured" if m is None else interval(m[0], m[1:], "+.2f") for m in means),
                 f"{health['words']:.1f}",
                 *(f"{health[key]:.0%}" for key in ("distinct", "repetition", "non_answers")),
                 "; ".join(warned) or "none",
             )
         )
     return rows
+
+
+def _mean(run: Run, values: Sequence[float] | None) -> tuple[float, float, float] | None:
+    """Return (mean, low, high) by the run's bootstrap; None where nothing was measured."""
+    if values is None or not len(values):
+        return None
+    found = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
+    return (found["value"], *found["ci95"])
 
 
 @dataclass(frozen=True)
@@ -105,10 +101,11 @@ def dashboard_panels(run: Run) -> list[Panel]:
 
     First the pairs of each round, then what its model is judged by, then what it reached.
     """
-    return [panel for panel in (*_pair_panels(run), *_signal_panels(run), *_results(run)) if panel]
+    panels = (*_pair_panels(run), *_signal_panels(run), *_result_panels(run))
+    return [panel for panel in panels if panel.points]
 
 
-def _pair_panels(run: Run) -> list[Panel]:
+def _pair_panels(run: Run) -> Iterator[Panel]:
     questions = run_questions(run)
     audits, distances = [], []
     for t in planned_iterations(run):
@@ -118,61 +115,45 @@ def _pair_panels(run: Run) -> list[Panel]:
         found = audit_pairs(pairs, questions)
         audits.append((model_label(t), found.usable, *wilson(found.pairs, found.questions)))
         apart = [1 - ngram_f1(pair.correct, pair.incorrect) for pair in pairs]
-        distances.append((model_label(t), *_summary(run, apart)))
-    if not audits:
-        return []
-    return [
-        Panel("pairs for each question", "share", tuple(audits)),
-        Panel("distance of the two answers", "1 - n-gram F1", tuple(distances)),
-    ]
+        distances.append((model_label(t), *_mean(run, apart)))
+    yield Panel("pairs for each question", "share", tuple(audits))
+    yield Panel("distance of the two answers", "1 - n-gram F1", tuple(distances))
 
 
-def _signal_panels(run: Run) -> list[Panel]:
+def _signal_panels(run: Run) -> Iterator[Panel]:
     base, rounds = measured_rounds(run)
     if not base:
-        return []
-    models = [(BASE, base), *((model_label(t), found) for t, found in enumerate(rounds))]
-
-    def panel(
-        title: str, unit: str, values: Callable[[Any], Sequence[float] | None]
-    ) -> Panel | None:
-        found = [(label, values(signals)) for label, signals in models]
-        points = tuple((label, *_summary(run, v)) for label, v in found if v is not None and len(v))
-        return Panel(title, unit, points, ("base", 0.0)) if points else None
-
-    def health(title: str, unit: str, key: str) -> Panel:
-        points = tuple((label, signals["health"][key], None, None) for label, signals in models)
-        return Panel(title, unit, points)
-
-    panels = [
-        panel("held-out margin", "nats", lambda s: margins(base, s)),
-        panel("gain of the chosen answers", "nats", lambda s: displacement(base, s)),
-        panel("drift: KL to the base", "nats a token", lambda s: s["kl"]),
-        health("length of free answers", "words", "words"),
-        health("distinct two-word sequences", "share", "distinct"),
-        health("answers that refuse", "share", "non_answers"),
-    ]
-    return [found for found in panels if found]
+        return
+    models = {BASE: base} | {model_label(t): found for t, found in enumerate(rounds)}
+    for title, unit, values in (
+        ("held-out margin", "nats", lambda after: margins(base, after)),
+        ("gain of the chosen answers", "nats", lambda after: displacement(base, after)),
+        ("drift: KL to the base", "nats a token", lambda after: after["kl"]),
+    ):
+        means = {label: _mean(run, values(after)) for label, after in models.items()}
+        points = tuple((label, *mean) for label, mean in means.items() if mean)
+        yield Panel(title, unit, points, ("base", 0.0))
+    for title, unit, key in (
+        ("length of free answers", "words", "words"),
+        ("distinct two-word sequences", "share", "distinct"),
+        ("answers that refuse", "share", "non_answers"),
+    ):
+        points = tuple((label, after["health"][key], None, None) for label, after in models.items())
+        yield Panel(title, unit, points)
 
 
-def _results(run: Run) -> list[Panel]:
+def _result_panels(run: Run) -> Iterator[Panel]:
     """Every benchmark's first two metrics; MC2 beside what equal probabilities would give."""
-    panels = []
     for benchmark, models in results(run).items():
-        for metric in list(next(iter(models.values()))["metrics"])[:2]:
-            points, line = [], None
+        last = list(models.values())[-1]
+        for metric in list(last["metrics"])[:2]:
+            points = []
             for label, result in models.items():
                 value = result["metrics"][metric]
                 points.append((label, *(100 * x for x in (value["value"], *value["ci95"]))))
-                uniform = result["controls"].get(f"uniform_{metric}")
-                line = ("uniform", 100 * uniform) if uniform is not None else None
-            panels.append(Panel(f"{benchmark}: {metric}", "percent", tuple(points), line))
-    return panels
-
-
-def _summary(run: Run, values: Sequence[float]) -> tuple[float, float, float]:
-    found = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
-    return (found["value"], *found["ci95"])
+            uniform = last["controls"].get(f"uniform_{metric}")
+            line = None if uniform is None else ("uniform", 100 * uniform)
+            yield Panel(f"{benchmark}: {metric}", "percent", tuple(points), line)
 
 
 def sample_rows(run: Run, number: int = 10) -> tuple[list[str], list[tuple[str, ...]]]:

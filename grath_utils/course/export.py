@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def model_card(run: Run, iteration: int) -> str:
 
 def ask_both(
     run: Run, questions: Iterable[str], *, max_new_tokens: int = 60
-) -> Iterable[tuple[str, str, str]]:
+) -> Iterator[tuple[str, str, str]]:
     """Yield (question, the base model's answer, the trained model's), greedy.
 
     The trained model is the chosen round's; before the rounds are measured, the last one trained.

@@ -10,23 +10,35 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import matplotlib.pyplot as plt
 from IPython.display import Image, display
-from matplotlib.figure import Figure
 
 from grath_utils.course.export import ask_both
 from grath_utils.course.notebooks import Table
 from grath_utils.errors import GrathError
-from grath_utils.figures import plots
+from grath_utils.figures.plots import plot_dpo_point
 from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.generate import Pair
 
 EXAMPLES = ("Do we use only ten percent of our brains?", "Do goldfish forget within seconds?")
-USABLE = "usable pairs"
+
+
+def _show(shown: Any) -> Callable[[Any], None]:
+    """Show something; return a function that shows another thing in its place."""
+    handle = display(shown, display_id=True)
+    return handle.update if handle is not None else lambda shown: None  # None outside IPython
+
+
+def _ipywidgets() -> ModuleType | None:
+    try:
+        import ipywidgets
+    except ImportError:
+        return None
+    return ipywidgets
 
 
 def explore_dpo_loss(beta: float = 0.1, contrast: float = 5.0) -> Any:
@@ -40,29 +52,30 @@ def explore_dpo_loss(beta: float = 0.1, contrast: float = 5.0) -> Any:
         The sliders, or None without ipywidgets.
     """
 
-    def draw() -> Image:
-        return _picture(plots.plot_dpo_point(state["beta"], state["contrast"]))
+    def draw(beta: float, contrast: float) -> Image:
+        figure, buffer = plot_dpo_point(beta, contrast), io.BytesIO()
+        with plt.rc_context({"savefig.bbox": "standard"}):  # equal sizes: no jumping while dragging
+            figure.savefig(buffer, format="png", dpi=figure.dpi)
+        plt.close(figure)  # pyplot would keep every one of them
+        return Image(buffer.getvalue(), alt="The DPO loss against the contrast of a pair")
 
-    state = {"beta": beta, "contrast": contrast}
-    redraw = _show(draw)
+    update = _show(draw(beta, contrast))
     kit = _ipywidgets()
     if kit is None:
         return None
     # A drag sends a value at its end only: each one costs a drawing.
-    layout = {"style": {"description_width": "9em"}, "layout": kit.Layout(width="32em")}
-    sliders = {
-        "beta": kit.FloatLogSlider(
-            value=beta, min=-2, max=0, step=0.05, description="beta",
-            readout_format=".3g", continuous_update=False, **layout,
-        ),
-        "contrast": kit.FloatSlider(
-            value=contrast, min=-40, max=40, step=0.5, description="contrast (nats)",
-            readout_format=".1f", continuous_update=False, **layout,
-        ),
-    }  # fmt: skip
-    for name, slider in sliders.items():
-        slider.observe(lambda change, name=name: _change(state, name, change, redraw), "value")
-    return kit.VBox(list(sliders.values()))
+    look = {"style": {"description_width": "9em"}, "layout": kit.Layout(width="32em"),
+            "continuous_update": False}  # fmt: skip
+    betas = kit.FloatLogSlider(
+        value=beta, min=-2, max=0, step=0.05, description="beta", readout_format=".3g", **look
+    )
+    contrasts = kit.FloatSlider(
+        value=contrast, min=-40, max=40, step=0.5, description="contrast (nats)",
+        readout_format=".1f", **look,
+    )  # fmt: skip
+    for slider in (betas, contrasts):
+        slider.observe(lambda _: update(draw(betas.value, contrasts.value)), "value")
+    return kit.VBox([betas, contrasts])
 
 
 def browse_pairs(
@@ -78,49 +91,47 @@ def browse_pairs(
     Returns:
         The controls, or None without ipywidgets.
     """
-    reasons = Counter(str(row["reason"]) for row in rejects)
-    kinds = {f"{USABLE} ({len(pairs)})": USABLE}
-    kinds |= {f"rejected, {r} ({n})": r for r, n in reasons.most_common()}
-    state = {"kind": USABLE, "text": "", "page": 1}
+    usable = Table(
+        ["question", "correct (chosen)", "incorrect (rejected)"],
+        [(pair.question, pair.correct, pair.incorrect) for pair in pairs],
+    )
+    kinds = {f"usable pairs ({len(pairs)})": usable}
+    for reason, n in Counter(row["reason"] for row in rejects).most_common():
+        kinds[f"rejected, {reason} ({n})"] = Table(
+            ["question", "completion"],
+            [(row["question"], row["completion"]) for row in rejects if row["reason"] == reason],
+        )
 
-    def found() -> tuple[list[str], list[tuple[str, ...]]]:
-        if state["kind"] == USABLE:
-            head = ["question", "correct (chosen)", "incorrect (rejected)"]
-            every = [(p.question, p.correct, p.incorrect) for p in pairs]
-        else:
-            head = ["question", "completion"]
-            chosen = [row for row in rejects if row["reason"] == state["kind"]]
-            every = [(str(row["question"]), str(row["completion"])) for row in chosen]
-        wanted = state["text"].casefold()
-        return head, [row for row in every if wanted in " ".join(row).casefold()]
+    def page_of(found: Table, number: int) -> Table:
+        return Table(found.columns, found.rows[rows * (number - 1) : rows * number])
 
-    def draw() -> Table:
-        head, every = found()
-        start = rows * (state["page"] - 1)
-        return Table(head, every[start : start + rows])
-
-    redraw = _show(draw)
+    update = _show(page_of(usable, 1))
     kit = _ipywidgets()
     if kit is None:
         return None
-    kind = kit.Dropdown(options=list(kinds.items()), value=USABLE, description="show")
+    kind = kit.Dropdown(options=list(kinds), description="show")
     text = kit.Text(description="contains", placeholder="any", continuous_update=False)
     page = kit.BoundedIntText(value=1, min=1, description="page")
     count = kit.Label()
 
-    def narrow(change: Mapping[str, Any] | None = None) -> None:
-        state.update(kind=kind.value, text=text.value, page=1)
-        n = len(found()[1])
+    def matching() -> Table:
+        every, wanted = kinds[kind.value], text.value.casefold()
+        return Table(every.columns, [r for r in every.rows if wanted in " ".join(r).casefold()])
+
+    def count_pages() -> None:
+        n = len(matching().rows)
         page.max = max(-(-n // rows), 1)
         page.value = 1
         count.value = f"{n} found, {page.max} page{'s' if page.max > 1 else ''}"
-        if change is not None:
-            redraw()
 
-    narrow()
-    kind.observe(narrow, "value")
-    text.observe(narrow, "value")
-    page.observe(lambda change: _change(state, "page", change, redraw), "value")
+    def redraw(change: Any) -> None:
+        if change.owner is not page:
+            count_pages()
+        update(page_of(matching(), page.value))
+
+    count_pages()
+    for control in (kind, text, page):
+        control.observe(redraw, "value")
     return kit.VBox([kit.HBox([kind, text]), kit.HBox([page, count])])
 
 
@@ -141,21 +152,16 @@ def ask_side_by_side(
         UsageError: no round has been trained yet.
     """
     waiting: list[str] = []
-
-    def asked() -> Iterator[str]:
-        while True:
-            yield waiting.pop()
-
-    answers = iter(ask_both(run, asked(), max_new_tokens=max_new_tokens))  # loads both models once
     answered: list[tuple[str, str, str]] = []
+    answers = ask_both(run, iter(waiting.pop, None), max_new_tokens=max_new_tokens)
 
-    def ask(question: str) -> None:
-        waiting.append(question)
-        answered.insert(0, next(answers))
+    def ask(*questions: str) -> Table:
+        for question in questions:
+            waiting.append(question)
+            answered.insert(0, next(answers))  # the first one loads both models
+        return Table(["question", "base model", "trained model"], list(answered))
 
-    for question in reversed(questions):
-        ask(question)
-    redraw = _show(lambda: Table(["question", "base model", "trained model"], list(answered)))
+    update = _show(ask(*reversed(questions)))
     kit = _ipywidgets()
     if kit is None:
         return None
@@ -170,8 +176,7 @@ def ask_side_by_side(
             return
         button.disabled, status.value = True, "answering ..."
         try:
-            ask(question)
-            redraw()
+            update(ask(question))
             status.value = ""
         except (GrathError, StopIteration, RuntimeError) as error:
             status.value = f"No answer: {error or 'run this cell again'}"
@@ -180,41 +185,3 @@ def ask_side_by_side(
 
     button.on_click(clicked)
     return kit.VBox([kit.HBox([box, button]), status])
-
-
-# --- common --------------------------------------------------------------------------------------
-
-
-def _ipywidgets() -> ModuleType | None:
-    try:
-        import ipywidgets
-    except ImportError:
-        return None
-    return ipywidgets
-
-
-def _show(draw: Callable[[], Any]) -> Callable[[], None]:
-    """Show what ``draw`` makes; return what draws it anew in the same place."""
-    handle = display(draw(), display_id=True)
-
-    def redraw() -> None:
-        if handle is not None:  # None outside IPython
-            handle.update(draw())
-
-    return redraw
-
-
-def _change(
-    state: dict[str, Any], name: str, change: Mapping[str, Any], redraw: Callable[[], None]
-) -> None:
-    state[name] = change["new"]
-    redraw()
-
-
-def _picture(figure: Figure) -> Image:
-    """Return a figure as a picture, and let go of it: pyplot would keep every one of them."""
-    buffer = io.BytesIO()
-    with plt.rc_context({"savefig.bbox": "standard"}):  # equal sizes: no jumping while dragging
-        figure.savefig(buffer, format="png", dpi=figure.dpi)
-    plt.close(figure)
-    return Image(buffer.getvalue(), alt="The DPO loss against the contrast of a pair")

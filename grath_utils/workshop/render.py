@@ -28,14 +28,14 @@ from typing import Any
 
 import nbformat
 
-from grath_utils.course.notebooks import (
+from grath_utils.course.execute import (
     WIDGET,
     execute_notebook,
     is_current,
-    numbered_notebooks,
     run_notebooks,
     work_done,
 )
+from grath_utils.course.notebooks import numbered_notebooks
 from grath_utils.errors import GrathError, UsageError
 from grath_utils.files import cache_dir, notebooks_dir, write_text
 from grath_utils.loop.run_dir import Run, environment_facts, lock_run

@@ -104,7 +104,7 @@ def test_controls_redraw_in_place(lab: Lab, browser: Browser, tmp_path: Path) ->
     """The cells of notebooks 1 and 2 as they are; around them only what they need."""
     expect = pytest.importorskip("playwright.sync_api").expect
     needs = (
-        "from grath_utils import plots\nfrom grath_utils.pairs.generate import Pair\n"
+        "from grath_utils.figures import plots\nfrom grath_utils.pairs.generate import Pair\n"
         "plots.use_style()\nbeta, rejects = 0.1, []\n"
         'names = ("sun", "moon")\n'
         'train = [Pair(n, f"What is the {n}?", f"A {n}.", "A lamp.", 0) for n in names]'
@@ -125,7 +125,7 @@ def test_controls_redraw_in_place(lab: Lab, browser: Browser, tmp_path: Path) ->
         assert before
         handles.first.press("ArrowRight")
         expect(picture).not_to_have_attribute("src", before, timeout=30_000)
-        assert picture.count() == 1, "drawn anew, not once more"
+        assert picture.count() == 1, "drawn again, not once more"
         cell = tab.page.locator(".jp-CodeCell", has_text="browse_pairs")
         rows = cell.locator("tbody tr")
         expect(rows).to_have_count(2)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from grath_utils.config import load_config
+from grath_utils.course.execute import execute_notebook
 from grath_utils.course.exercises import nb00, nb04, nb06
 from grath_utils.course.exercises.catalogue import EXERCISES, check
 from grath_utils.course.exercises.judging import NONE_YET, NOT_YET, RIGHT, score_answers
-from grath_utils.course.notebooks import execute_notebook, numbered_notebooks
-from grath_utils.dpo.round import preference_loss
+from grath_utils.course.notebooks import numbered_notebooks
+from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
 from grath_utils.files import read_jsonl
@@ -128,7 +129,7 @@ def positive(
     ("answer", "state", "says"),
     [
         (positive, RIGHT, "no longer won"),
-        (lambda *a: preference_loss(*a)[0], NOT_YET, "costs nothing extra"),
+        (lambda *a: dpo_loss(*a)[0], NOT_YET, "costs nothing extra"),
         (lambda *a: positive(*a, weight=0.5), NOT_YET, "weigh the new term more"),
         (lambda *a: positive(*a) + 1, NOT_YET, "DPO's own"),
         (lambda *a: positive(*(v if v == a[-1] else v.detach() for v in a)), NOT_YET, "used"),

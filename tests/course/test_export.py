@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from grath_utils.cli import main
 from grath_utils.config import load_config
@@ -15,7 +17,7 @@ from grath_utils.errors import ModelError, UsageError
 from grath_utils.files import write_jsonl
 from grath_utils.loop.named_models import load_policy
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import run_questions, start_run, train_iteration
+from grath_utils.loop.stages import evaluate_model, run_questions, start_run, train_iteration
 from grath_utils.pairs.generate import Pair
 
 
@@ -72,14 +74,13 @@ def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
     assert "1 of 1 rounds of 3 steps of 4 pairs" in card
     assert "Not measured in this run." in card
     assert "benchmark text inside the prompts: none" in card
-    from grath_utils.loop.stages import evaluate_model
-
     for label in (None, 0):
         for benchmark in run.config.evaluation.benchmarks:
             evaluate_model(run, label, benchmark, progress=False)
-    measured = model_card(run, 0)
-    assert "| probe | mc1 |" in measured
-    assert "Not measured" not in measured
+    measured = ModelCard(model_card(run, 0))
+    assert measured.data.library_name == "peft"
+    assert re.search(r"^\| probe +\| mc1 +\|", measured.text, re.MULTILINE)
+    assert "Not measured" not in measured.text
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
     [
         ("pick", "a control for GRATH", "all picked by the model"),
         ("gold", "a control for GRATH", "all annotated"),
-        ("random", "a placebo for GRATH", "all drawn by lot"),
+        ("random", "a placebo for GRATH", "all drawn at random"),
     ],
 )
 def test_the_card_of_a_control_does_not_speak_of_own_answers(

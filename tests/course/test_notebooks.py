@@ -1,265 +1,161 @@
-"""Running notebooks unattended, and the form that every course notebook keeps."""
+"""The form that every notebook keeps, of the course and of the side trips in ``appendix``."""
 
 from __future__ import annotations
 
 import ast
-import json
+import itertools
 import re
 import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
-from papermill.exceptions import PapermillExecutionError
 
-from grath_utils.config import load_config
-from grath_utils.course.notebooks import (
-    PARAMETERS,
-    _injected,
-    default_run_dir,
-    execute_notebook,
-    main_line,
-    numbered_notebooks,
-    refuse_unknown_parameters,
-    run_notebooks,
-    run_parameters,
-)
-from grath_utils.errors import GrathError, RunError, UsageError
-from grath_utils.loop.run_dir import open_run
+from grath_utils.course.execute import execute_notebook
+from grath_utils.course.notebooks import PARAMETERS, numbered_notebooks
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = ROOT / "notebooks"
 COURSE = numbered_notebooks()
-SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-    "urls"
-]["Repository"]
+APPENDIX = sorted((NOTEBOOKS / "appendix").glob("*.ipynb"))
+NEEDS_MODEL = {"nf4_by_hand"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+REPOSITORY = PYPROJECT["project"]["urls"]["Repository"]
+
+every_notebook = pytest.mark.parametrize("path", [*COURSE, *APPENDIX], ids=lambda path: path.stem)
 
 
-def read(path: Path) -> nbformat.NotebookNode:
-    return nbformat.read(path, as_version=4)
+def prose(path: Path) -> str:
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
-def code_of(notebook: nbformat.NotebookNode) -> list[str]:
-    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
 
 
-def write(path: Path, *cells: str) -> Path:
-    """Write a notebook whose first cell is its parameters cell."""
-    nodes = [nbformat.v4.new_code_cell(source) for source in cells]
-    nodes[0].metadata["tags"] = ["parameters"]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=nodes, metadata=kernel), path)
-    return path
+def is_parameters(cell: nbformat.NotebookNode) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
 
 
-# --- unattended ----------------------------------------------------------------------------------
+def folded_solutions(path: Path) -> list[str]:
+    """Return the code of the solutions that unfold below the exercises of a side trip."""
+    return re.findall(r"<summary>Solution</summary>\n\n```python\n(.*?)```", prose(path), re.DOTALL)
 
 
-def test_parameters_carry_a_whole_configuration(tmp_path: Path) -> None:
-    config = load_config(
-        "smoke",
-        {
-            "dpo.beta": 0.05,
-            "questions.source": "my own questions.jsonl",
-            "lora.targets": ["q_proj", "v_proj"],
-            "evaluation.limit": None,
-            "questions.skip_bad": True,
-        },
-        seed=9,
-    )
-    run = open_run(tmp_path / "run", config)
-    parameters = run_parameters(run)
-    assert tuple(parameters) == PARAMETERS
-    again = load_config(parameters["PROFILE"], parameters["OVERRIDES"], seed=parameters["SEED"])
-    assert again == config
-    plain = open_run(tmp_path / "plain", load_config("smoke"))
-    assert run_parameters(plain)["OVERRIDES"] == ""
-
-
-def test_kernels_do_not_warn_of_their_own_connection(tmp_path: Path, capfd) -> None:
-    execute_notebook(write(tmp_path / "x.ipynb", "X = 1"), tmp_path / "out.ipynb", {"X": 2})
-    assert "WARNING" not in capfd.readouterr().err
-
-
-def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run", load_config("smoke"))
-    counter = tmp_path / "count.txt"
-    source = write(
-        tmp_path / "01_x.ipynb",
-        'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""',
-        f"open({str(counter)!r}, 'a').write('x'); print(PROFILE, SEED, RUN_DIR)",
-    )
-    lines: list[str] = []
-    (executed,) = run_notebooks(run, [source], say=lines.append)
-    assert executed == run.executed_notebooks / "01_x.ipynb"
-    assert f"smoke 0 {run.path}" in json.dumps(read(executed).cells[-1]["outputs"])
-    assert re.fullmatch(r"01_x +done in \d+ s", lines[0])
-    run_notebooks(run, [source], say=lines.append)
-    assert lines[1].endswith("done before")
-    assert counter.read_text() == "x"
-    kept = read(executed).metadata["grath_execution"]
-    assert kept["seconds"] > 0
-    assert kept["peak_memory_gib"] > 0
-    assert (kept["stages"], kept["files"]) == ([], 0)
-    assert kept["earlier"] is None
-    write(source, 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""', "print('changed')")
-    run_notebooks(run, [source], say=lines.append)
-    assert "changed" in json.dumps(read(executed).cells[-1]["outputs"])
-    assert read(executed).metadata["grath_execution"]["earlier"] == {
-        name: value for name, value in kept.items() if name != "earlier"
-    }
-
-
-def test_a_failing_cell_is_named_and_the_notebook_kept(tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "bad.ipynb", "X = 1", "print('so far')", "raise ValueError('no luck')"
-    )
-    target = tmp_path / "out" / "bad.ipynb"
-    with pytest.raises(GrathError, match=r"bad.ipynb, cell \d+: ValueError: no luck") as caught:
-        execute_notebook(source, target, {"X": 2})
-    kept = tmp_path / "out" / "bad.failed.ipynb"
-    assert str(kept) in str(caught.value)
-    assert "so far" in kept.read_text(encoding="utf-8")
-    assert not target.exists()
-
-
-def test_a_dead_kernel_is_named(tmp_path: Path) -> None:
-    source = write(tmp_path / "dies.ipynb", "X = 1", "import os; os._exit(9)")
-    with pytest.raises(GrathError, match="dies.ipynb: the kernel died"):
-        execute_notebook(source, tmp_path / "out.ipynb", {"X": 2})
-    assert not (tmp_path / "out.ipynb").exists()
-
-
-def test_a_cell_that_takes_too_long_is_named(tmp_path: Path) -> None:
-    source = write(tmp_path / "slow.ipynb", "X = 1", "print('so far')", "while True: X += 1")
-    with pytest.raises(RunError, match=r"slow.ipynb, cell \d+ \(while True: X \+= 1\)") as caught:
-        execute_notebook(source, tmp_path / "out.ipynb", {"X": 2}, cell_timeout=2)
-    assert "not done after 2 s, the --cell-timeout" in str(caught.value)
-    kept = tmp_path / "out.failed.ipynb"
-    assert str(kept) in str(caught.value)
-    assert "so far" in kept.read_text(encoding="utf-8")
-    assert not (tmp_path / "out.ipynb").exists()
-
-
-def test_papermill_alone_refuses_an_unknown_parameter_too(tmp_path: Path) -> None:
-    import papermill
-
-    cell = "from grath_utils.course.notebooks import open_notebook_run\n"
-    cell += "open_notebook_run(PROFILE, RUN_DIR, SEED, OVERRIDES)"
-    parameters = 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""'
-    source = write(tmp_path / "x.ipynb", parameters, cell)
-    with pytest.raises(PapermillExecutionError, match='no parameter "PROFIL"; did you mean "PROF'):
-        papermill.execute_notebook(
-            source, tmp_path / "out.ipynb", {"SEED": 1, "PROFIL": "smoke"}, progress_bar=False,
-            kernel_name="python3",
-        )  # fmt: skip
-    assert not (tmp_path / "runs").exists()
-
-
-def test_only_papermills_own_cell_is_looked_at() -> None:
-    refuse_unknown_parameters()  # no notebook here, nothing to refuse
-    assert _injected('# Parameters\nPROFIL = "x"\nSEED = 3\n') == ["PROFIL", "SEED"]
-    assert _injected("# My parameters\nX = 1") == []
-
-
-def test_executed_notebooks_keep_no_widgets(tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "w.ipynb",
-        "X = 1",
-        "import ipywidgets\nfrom tqdm.auto import tqdm\n"
-        "for _ in tqdm(range(3)): pass\nprint('stays')\nipywidgets.IntSlider(value=7)",
-    )
-    execute_notebook(source, tmp_path / "out.ipynb", {"X": 2})
-    executed = read(tmp_path / "out.ipynb")
-    assert "widgets" not in executed.metadata
-    assert [out.output_type for out in executed.cells[-1].outputs] == ["stream"]
-    assert executed.cells[-1].outputs[0].text == "stays\n"
-
-
-def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
-    source = write(tmp_path / "x.ipynb", "PROFILE = 'cpu'")
-    with pytest.raises(UsageError, match='has no parameter "PROFIL"; did you mean "PROFILE"'):
-        execute_notebook(source, tmp_path / "out.ipynb", {"PROFIL": "smoke"})
-
-
-def test_the_default_run_directory_does_not_depend_on_where_one_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert default_run_dir("cpu") == ROOT / "runs" / "cpu"
-    assert default_run_dir("somewhere/mine.yaml") == ROOT / "runs" / "mine"
-
-
-def test_the_main_line_is_the_run_and_leaves_out_what_stands_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("00_a", "04_b", "05_c", "10_d"):
-        write(tmp_path / f"{name}.ipynb", 'PROFILE = "cpu"')
-    monkeypatch.setattr("grath_utils.course.notebooks.notebooks_dir", lambda: tmp_path)
-    assert [path.stem for path in numbered_notebooks()] == ["00_a", "04_b", "05_c", "10_d"]
-    assert [path.stem for path in main_line()] == ["00_a", "04_b"]
-
-
-# --- the form of the course's notebooks ----------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+@every_notebook
 def test_one_typed_documented_parameters_cell(path: Path) -> None:
     import papermill
 
-    tagged = [c for c in read(path).cells if "parameters" in c.metadata.get("tags", [])]
-    assert len(tagged) == 1
+    assert sum(map(is_parameters, code_cells(path))) == 1
     found = papermill.inspect_notebook(str(path))
-    assert tuple(found) == PARAMETERS
-    types = {"PROFILE": "str", "RUN_DIR": "str", "SEED": "int", "OVERRIDES": "str"}
+    types = {name: parameter["inferred_type_name"] for name, parameter in found.items()}
+    if path in COURSE:
+        assert tuple(found) == PARAMETERS
+        assert types == {"PROFILE": "str", "RUN_DIR": "str", "SEED": "int", "OVERRIDES": "str"}
+    assert "SEED" in found
+    assert set(types.values()) <= {"str", "int", "float"}
     for name, parameter in found.items():
-        assert parameter["inferred_type_name"] == types[name]
         assert parameter["help"], f"{path.name}: {name} has no help"
         ast.literal_eval(parameter["default"])
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
-def test_every_notebook_has_the_parts_that_readers_look_for(path: Path) -> None:
-    notebook = read(path)
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+@every_notebook
+def test_it_has_the_parts_that_readers_look_for(path: Path) -> None:
+    text = prose(path)
     for part in ("What you will learn", "What it costs", "Gotcha", "Exercises", "Recap"):
         assert part in text, f"{path.name} lacks {part!r}"
     for level in ("Easy", "Medium", "Hard"):
         assert re.search(rf"^#+ .*{level}", text, re.MULTILINE), f"{path.name}: no {level} exercise"
+    place = f"blob/main/{path.relative_to(ROOT).as_posix()}"
     owner = REPOSITORY.removeprefix("https://github.com/")
-    assert f"colab.research.google.com/github/{owner}/blob/main/notebooks/{path.name}" in text
-    assert f"kaggle.com/kernels/welcome?src={REPOSITORY}/blob/main/notebooks/{path.name}" in text
-    assert f"solutions/{path.name}" in text
-    following = [p for p in COURSE if p.name > path.name]
-    if following:
-        assert f"]({following[0].name})" in text, f"{path.name}: no link to the next notebook"
+    assert f"colab.research.google.com/github/{owner}/{place}" in text
+    assert f"kaggle.com/kernels/welcome?src={REPOSITORY}/{place}" in text
     assert "COSTS" not in text
     assert "TODO" not in text
 
 
-def test_the_set_up_cell_is_the_same_everywhere() -> None:
-    firsts = {code_of(read(path))[0] for path in COURSE}
-    assert len(firsts) == 1
-    assert REPOSITORY in firsts.pop()
+@every_notebook
+def test_the_set_up_cell_is_the_same_everywhere(path: Path) -> None:
+    first = code_cells(path)[0].source
+    assert first == code_cells(COURSE[0])[0].source
+    assert REPOSITORY in first
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+@every_notebook
 def test_cells_are_short_and_hold_no_plumbing(path: Path) -> None:
-    for cell in read(path).cells[2:]:
-        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
-            lines = [line for line in cell.source.splitlines() if line.strip()]
-            assert len(lines) <= 16, f"{path.name}, cell {cell.id}: {len(lines)} lines"
+    for cell in code_cells(path)[1:]:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 16, f"{path.name}, cell {cell.id}: {len(lines)} lines"
+
+
+@every_notebook
+def test_no_path_of_a_machine(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/(home|Users|root|work|tmp)/\w+", text)
 
 
 def test_no_function_is_defined_in_two_notebooks() -> None:
     seen: dict[str, str] = {}
-    for path in COURSE:
-        for source in code_of(read(path)):
-            for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))):
+    for path in [*COURSE, *APPENDIX]:
+        for cell in code_cells(path):
+            source = re.sub(r"^[%!].*$", "", cell.source, flags=re.MULTILINE)
+            for node in ast.walk(ast.parse(source)):
                 if isinstance(node, ast.FunctionDef):
-                    assert node.name not in seen, f"{node.name}: {seen[node.name]}, {path.name}"
-                    seen[node.name] = path.name
+                    first = seen.setdefault(node.name, path.name)
+                    assert first == path.name, f"{node.name}: {first}, {path.name}"
 
 
-def test_the_exercises_have_solutions() -> None:
-    assert [p.name for p in SOLUTIONS] == [p.name for p in COURSE]
+def test_the_course_leads_on_and_its_exercises_have_solutions() -> None:
+    for path, following in itertools.pairwise(COURSE):
+        assert f"]({following.name})" in prose(path), f"{path.name}: no link to the next notebook"
+    for path in COURSE:
+        assert f"solutions/{path.name}" in prose(path)
+    assert [p.name for p in sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))] == [
+        path.name for path in COURSE
+    ]
+
+
+def test_the_side_trips_know_each_other_and_the_readme_knows_them() -> None:
+    assert [path.stem for path in APPENDIX] == [
+        "dpo_by_hand",
+        "mc_metrics_and_how_they_mislead",
+        "nf4_by_hand",
+        "recipe_search",
+    ]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in APPENDIX:
+        text = prose(path)
+        assert text.count("<summary>Hint</summary>") == 3
+        assert len(folded_solutions(path)) == 3
+        for other in APPENDIX:
+            assert other == path or f"]({other.name})" in text, f"{path.name}: {other.name}?"
+        assert f"(notebooks/appendix/{path.name})" in readme
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.model] * (path.stem in NEEDS_MODEL))
+        for path in APPENDIX
+    ],
+)
+def test_a_side_trip_runs_from_top_to_bottom_and_so_do_its_solutions(
+    path: Path, tmp_path: Path
+) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in folded_solutions(path)]
+    source = tmp_path / path.name
+    nbformat.write(notebook, source)
+    execute_notebook(source, tmp_path / "executed.ipynb", {"SEED": 0})
+    executed = nbformat.read(tmp_path / "executed.ipynb", as_version=4)
+    outputs = [out for cell in executed.cells for out in cell.get("outputs", [])]
+    assert not [out for out in outputs if out.output_type == "error"]
+    pictures = [out for out in outputs if "image/png" in out.get("data", {})]
+    assert len(pictures) >= 4
+    assert len(executed.cells) >= len(notebook.cells)
+    # A library's warnings are no part of the lesson.
+    noise = [out.text for out in outputs if out.get("name") == "stderr"]
+    assert not noise, f"{path.name} prints to stderr: {noise}"

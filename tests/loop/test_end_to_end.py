@@ -16,13 +16,14 @@ from conftest import finish, start
 from safetensors.torch import load_file
 
 from grath_utils.config import load_config
-from grath_utils.course.notebooks import main_line, numbered_notebooks, run_notebooks
-from grath_utils.course.report import percent
+from grath_utils.course.execute import run_notebooks
+from grath_utils.course.notebooks import main_line, numbered_notebooks
 from grath_utils.files import data_dir, read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop.comparison import comparison_rows
 from grath_utils.loop.named_models import load_policy
 from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import plan_stages, planned_iterations, start_run
+from grath_utils.text import percent
 
 pytestmark = [pytest.mark.model, pytest.mark.notebook]
 
@@ -41,7 +42,7 @@ def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> 
     ]
     assert len(lines) > len(names)
     for line, name in zip(lines, names, strict=False):
-        assert re.fullmatch(rf"{name} +done in (\d+ min )?\d+ s", line)
+        assert re.fullmatch(rf"{name} +done in [\d.]+ (s|min)", line)
     assert f"Report: {run.report}" in lines
     assert any(re.match(r"probe +mc1 +16 ", line) for line in lines)
     assert any(re.match(r"retention +acc +16 ", line) for line in lines)
@@ -116,7 +117,7 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.inside:
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.strip()
 
 
 def test_the_report_shows_the_numbers_of_the_evaluation_files(smoke) -> None:

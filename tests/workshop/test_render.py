@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from grath_utils.config import load_config
-from grath_utils.course.notebooks import is_current
+from grath_utils.course.execute import is_current
 from grath_utils.errors import GrathError, UsageError
 from grath_utils.loop.run_dir import open_run
 from grath_utils.workshop import render as rendering

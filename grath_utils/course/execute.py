@@ -1,0 +1,255 @@
+"""Execute notebooks unattended, and keep in each copy what its execution took.
+
+That is in the copy's metadata, under ``grath_execution``::
+
+    seconds, date
+    peak_memory_gib   highest resident sizes of the kernel and what it started, together
+    stages, files     of the run: which stages were done, how many files it gained
+    earlier           the same facts of an earlier execution which had more to do
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from grath_utils.course.notebooks import run_parameters
+from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
+from grath_utils.files import atomic_path, read_json
+from grath_utils.loop.run_dir import Run, lock_run
+from grath_utils.loop.stages import plan_stages
+from grath_utils.text import duration
+
+WIDGET = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
+QUIET_KERNEL = "--IPKernelApp.log_level=40"  # errors only: it warns of its own local connection
+
+
+def run_notebooks(
+    run: Run,
+    notebooks: list[Path],
+    *,
+    cell_timeout: int | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Execute notebooks in order with the run's configuration; one line of progress for each.
+
+    The executed copies land in ``RUN/notebooks/``. One that was executed before, from the same
+    code, is not executed again.
+
+    Raises:
+        GrathError: a cell failed; the message names notebook and cell, and the notebook as far as
+            it came is kept as ``NAME.failed.ipynb``.
+    """
+    targets = [run.executed_notebooks / path.name for path in notebooks]
+    with lock_run(run):
+        for path, target in zip(notebooks, targets, strict=True):
+            if is_current(target, path):
+                say(f"{path.stem:24} done before")
+                continue
+            if sys.stdout.isatty():  # a passing line: a log file gets only what stays
+                print(f"{path.stem:24} running ...", end="\r", flush=True)
+            start, gained = time.monotonic(), _gains(run, target)
+            execute_notebook(
+                path, target, run_parameters(run), cell_timeout=cell_timeout, facts=gained
+            )
+            say(f"{path.stem:24} done in {duration(time.monotonic() - start)}")
+    return targets
+
+
+def is_current(target: Path, source: Path) -> bool:
+    """Return True if an executed notebook was made from the code as it is now; prose may differ."""
+    return target.is_file() and _code(target) == _code(source)
+
+
+def _code(notebook: Path) -> list[str]:
+    return [
+        "".join(cell["source"])
+        for cell in read_json(notebook)["cells"]
+        if cell["cell_type"] == "code"
+        and "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
+
+
+# --- what an execution had to do -----------------------------------------------------------------
+
+
+def _gains(run: Run, target: Path) -> Callable[[], dict[str, Any]]:
+    """Return a function that says what the run has gained from now until it is called."""
+
+    def state() -> tuple[set[str], int]:
+        """Finished stages, and the number of files: experiments show only in those."""
+        files = (path for path in run.path.rglob("[!.]*") if path.is_file())
+        beside = sum(run.executed_notebooks not in path.parents for path in files)
+        return {stage.name for stage in plan_stages(run) if stage.done}, beside
+
+    stages, files = state()
+
+    def gained() -> dict[str, Any]:
+        stages_now, files_now = state()
+        return {
+            "stages": sorted(stages_now - stages),
+            "files": max(files_now - files, 0),
+            "earlier": most_work(target),
+        }
+
+    return gained
+
+
+def most_work(executed: Path) -> dict[str, Any] | None:
+    """Return what that execution of a notebook took which had the most to do.
+
+    A notebook that is executed again after an edit finds its stages done; what the work costs is
+    what the first execution took.
+    """
+    last = executed.is_file() and read_json(executed)["metadata"].get("grath_execution")
+    if not last:
+        return None
+    both = [{k: v for k, v in last.items() if k != "earlier"}, last.get("earlier")]
+    return max(filter(None, both), key=work_done)
+
+
+def work_done(took: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how much an execution had to do: stages of the run, and files that it left there."""
+    return len(took.get("stages") or []), took.get("files") or 0
+
+
+# --- one notebook --------------------------------------------------------------------------------
+
+
+def execute_notebook(
+    path: Path,
+    target: Path,
+    parameters: Mapping[str, Any],
+    *,
+    cell_timeout: int | None = None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
+    """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
+
+    Args:
+        path: the notebook.
+        target: where the executed copy goes.
+        parameters: values for its cell tagged ``parameters``.
+        cell_timeout: seconds that one cell may take; None for as long as it needs.
+        facts: asked after the execution for what else to keep in the copy's metadata.
+
+    Raises:
+        UsageError: a parameter that the notebook does not have (papermill alone only warns).
+        GrathError: a cell failed.
+        RunError: a cell took longer than ``cell_timeout``, or the kernel died.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError
+    from papermill.exceptions import PapermillExecutionError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known = papermill.inspect_notebook(str(path))
+    for name in parameters:
+        if name not in known:
+            raise UsageError(f'{path.name} has no parameter "{name}"{did_you_mean(name, known)}')
+    failed = target.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    # Kernels import the package also from a checkout that is not installed.
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    importable = patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, places)))
+    start = time.monotonic()
+    with atomic_path(target) as partial, importable, _peak_memory() as peak:
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(partial),
+                dict(parameters),
+                progress_bar=False,
+                log_output=False,
+                kernel_name="python3",
+                cwd=str(path.parent),
+                execution_timeout=cell_timeout,
+                extra_arguments=[QUIET_KERNEL],
+            )
+        except PapermillExecutionError as error:
+            os.replace(partial, failed)
+            raise GrathError(
+                f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+                f"The notebook as far as it came: {failed}"
+            ) from error
+        except CellTimeoutError as error:
+            os.replace(partial, failed)
+            raise RunError(
+                f"{path.name}, {_unfinished_cell(failed)}: not done after {cell_timeout} s, the "
+                "--cell-timeout. What was finished is kept: run the same again with more time, or "
+                f"see how far it came in {failed}"
+            ) from error
+        except RuntimeError as error:  # the kernel died
+            os.replace(partial, failed)
+            raise RunError(
+                f"{path.name}: the kernel died ({error}); most often memory ran out. Try smaller "
+                "batches (dpo.micro_batch_size, evaluation.batch_tokens) and run the same again"
+            ) from error
+        executed = read_json(partial)
+        executed["metadata"]["grath_execution"] = {
+            "seconds": round(time.monotonic() - start, 1),
+            "peak_memory_gib": round(peak["bytes"] / 2**30, 2),
+            "date": datetime.date.today().isoformat(),
+            **facts(),
+        }
+        # Progress bars would stay at 0 %, sliders be dead; what was drawn beside them stays.
+        executed["metadata"].pop("widgets", None)
+        for cell in executed["cells"]:
+            if "outputs" in cell:
+                shown = [out for out in cell["outputs"] if WIDGET not in out.get("data", {})]
+                cell["outputs"] = shown
+        partial.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _unfinished_cell(notebook: Path) -> str:
+    """Return which code cell was running when papermill last saved (from 1), and how it begins."""
+    code = [cell for cell in read_json(notebook)["cells"] if cell["cell_type"] == "code"]
+    state = [cell["metadata"].get("papermill", {}).get("status") for cell in code]
+    number = next((i for i, status in enumerate(state) if status != "completed"), len(code) - 1)
+    return f"cell {number + 1} ({''.join(code[number]['source']).strip().splitlines()[0]})"
+
+
+@contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Watch the processes that this one starts; ``bytes`` is the most that they ever held."""
+    import psutil
+
+    def highest_resident(process: psutil.Process) -> int:
+        try:
+            # Linux and Windows keep the peak, so that nothing between two looks is missed.
+            status = Path(f"/proc/{process.pid}/status")
+            if status.is_file():
+                kept = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+                return 1024 * int(kept[1]) if kept else 0
+            info = process.memory_info()
+            return int(getattr(info, "peak_wset", info.rss))
+        except (psutil.Error, OSError):  # it has ended
+            return 0
+
+    peak, over, ours = {"bytes": 0}, threading.Event(), psutil.Process()
+    before = set(ours.children(recursive=True))
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            started = set(ours.children(recursive=True)) - before
+            peak["bytes"] = max(peak["bytes"], sum(map(highest_resident, started)))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
