@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, did_you_mean
-from grath_utils.pairs import controls, default, paper, pick
 from grath_utils.pairs.parsing import FILTERS
 from grath_utils.pairs.prompts import Demonstration
 from grath_utils.pairs.writers import PairMode, Writer
@@ -14,14 +14,16 @@ from grath_utils.pairs.writers import PairMode, Writer
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
 
-_ROWS = (
-    default.MODE,
-    paper.MODE,
-    pick.MODE,
-    controls.GOLD,
-    controls.RANDOM,
+_ROWS = (  # module:name
+    "default:MODE",
+    "paper:MODE",
+    "pick:MODE",
+    "controls:GOLD",
+    "controls:RANDOM",
 )
-MODES: dict[str, PairMode] = {mode.name: mode for mode in _ROWS}
+MODES: dict[str, PairMode] = {
+    mode.name: mode for mode in (resolve_name(f"{__package__}.{row}") for row in _ROWS)
+}
 
 
 def find_mode(name: str) -> PairMode:
