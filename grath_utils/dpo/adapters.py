@@ -1,4 +1,4 @@
-"""LoRA adapters: which ones a round starts from and is compared with, a new one, and saving it."""
+"""LoRA adapters: weights as a base with adapters on it, a new adapter, and saving it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from transformers import set_seed
 
 from grath_utils.config import LoraConfig, ModelConfig
+from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import (
     ADAPTER_RECORD,
     TOP,
@@ -22,7 +23,6 @@ from grath_utils.engine.models import (
     base_weights_fingerprint,
     load_base,
     merged_before,
-    quiet_transformers,
 )
 from grath_utils.errors import TrainingError
 from grath_utils.files import atomic_path, fingerprint, write_json
@@ -51,29 +51,6 @@ class Weights:
 def model_after(base: ModelConfig, adapter: Path | None) -> Weights:
     """Return the weights of the model after a round (``None``: before the first)."""
     return Weights(base, (*merged_before(adapter), adapter) if adapter else ())
-
-
-def start_of_round(base: ModelConfig, previous: Path | None, chain: str) -> tuple[Weights, bool]:
-    """Return the weights that a round starts from, and whether it trains their last adapter.
-
-    Args:
-        base: the base model.
-        previous: the previous round's adapter, None in the first round.
-        chain: ``continue`` trains the same adapter further; ``merge`` folds it in and adds a new
-            one; ``fresh`` starts from the base again (as the official code does from its second
-            round, where the loaded adapter is silently re-initialised).
-    """
-    if previous is None or chain == "fresh":
-        return Weights(base), False
-    return model_after(base, previous), chain == "continue"
-
-
-def reference_of_round(base: ModelConfig, previous: Path | None, reference: str) -> Weights:
-    """Return the reference's weights: the pretrained model, or the model that wrote the pairs.
-
-    ``current`` is the previous round's model also where ``chain=fresh`` starts training elsewhere.
-    """
-    return model_after(base, None if reference == "base" else previous)
 
 
 def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
@@ -150,10 +127,9 @@ def save_adapter(
 
 
 def refuse_cpu_4bit(model: torch.nn.Module) -> None:
-    """Stop before a silent failure: on a CPU, bitsandbytes' 4-bit layers lose their gradient.
+    """Stop before a silent failure: a 4-bit layer that has run inference on a CPU is repacked.
 
-    A ``Linear4bit`` that has run inference on a CPU is repacked, and its backward pass then gives
-    no gradient to the layers below it; PyTorch only warns.
+    Its backward pass then gives no gradient to the layers below it; PyTorch only warns.
 
     Raises:
         TrainingError: the model has such a layer.

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from grath_utils.config import DPOConfig
+from grath_utils.engine import processes
 from grath_utils.errors import ConfigError
 
 BATCHWISE_LOSSES = ("aot", "aot_unpaired", "sft")
@@ -99,45 +100,32 @@ def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-class Pieces:
-    """One process's pieces, epoch by epoch: what a ``DataLoader`` takes as batch sampler."""
+class PieceBatches:
+    """One process's batches, epoch by epoch: data set and batch sampler of a ``DataLoader``."""
 
-    def __init__(self, count: int, seed: int, config: DPOConfig, split: Split, rank: int) -> None:
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], collate: Callable, config: DPOConfig, seed: int
+    ) -> None:
+        self.rows, self.collate, self.config = rows, collate, config
+        self.split = split_batch(config, processes.size())
         # The very sampler that orders the data of one process.
-        self.sampler = SeedableRandomSampler(range(count), data_seed=seed)
-        self.config, self.split, self.rank = config, split, rank
+        self.sampler = SeedableRandomSampler(range(len(rows)), data_seed=seed)
+
+    def loader(self) -> DataLoader:
+        """Return the batches, each with the ``share`` and the ``scale`` of its piece."""
+        loader = DataLoader(self, batch_sampler=self, collate_fn=lambda batch: batch)
+        loader.set_epoch = self.set_epoch  # the trainer calls it
+        return loader
 
     def set_epoch(self, epoch: int) -> None:
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Piece]:
-        yield from deal(list(self.sampler), self.config, self.split)[self.rank]
+        yield from deal(list(self.sampler), self.config, self.split)[processes.rank()]
 
     def __len__(self) -> int:
-        order = range(len(self.sampler.data_source))
-        return len(deal(order, self.config, self.split)[self.rank])
-
-
-@dataclass(frozen=True)
-class _PieceData(Dataset):
-    rows: Sequence[dict[str, Any]]
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        return len(deal(range(len(self.rows)), self.config, self.split)[0])  # equal for all ranks
 
     def __getitems__(self, piece: Piece) -> dict[str, Any]:
         batch = self.collate([self.rows[i] for i in piece.indices])
         return {**batch, "share": piece.share, "scale": piece.scale}
-
-
-def piece_loader(
-    rows: Sequence[dict[str, Any]],
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-    pieces: Pieces,
-) -> DataLoader:
-    """Return a loader of one process's pieces: collated, with their ``share`` and ``scale``."""
-    data = _PieceData(rows, collate)
-    loader = DataLoader(data, batch_sampler=pieces, collate_fn=lambda batch: batch)
-    loader.set_epoch = pieces.set_epoch  # the trainer calls it
-    return loader

@@ -40,10 +40,8 @@ def dpo_loss(
     """Return the DPO loss and the implicit rewards of each pair (equation 7 of the DPO paper).
 
     Args:
-        policy_chosen_logps: summed log-probability of the chosen answer under the policy, (B,).
-        policy_rejected_logps: the same for the rejected answer.
-        reference_chosen_logps: the chosen answer under the reference.
-        reference_rejected_logps: the rejected answer under the reference.
+        policy_chosen_logps: summed log-probability of each chosen answer under the policy, shape
+            (B,); the other three are the same for the rejected answer and under the reference.
         beta: strength of the pull to the reference, usually 0.01 to 0.5.
         label_smoothing: share of pairs whose labels are taken as flipped (cDPO); 0 is plain DPO.
 
@@ -54,9 +52,9 @@ def dpo_loss(
     """
     chosen_logratios = policy_chosen_logps - reference_chosen_logps
     rejected_logratios = policy_rejected_logps - reference_rejected_logps
-    logits = beta * (chosen_logratios - rejected_logratios)  # log Z(x) cancels here
-    losses = -F.logsigmoid(logits)
+    margins = beta * (chosen_logratios - rejected_logratios)  # log Z(x) cancels here
+    losses = -F.logsigmoid(margins)
     if label_smoothing:
-        losses = losses * (1 - label_smoothing) - F.logsigmoid(-logits) * label_smoothing
+        losses = losses * (1 - label_smoothing) - F.logsigmoid(-margins) * label_smoothing
     # Equation 5, without log Z(x).
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()

@@ -1,11 +1,5 @@
 """One round of direct preference optimisation (Rafailov et al., arXiv 2305.18290) with QLoRA.
 
-Three questions decide what a round is (:mod:`.adapters` has the answers):
-
-* Which weights does training start from? ``dpo.chain``.
-* Which model is the reference? ``dpo.reference``.
-* Which layers are trained? ``lora.targets``.
-
 The reference's log-probabilities never change within a round, so they are computed once, before
 training, and the reference model is then gone from memory.
 """
@@ -30,15 +24,15 @@ from grath_utils.dpo.adapters import (
     Weights,
     add_adapter,
     full_adapter,
-    reference_of_round,
+    model_after,
     refuse_cpu_4bit,
     save_adapter,
-    start_of_round,
 )
 from grath_utils.dpo.data import PreferenceData, PreferenceExample, tokenize_pairs
 from grath_utils.engine import processes
 from grath_utils.engine.encoding import Encoded, Request
-from grath_utils.engine.models import TRAINING_BLOCK, Policy, activate_adapters, keep_freed_memory
+from grath_utils.engine.machine import TRAINING_BLOCK, keep_freed_memory
+from grath_utils.engine.models import Policy, activate_adapters
 from grath_utils.engine.scoring import plan_encoded, run_plan
 from grath_utils.errors import DataError, RunError
 from grath_utils.files import cache_dir, fingerprint, read_json, write_json, write_jsonl
@@ -92,8 +86,12 @@ def train_round(
     """
     if not pairs:
         raise DataError("no pair to train on: every question was rejected or held out")
-    start, continue_adapter = start_of_round(base, previous, dpo.chain)
-    reference = reference_of_round(base, previous, dpo.reference)
+    before = model_after(base, previous)  # the model that wrote the pairs
+    reference = Weights(base) if dpo.reference == "base" else before
+    # The official code means to continue, but starts afresh from its second round: there, the
+    # loaded adapter is silently re-initialised.
+    start = Weights(base) if dpo.chain == "fresh" else before
+    continue_adapter = dpo.chain == "continue" and previous is not None
     # Where no adapter is continued, the start is the base with all of its adapters folded in.
     policy = reference.load(fold_last=reference == start and not continue_adapter)
     data, held = (
@@ -204,8 +202,7 @@ def _reference_table(
     def stored() -> tuple[list[float], list[float]] | None:
         with contextlib.suppress(DataError, KeyError, TypeError):  # damaged: computed again
             table = read_json(cache)
-            if len(table["chosen"]) == len(table["rejected"]) == len(examples):
-                return table["chosen"], table["rejected"]
+            return table["chosen"], table["rejected"]
         return None
 
     table = processes.on_main(stored)

@@ -7,15 +7,13 @@ another tracker uses the network is its own affair. Nothing here changes a resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from accelerate import tracking
 
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, did_you_mean
-
-PROJECT = "grath"  # for trackers that keep their logs elsewhere
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -26,8 +24,6 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     if tuple(names) == ("none",):
         return
-    from accelerate import tracking
-
     valid = [*tracking.LOGGER_TYPE_TO_CLASS, "none"]
     for name in names:
         if name not in valid:
@@ -42,41 +38,35 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-@contextmanager
-def open_trackers(names: Sequence[str], folder: Path, *, resumed_at: int = 0) -> Iterator[list]:
-    """Start the trackers in the main process, and finish them at the end.
+def start_trackers(
+    names: Sequence[str], folder: Path, *, resumed_at: int = 0
+) -> list[tracking.GeneralTracker]:
+    """Check and start the trackers; whoever logs to them also finishes them.
 
     Args:
         names: ``dpo.report_to``.
         folder: where trackers that write files put them.
-        resumed_at: steps that an interrupted round had finished; TensorBoard forgets what was
-            logged after them.
+        resumed_at: steps that an interrupted round had finished; TensorBoard forgets later ones.
 
-    Yields:
-        The ``accelerate.tracking.GeneralTracker`` objects.
+    Returns:
+        One object a tracker in the main process, none in others.
     """
-    trackers: list[Any] = []
+    check_trackers(names)
+    started = []
     for name in names if processes.is_main() else ():
-        if name == "none":
-            continue
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        place = (folder.name, folder.parent) if kind.requires_logging_directory else (PROJECT,)
-        purge = {"purge_step": resumed_at + 1} if resumed_at and name == "tensorboard" else {}
-        trackers.append(kind(*place, **purge))
-        trackers[-1].start()
-    try:
-        yield trackers
-    finally:
-        for tracker in trackers:
-            tracker.finish()
+        if name != "none":
+            kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+            place = (folder.name, folder.parent) if kind.requires_logging_directory else ("grath",)
+            purge = {"purge_step": resumed_at + 1} if resumed_at and name == "tensorboard" else {}
+            started.append(kind(*place, **purge))
+            started[-1].start()
+    return started
 
 
 def write_scalars(
     names: Sequence[str], folder: Path, values: Mapping[str, float], step: int
 ) -> None:
-    """Send numbers to the trackers that ``names`` lists."""
-    with open_trackers(names, folder) as trackers:
-        for tracker in trackers:
-            tracker.log(dict(values), step=step)
+    """Send numbers to the trackers named by ``dpo.report_to``."""
+    for tracker in start_trackers(names, folder):
+        tracker.log(dict(values), step=step)
+        tracker.finish()

@@ -28,11 +28,12 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from grath_utils.config import DPOConfig
-from grath_utils.dpo.global_batch import Pieces, Split, piece_loader, split_batch
+from grath_utils.dpo.global_batch import PieceBatches, split_batch
 from grath_utils.dpo.loss import dpo_loss
-from grath_utils.dpo.tracking import check_trackers, open_trackers
+from grath_utils.dpo.tracking import start_trackers
 from grath_utils.engine import processes
-from grath_utils.engine.models import Policy, activate_adapters, quiet_transformers
+from grath_utils.engine.machine import quiet_transformers
+from grath_utils.engine.models import Policy, activate_adapters
 from grath_utils.engine.packing import PackedCollator, packed_forward, row_limit
 from grath_utils.engine.scoring import accepts, can_run_trees
 from grath_utils.errors import CollapseError, ConfigError, TrainingError
@@ -61,8 +62,8 @@ class ReadyDataTrainer(DPOTrainer):
     measures all held-out pairs itself: they are few, and a mean is then the same in each.
     """
 
-    def __init__(self, *args: Any, pieces: Pieces | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, pieces: PieceBatches | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.pieces = pieces
         if pieces is not None:  # they differ in size, so gathering TRL's metrics would hang
             self.accelerator.gather = self.accelerator.gather_for_metrics = lambda tensor: tensor
@@ -114,7 +115,7 @@ class ReadyDataTrainer(DPOTrainer):
     def get_train_dataloader(self) -> Any:
         if self.pieces is None:
             return super().get_train_dataloader()
-        return piece_loader(self.train_dataset, self.data_collator, self.pieces)
+        return self.pieces.loader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if self.pieces is None:
@@ -161,19 +162,17 @@ def run_trainer(
         progress: show a progress bar.
 
     Returns:
-        Rows ``{"step", "split": "train" | "held_out", "loss", "margin", "accuracy", "logp_chosen",
-        "logp_rejected", ...}``. Step 0 of ``held_out`` is measured before any update.
+        Rows ``{"step", "split": "train" | "held_out", ...}`` with the values of :data:`LOGGED`.
+        Step 0 of ``held_out`` is measured before any update.
 
     Raises:
-        TrainingError: the loss is not finite, or nothing is trainable.
+        TrainingError: the loss is not finite, or the chosen answers have collapsed.
         ConfigError: TRL or transformers refuse a setting, the batch cannot be divided among the
             processes, or a tracker is not there.
     """
-    if not any(p.requires_grad for p in policy.model.parameters()):
-        raise TrainingError("nothing to train: no parameter of the adapter requires a gradient")
-    check_trackers(config.report_to)
-    folder.mkdir(parents=True, exist_ok=True)
-    split = split_batch(config, processes.size())
+    done, checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
+    logs = folder.parent / "tensorboard"
+    trackers = start_trackers(config.report_to, logs, resumed_at=done)
     collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
     longest = max(
         len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
@@ -182,25 +181,17 @@ def run_trainer(
     # Where the weights are split, all processes have to call the model equally often.
     if not processes.sharded() and can_run_trees(policy, longest):
         collator = PackedCollator(collator, row_limit(policy.device))
-    pieces = Pieces(len(train_rows), seed, config, split, processes.rank())
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
-    done, checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
-    logs = folder.parent / "tensorboard"
-    with (
-        quiet_transformers(),
-        warnings.catch_warnings(action="ignore"),
-        open_trackers(config.report_to, logs, resumed_at=done) as trackers,
-    ):
+    alone = processes.size() == 1
+    with quiet_transformers(), warnings.catch_warnings(action="ignore"):
         trainer = ReadyDataTrainer(
             model=policy.model,
-            args=_arguments(
-                policy, config, split, folder, seed=seed, evaluates=bool(held_out_rows)
-            ),
+            args=_arguments(policy, config, folder, seed=seed, evaluates=bool(held_out_rows)),
             train_dataset=Dataset.from_list(list(train_rows)),
             eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
             processing_class=policy.tokenizer,
             data_collator=collator,
-            pieces=pieces if split.processes > 1 else None,
+            pieces=None if alone else PieceBatches(train_rows, collator, config, seed),
         )
         # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
         for name, weights in adapter.items():
@@ -225,8 +216,9 @@ def _last_checkpoint(folder: Path) -> tuple[int, str | None]:
 
 
 def _arguments(
-    policy: Policy, config: DPOConfig, split: Split, folder: Path, *, seed: int, evaluates: bool
+    policy: Policy, config: DPOConfig, folder: Path, *, seed: int, evaluates: bool
 ) -> TRLConfig:
+    split = split_batch(config, processes.size())
     on_cpu = policy.device.type == "cpu"
     try:
         arguments = TRLConfig(
@@ -285,11 +277,8 @@ class _Watch(TrainerCallback):
         model = kwargs["model"]
         activate_adapters(model, trainable=True)  # reading a checkpoint leaves the top one alone
         self.bar.update(state.global_step)
+        settings = {"args": args.to_json_string(), "model_config": model.config.to_json_string()}
         for tracker in self.trackers:
-            settings = {
-                "args": args.to_json_string(),
-                "model_config": model.config.to_json_string(),
-            }
             tracker.log(settings)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -326,6 +315,8 @@ class _Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -333,10 +324,9 @@ def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for entry in history:
         split, prefix = ("held_out", "eval_") if "eval_loss" in entry else ("train", "")
         if prefix + "loss" in entry:  # it is not the summary of the whole run
-            step = int(entry["step"])
-            row = {
+            row = {"step": int(entry["step"]), "split": split}
+            row |= {
                 our: float(entry[prefix + x]) for x, our in LOGGED.items() if prefix + x in entry
             }
-            # A resumed round measures its first step once more.
-            rows.setdefault((split, step), {"step": step, "split": split, **row})
+            rows.setdefault((split, row["step"]), row)  # a resumed round measures a step twice
     return list(rows.values())

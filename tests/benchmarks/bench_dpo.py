@@ -92,7 +92,8 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     from grath_utils.config import LoraConfig, ModelConfig
     from grath_utils.dpo.adapters import add_adapter
     from grath_utils.dpo.round import reference_log_probs
-    from grath_utils.engine.models import TRAINING_BLOCK, keep_freed_memory, load_base
+    from grath_utils.engine.machine import TRAINING_BLOCK, keep_freed_memory
+    from grath_utils.engine.models import load_base
 
     side = options.child
     if side == "trl":  # our loader asks glibc to keep freed blocks; TRL's user has nothing of that
@@ -208,9 +209,7 @@ def train(
             save_every=10**6,
             **settings,
         )
-        return run_trainer(
-            policy, rows, [], folder=folder, config=config, seed=0, progress=False
-        )
+        return run_trainer(policy, rows, [], folder=folder, config=config, seed=0, progress=False)
     return train_with_trl(policy, rows, folder, settings, options)
 
 

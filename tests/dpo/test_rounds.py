@@ -17,13 +17,7 @@ from tiny_rounds import HELD_OUT, LIMITS, one_round, scalars
 
 from grath_utils.config import DPOConfig, ModelConfig
 from grath_utils.dpo import trainer
-from grath_utils.dpo.adapters import (
-    Weights,
-    add_adapter,
-    model_after,
-    reference_of_round,
-    start_of_round,
-)
+from grath_utils.dpo.adapters import Weights, add_adapter, model_after
 from grath_utils.dpo.data import collate, tokenize_pairs
 from grath_utils.dpo.global_batch import split_batch
 from grath_utils.dpo.loss import completion_log_probs, dpo_loss
@@ -34,8 +28,7 @@ from grath_utils.files import read_json, read_jsonl, write_json
 from grath_utils.loop.named_models import load_policy
 
 ROUNDS = 3
-CHAINS = ("continue", "merge", "fresh")
-MODES = list(itertools.product(("current", "base"), CHAINS))
+MODES = list(itertools.product(("current", "base"), ("continue", "merge", "fresh")))
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +52,10 @@ def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 # --- where a round starts, and what it is compared with ------------------------------------------
 
 
-def test_recipes_of_weights(tmp_path: Path) -> None:
+def test_the_model_after_a_round(tmp_path: Path) -> None:
     base = ModelConfig()
     first, second = tmp_path / "iter_0" / "adapter", tmp_path / "iter_1" / "adapter"
-    for chain in CHAINS:
-        assert start_of_round(base, None, chain) == (Weights(base), False)
-    assert start_of_round(base, first, "fresh") == (Weights(base), False)
-    assert start_of_round(base, first, "merge") == (Weights(base, (first,)), False)
-    assert start_of_round(base, first, "continue") == (Weights(base, (first,)), True)
-    assert reference_of_round(base, first, "base") == Weights(base)
-    assert reference_of_round(base, first, "current") == Weights(base, (first,))
+    assert model_after(base, None) == Weights(base)
     assert model_after(base, second).adapters == (second,)
     # After a merge, the model is the base with the first adapter folded in and the second on top.
     second.mkdir(parents=True)

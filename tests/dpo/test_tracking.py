@@ -104,5 +104,6 @@ def test_a_tracker_of_another_kind_gets_the_same(
             self.seen.append("finished")
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Notes)
+    monkeypatch.setattr(tracking, "_available_trackers", ["wandb"])
     write_scalars(["wandb"], tmp_path, {"probe/mc1": 0.5}, step=2)
     assert Notes.seen == ["grath", ({"probe/mc1": 0.5}, 2), "finished"]
