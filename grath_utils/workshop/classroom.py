@@ -2,7 +2,7 @@
 
 ::
 
-    DIR/ START.md · install.py · manifest.json (sizes and checksums of everything)
+    DIR/ START.md · install.py · manifest.json (checksums of everything)
          course/      this repository
          model/       the default model, converted (GRATH_CACHE)
          wheels/      every package, for each kind of machine that was asked for
@@ -23,14 +23,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
-from grath_utils.engine.models import CONVERSION, DEFAULT_MODEL, default_model_dir
+from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import (
     atomic_path,
@@ -50,8 +50,6 @@ LOCK = "requirements.lock"
 LEFT_OUT = {".git", ".venv", ".cache", "runs", "build", "dist", "__pycache__", "classroom"}
 """Folders that are not part of the course, for a checkout without git."""
 HERE = Path(__file__).parent
-MIRROR = "`mirror/` holds the benchmarks; `GRATH_MIRROR` names it."
-NO_MIRROR = "There is no benchmark mirror: the course measures on its own probe and retention set."
 
 
 # --- machines ------------------------------------------------------------------------------------
@@ -61,14 +59,10 @@ NO_MIRROR = "There is no benchmark mirror: the course measures on its own probe 
 class Target:
     """A kind of machine that wheels are packed for."""
 
-    system: str
-    """As ``platform.system()`` returns it there: Linux, Windows, Darwin."""
-    machine: str
-    """As ``platform.machine()`` returns it there: x86_64, AMD64, arm64, aarch64."""
-    python: str
-    """Such as 3.12."""
-    tags: tuple[str, ...] = ()
-    """pip's platform tags; empty for the machine that packs."""
+    system: str  # as `platform.system()` returns it there: Linux, Windows, Darwin
+    machine: str  # as `platform.machine()` returns it there: x86_64, AMD64, arm64, aarch64
+    python: str  # such as 3.12
+    tags: tuple[str, ...] = ()  # pip's platform tags; empty for the machine that packs
 
     @property
     def name(self) -> str:
@@ -77,8 +71,7 @@ class Target:
     def pins(self, lock: Path) -> list[str]:
         """Return the pins of requirements.lock that hold on such a machine, without torch's.
 
-        pip itself evaluates conditions such as ``sys_platform == "win32"`` for the machine that it
-        runs on.
+        pip evaluates conditions such as ``sys_platform == "win32"`` for the machine it runs on.
         """
         kinds = {"Linux": ("linux", "posix"), "Darwin": ("darwin", "posix")}
         sys_platform, os_name = kinds.get(self.system, ("win32", "nt"))
@@ -179,16 +172,13 @@ def make_classroom(
         if target.name not in packed or packed[target.name]["missing"]:
             packed[target.name] = collect_wheels(folder / "wheels", lock, target, say=say)
             write_json(record, {**manifest, "targets": [*packed.values()]})
-    write_text(folder / "START.md", start_page([*packed.values()], mirror=bool(mirror)))
+    write_text(folder / "START.md", start_page(packed.values()))
     kept = {f"wheels/{wheel}" for entry in packed.values() for wheel in entry["wheels"]}
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in [*sources, "START.md", *sorted(kept)]
-    }
+    files = {name: sha256_file(folder / name) for name in [*sources, "START.md", *sorted(kept)]}
     for name in {*manifest["files"], *_files_below("wheels", folder / "wheels", "*")} - {*files}:
         (folder / name).unlink(missing_ok=True)
     write_json(record, {"finished": True, "targets": [*packed.values()], "files": files})
-    total = sum(entry["bytes"] for entry in files.values())
+    total = sum((folder / name).stat().st_size for name in files)
     say(f"{folder}: {len(files)} files, {total / 1e9:.2f} GB")
     return folder
 
@@ -224,10 +214,11 @@ def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
     # Not the run's notebooks, which name places on this machine.
     state = ["run.json", run.manifest.name, run.questions.name, run.report.name, *PARTS]
     state += [f"{part}/**/*" for part in PARTS]
+    model = default_model_dir()
     benchmarks = ("**/*.jsonl", "**/*.json", "**/*.md") if mirror else ()
     return {
         **_course_files(root),
-        **_files_below(f"model/{CONVERSION}", default_model_dir(), "*"),
+        **_files_below(f"model/{model.name}", model, "*"),
         **_files_below(f"{CHECKPOINTS}/{Path(run.config.profile).stem}", run.path, *state),
         **_files_below("mirror", mirror or root, *benchmarks),
         "install.py": HERE / "classroom_install.py",
@@ -259,18 +250,14 @@ def _files_below(name: str, folder: Path, *patterns: str) -> dict[str, Path]:
     }
 
 
-def start_page(packed: Sequence[dict[str, Any]], *, mirror: bool) -> str:
+def start_page(packed: Iterable[dict[str, Any]]) -> str:
     """Return START.md, the page that learners read."""
     machines = [
         "- Python {python} on {system} {machine}".format(**entry)
         + (f" (**without** {', '.join(entry['missing'])})" if entry["missing"] else "")
         for entry in packed
-    ]
-    text = (HERE / "START.md").read_text(encoding="utf-8")
-    return text.format(
-        machines="\n".join(machines) or "- none: this folder was packed without packages",
-        benchmarks=MIRROR if mirror else NO_MIRROR,
-    )
+    ] or ["- none: this folder was packed without packages"]
+    return (HERE / "START.md").read_text(encoding="utf-8").format(machines="\n".join(machines))
 
 
 # --- wheels --------------------------------------------------------------------------------------

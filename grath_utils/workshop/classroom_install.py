@@ -21,7 +21,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SET_UP = "course/grath_utils/workshop/set_up.py"
-SETTINGS = "grath_classroom.pth"  # the environment's Python reads it whenever it starts
 
 
 class InstallError(Exception):
@@ -79,9 +78,8 @@ def check_machine(manifest: dict[str, Any]) -> None:
             "this folder was packed without packages (--no-wheels). With a network, `make setup` "
             "in course/ installs them; GRATH_CACHE=model is the model then"
         )
-    here = "Python {}.{} on {} {}".format(
-        *sys.version_info[:2], platform.system(), platform.machine()
-    )
+    major, minor, *_ = sys.version_info
+    here = f"Python {major}.{minor} on {platform.system()} {platform.machine()}"
     known = ["Python {python} on {system} {machine}".format(**t) for t in manifest["targets"]]
     if here not in known:
         raise InstallError(
@@ -91,14 +89,12 @@ def check_machine(manifest: dict[str, Any]) -> None:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with its size and checksum.
+    """Compare every file with its checksum.
 
     Raises:
         InstallError: names the files that are missing or damaged.
     """
-    wrong = [
-        name for name, entry in manifest["files"].items() if not _is_whole(folder / name, entry)
-    ]
+    wrong = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
     if wrong:
         shown = "\n  ".join(wrong[:10] + ["..."] * (len(wrong) > 10))
         raise InstallError(
@@ -106,11 +102,11 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
-        return False
+def sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remember_places(folder: Path, python: Path) -> None:
@@ -125,9 +121,7 @@ def remember_places(folder: Path, python: Path) -> None:
     asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     settings = "; ".join(f"os.environ.setdefault({k!r}, {v!r})" for k, v in places.items())
-    partial = site / f"{SETTINGS}.new"
-    partial.write_text(f"import os; {settings}\n", encoding="utf-8")
-    os.replace(partial, site / SETTINGS)
+    (site / "grath_classroom.pth").write_text(f"import os; {settings}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -205,11 +205,11 @@ def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
     text = nbformat.writes(notebook) + "\n"
     size = len(text.encode("utf-8"))
     if size > LARGEST:
-        sizes = {cell.id: len(json.dumps(cell.get("outputs", []))) for cell in notebook.cells}
-        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        sizes = [(len(json.dumps(cell.get("outputs", []))), cell.id) for cell in notebook.cells]
+        largest = ", ".join(f"{name} ({n:,})" for n, name in sorted(sizes, reverse=True)[:3])
         raise GrathError(
             f"{path.name} would have {size:,} bytes with its outputs, more than {LARGEST:,}; make "
-            f"smaller what the cells {', '.join(f'{c} ({sizes[c]:,})' for c in largest)} show"
+            f"smaller what the cells {largest} show"
         )
     host = socket.gethostname()
     if re.search(r"[\d-]", host) and re.search(rf"\b{re.escape(host)}\b", text):
@@ -233,7 +233,7 @@ def take_over(
         source: the notebook as committed; its prose may be newer than the executed copy's.
         executed: what papermill left.
         facts: ``versions`` and ``device``, as in ``run.json``.
-        profile: the one that it was executed with; None for a side trip.
+        profile: None for a side trip.
         places: (path of this machine, what to show in its place), the most specific first.
 
     Raises:
@@ -256,19 +256,17 @@ def take_over(
     # An execution that found the stages done says nothing about their cost.
     costs = [last, last.get("earlier"), old.get("cost") if old.get("profile") == profile else None]
     most = max(filter(None, costs), key=work_done, default={})
-    result.metadata[STAMP] = nbformat.from_dict(
-        {
-            "source_sha256": source_digest(source.cells),
-            "code_sha256": source_digest(source.cells, code_only=True),
-            "profile": profile,
-            "versions": {name: facts["versions"][name] for name in PACKAGES},
-            "device": {name: facts["device"][name] for name in DEVICE},
-            "cost": {name: most.get(name) for name in COST},
-        }
-    )
     for left in ("papermill", "widgets"):
         result.metadata.pop(left, None)
-    return result
+    result.metadata[STAMP] = {
+        "source_sha256": source_digest(source.cells),
+        "code_sha256": source_digest(source.cells, code_only=True),
+        "profile": profile,
+        "versions": {name: facts["versions"][name] for name in PACKAGES},
+        "device": {name: facts["device"][name] for name in DEVICE},
+        "cost": {name: most.get(name) for name in COST},
+    }
+    return nbformat.from_dict(result)
 
 
 def clean_outputs(

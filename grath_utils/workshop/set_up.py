@@ -48,14 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
                 f"Python 3.11 or newer is needed, this is {platform.python_version()} "
                 f"({sys.executable}). Name a newer one: make PYTHON=python3.12 ..."
             )
-        set_up(dev=options.dev, wheels=options.wheels)
+        install(dev=options.dev, wheels=options.wheels)
     except SetUpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def set_up(*, dev: bool, wheels: Path | None = None) -> None:
+def install(*, dev: bool, wheels: Path | None = None) -> None:
     """Create the environment and install what it lacks.
 
     Raises:
@@ -71,7 +71,7 @@ def set_up(*, dev: bool, wheels: Path | None = None) -> None:
             continue
         print(f"Installing {name} into {VENV.name} (a few minutes the first time) ...", flush=True)
         if name == "requirements.txt":
-            pip_install(*([*offline, torch_pin()] if wheels else torch_arguments()))
+            pip_install(*([*offline, torch_pin()] if wheels else torch_arguments(python_of(VENV))))
         pip_install(*offline, "--requirement", str(ROOT / name), "--constraint", str(lock))
         if name == "requirements.txt":
             # setuptools is there already (torch needs it), so nothing more has to be fetched.
@@ -121,7 +121,7 @@ def torch_pin() -> str:
     return found.group()
 
 
-def torch_arguments(python: Path | None = None, *, cpu: bool = False) -> list[str]:
+def torch_arguments(python: Path, *, cpu: bool = False) -> list[str]:
     """Return what to ask pip for, so that the build of torch suits the machine.
 
     macOS and Windows: the plain package (CPU, and Metal on a Mac). Linux with an NVIDIA GPU: the
@@ -130,15 +130,14 @@ def torch_arguments(python: Path | None = None, *, cpu: bool = False) -> list[st
     ``GRATH_TORCH_INDEX`` overrides all this with an index of the user's choice.
 
     Args:
-        python: whose pip to ask for the plan; that of the environment by default.
+        python: whose pip to ask for the plan.
         cpu: take the CPU build even on a machine with a GPU.
     """
     pin = torch_pin()
     if chosen := os.environ.get("GRATH_TORCH_INDEX"):
         return [pin, "--index-url", chosen]
-    if platform.system() != "Linux" or (has_nvidia_gpu() and not cpu):
-        return [pin]
-    if not plan_has_cuda(pin, python or python_of(VENV)):
+    plain = platform.system() != "Linux" or (has_nvidia_gpu() and not cpu)
+    if plain or not plan_has_cuda(pin, python):
         return [pin]
     reason = "The CPU is enough here" if cpu else "No NVIDIA GPU here"
     print(f"{reason}: taking PyTorch's CPU build, a tenth of the size", flush=True)

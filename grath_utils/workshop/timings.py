@@ -14,7 +14,7 @@ from typing import Any
 from grath_utils.errors import DataError
 from grath_utils.files import read_json, write_text
 from grath_utils.loop.run_dir import Run
-from grath_utils.text import duration
+from grath_utils.text import duration, table
 
 BEGIN, END = "<!-- timings: begin -->", "<!-- timings: end -->"
 SHORT = 1.0
@@ -42,43 +42,38 @@ def timings_table(run: Run, sources: Sequence[Path]) -> str:
     Raises:
         DataError: no notebook of the run was executed.
     """
-    lines: list[str] = []
-    date = ""
-    for source in sources:
-        executed = run.executed_notebooks / source.name
-        if not executed.is_file():
-            continue
-        notebook = read_json(executed)
-        took = notebook["metadata"].get("grath_execution", {})
-        date = max(date, took.get("date", ""))
-        times = section_times(notebook)
-        earlier = (took.get("earlier") or {}).get("stages", [])
-        before = len(earlier) > len(took.get("stages", []))
-        note = " (most of its work was done before)" if before else ""
-        rest = sum(seconds for seconds in times.values() if seconds < SHORT)
-        lines.append(f"| **{source.stem}** | {note} | **{duration(times.total())}** |")
-        lines += [f"| | {name} | {duration(s)} |" for name, s in times.items() if s >= SHORT]
-        lines.append(f"| | the other sections | {duration(rest)} |")
-    if not lines:
+    executed = [
+        path for source in sources if (path := run.executed_notebooks / source.name).is_file()
+    ]
+    if not executed:
         raise DataError(
             f"{run.path} holds no executed notebook; `python -m grath_utils run --profile "
             f"{run.config.profile} --run-dir {run.path}` executes them"
         )
-    device = run.info()["device"]
-    return "\n".join(
-        [
-            f"Measured {date or 'some time ago'}: profile `{run.config.profile}`, "
-            f"{device['cpu_count']} CPU cores, {device['memory_gib']:.0f} GiB of memory, "
-            f"accelerator {device['accelerator']}, {run.info()['resolved']['dtype']}.",
-            "",
-            "| notebook | section | machine time |",
-            "|---|---|---|",
-            *lines,
+    rows, dates = [], []
+    for path in executed:
+        notebook = read_json(path)
+        times, took = section_times(notebook), notebook["metadata"].get("grath_execution", {})
+        dates.append(took.get("date", ""))
+        earlier = (took.get("earlier") or {}).get("stages", [])
+        before = len(earlier) > len(took.get("stages", []))
+        note = " (most of its work was done before)" if before else ""
+        rows.append((f"**{path.stem}**", note, f"**{duration(times.total())}**"))
+        rows += [
+            ("", name, duration(seconds)) for name, seconds in times.items() if seconds >= SHORT
         ]
+        rest = sum(seconds for seconds in times.values() if seconds < SHORT)
+        rows.append(("", "the other sections", duration(rest)))
+    device, dtype = run.info()["device"], run.info()["resolved"]["dtype"]
+    return (
+        f"Measured {max(dates) or 'some time ago'}: profile `{run.config.profile}`, "
+        f"{device['cpu_count']} CPU cores, {device['memory_gib']:.0f} GiB of memory, accelerator "
+        f"{device['accelerator']}, {dtype}.\n\n"
+        + table(["notebook", "section", "machine time"], rows, "github")
     )
 
 
-def refresh(page: Path, table: str) -> None:
+def refresh(page: Path, text: str) -> None:
     """Put a table between a page's two marks.
 
     Raises:
@@ -87,4 +82,4 @@ def refresh(page: Path, table: str) -> None:
     before, *inside = page.read_text(encoding="utf-8").split(BEGIN)
     if len(inside) != 1 or inside[0].count(END) != 1 or END in before:
         raise DataError(f'{page} needs the lines "{BEGIN}" and "{END}", once each')
-    write_text(page, f"{before}{BEGIN}\n{table}\n{END}{inside[0].partition(END)[2]}")
+    write_text(page, f"{before}{BEGIN}\n{text}\n{END}{inside[0].partition(END)[2]}")

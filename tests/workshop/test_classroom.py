@@ -164,7 +164,7 @@ def test_wheels_for_another_machine_bring_what_only_it_needs(
     assert entry["missing"] == ["toy-cuda==2.0"]
     assert "NOT to be had for darwin-arm64-3.12: toy-cuda==2.0" in lines[-1]
     assert [name.split("-")[0] for name in entry["wheels"]] == ["torch", "toy_lab"]
-    page = classroom.start_page([entry], mirror=False)
+    page = classroom.start_page([entry])
     assert "Python 3.12 on Darwin arm64 (**without** toy-cuda==2.0)" in page
     if classroom.this_machine().system != "Windows":
         with pytest.raises(FetchError, match=r"packages for this machine cannot be had.*toy.cuda"):
@@ -249,12 +249,12 @@ def folder(tmp_path: Path) -> Path:
     """A folder that install.py can judge."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    entry = {"bytes": 2, "sha256": classroom.sha256_file(tmp_path / "model" / "config.json")}
+    digest = classroom.sha256_file(tmp_path / "model" / "config.json")
     here = classroom.this_machine()
     targets = [{"system": here.system, "machine": here.machine, "python": here.python}]
     write_json(
         tmp_path / "manifest.json",
-        {"finished": True, "targets": targets, "files": {"model/config.json": entry}},
+        {"finished": True, "targets": targets, "files": {"model/config.json": digest}},
     )
     return tmp_path
 

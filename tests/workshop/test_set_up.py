@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
             return subprocess.CompletedProcess(command, 0, stdout=json.dumps(report), stderr="")
 
         monkeypatch.setattr(set_up.subprocess, "run", run)
-        return set_up.torch_arguments()
+        return set_up.torch_arguments(Path("python"))
 
     return pretend
 
@@ -55,7 +55,7 @@ def test_the_cpu_build_where_the_plan_cannot_be_made(machine) -> None:
 def test_the_user_decides(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine("Linux", plan=["torch", "triton"])
     monkeypatch.setenv("GRATH_TORCH_INDEX", "https://example.org/whl")
-    assert set_up.torch_arguments()[1:] == ["--index-url", "https://example.org/whl"]
+    assert set_up.torch_arguments(Path("python"))[1:] == ["--index-url", "https://example.org/whl"]
 
 
 def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -80,7 +80,7 @@ def test_a_failing_pip_is_told_and_leaves_no_stamp(tmp_path, monkeypatch, capsys
     venv = tmp_path / ".venv"
     monkeypatch.setattr(set_up, "VENV", venv)
     monkeypatch.setattr(set_up, "make_venv", lambda: venv.mkdir(exist_ok=True))
-    monkeypatch.setattr(set_up, "torch_arguments", lambda: ["torch"])
+    monkeypatch.setattr(set_up, "torch_arguments", lambda python: ["torch"])
 
     failed = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(set_up.subprocess, "run", lambda command: failed)
@@ -94,7 +94,7 @@ def test_a_second_call_installs_nothing(tmp_path, monkeypatch) -> None:
     calls: list[tuple[str, ...]] = []
     monkeypatch.setattr(set_up, "VENV", venv)
     monkeypatch.setattr(set_up, "make_venv", lambda: venv.mkdir(exist_ok=True))
-    monkeypatch.setattr(set_up, "torch_arguments", lambda: ["torch==1"])
+    monkeypatch.setattr(set_up, "torch_arguments", lambda python: ["torch==1"])
     monkeypatch.setattr(set_up, "pip_install", lambda *arguments: calls.append(arguments))
     assert set_up.main(["--dev"]) == 0
     asked = [" ".join(Path(part).name for part in call) for call in calls]

@@ -64,12 +64,12 @@ def test_the_table_goes_between_the_marks_of_a_page(tmp_path: Path, run: Run) ->
     assert text.endswith(f"{timings.END}\nafter\n")
     assert "old" not in text
     for line in (
-        "| **00_start_here** |  | **2.1 min** |",
+        "| **00_start_here** | | **2.1 min** |",
         "| | Set-up | 3 s |",
         "| | 2 · Second | 2.0 min |",
         "| | the other sections | 0 s |",
     ):
-        assert text.count(line) == 1
+        assert " ".join(text.split()).count(line) == 1
     page.write_text("no marks")
     assert cli.main(["timings", "--run-dir", str(run.path), "--into", str(page)]) == 2
 
