@@ -9,17 +9,15 @@ from pathlib import Path
 from grath_utils import course, dpo, engine, evaluation, loop, pairs
 from grath_utils.cli import arguments as arg
 from grath_utils.config import Config, describe_options, load_config, parse_overrides
-from grath_utils.errors import UsageError, did_you_mean
+from grath_utils.errors import UsageError
+from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from grath_utils.pairs.modes import MODES, describe_modes
 from grath_utils.text import metric_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTIONS_HELP = "own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set"
 HELD_OUT_HELP = "of the questions, to measure the margin on (default: the profile's)"
-BENCHMARKS_HELP = (
-    "truthfulqa_mc, truthfulqa_binary, truthfulqa_gen, arc_challenge, hellaswag, mmlu, probe, "
-    "retention"
-)
+BENCHMARKS_HELP = "; ".join(f"{name}: {row.about}" for name, row in BENCHMARKS.items())
 MERGED_HELP = "of the written weights; 16 bits round away part of what was learned"
 
 
@@ -115,9 +113,7 @@ def do_train(options: argparse.Namespace) -> None:
     arg.option("--out", "FILE.json", required=True, type=Path),
 )
 def do_evaluate(options: argparse.Namespace) -> None:
-    if options.benchmark not in evaluation.BENCHMARKS:
-        near = did_you_mean(options.benchmark, evaluation.BENCHMARKS)
-        raise UsageError(f'unknown benchmark "{options.benchmark}"{near}')
+    find_benchmark(options.benchmark)
     policy = loop.load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
     result = evaluation.evaluate(
         policy,

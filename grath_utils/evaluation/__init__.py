@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "benchmarks": ["BENCHMARKS", "Item", "load_benchmark"],
-        "blind_rules": ["RULES", "controls", "has_negation"],
+        "blind_rules": ["RULES", "blind_rule_scores", "has_negation"],
         "measure": ["compare", "evaluate"],
         "mirror": ["make_mirror"],
         "protocols": ["build_requests", "find_protocol"],

@@ -8,7 +8,7 @@ The result, schema version 1 (all values are fractions; percent is for display):
     controls     question-blind RULE -> value (multiple choice only)
     per_category CATEGORY -> METRIC -> value, n (where the benchmark has categories)
     calibration  ece, bins, selective_accuracy (multiple choice only)
-    answers      mean_words, median_words, mean_tokens, most_common (generation only)
+    answers      mean_words, median_words, mean_tokens, most_common (free answers only)
     notes        what a reader must know to read the numbers right
     items        id, category, metrics; labels, scores (summed log-probabilities) and tokens of
                  each choice, or the answer
@@ -28,40 +28,20 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from grath_utils.engine import processes
-from grath_utils.engine.scoring import Plan, Score, plan_requests, run_plan
+from grath_utils.engine.scoring import plan_requests, run_plan
 from grath_utils.errors import UsageError
-from grath_utils.evaluation import blind_rules as question_blind
-from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark
-from grath_utils.evaluation.metrics import (
-    accuracy_metrics,
-    choice_probabilities,
-    truthfulqa_metrics,
-)
-from grath_utils.evaluation.protocols import Protocol, build_requests, find_protocol
-from grath_utils.evaluation.statistics import (
-    expected_calibration_error,
-    paired_difference,
-    reliability,
-    selective_accuracy,
-    summarize,
-)
+from grath_utils.evaluation import statistics
+from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from grath_utils.evaluation.benchmarks.base import Benchmark, Item, Protocol
+from grath_utils.evaluation.blind_rules import RULES, UNIFORM_MC2, blind_rule_scores
+from grath_utils.evaluation.metrics import choice_probabilities
+from grath_utils.evaluation.protocols import build_requests, find_protocol
 from grath_utils.files import Journal, fingerprint, write_json
 
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
 
 SCHEMA_VERSION = 1
-TRUTHFULQA_LIKE = ("truthfulqa_mc", "probe")
-METRICS: dict[str, tuple[str, ...]] = {
-    "truthfulqa_mc": ("mc1", "mc2", "mc3"),
-    "probe": ("mc1", "mc2", "mc3"),
-    "truthfulqa_binary": ("acc",),
-    "arc_challenge": ("acc", "acc_norm"),
-    "hellaswag": ("acc", "acc_norm"),
-    "mmlu": ("acc",),
-    "retention": ("acc", "acc_norm"),
-}
-"""Metrics of the multiple-choice benchmarks, the headline first (acc_norm for ARC, HellaSwag)."""
 
 
 def evaluate(
@@ -97,7 +77,8 @@ def evaluate(
     if isinstance(benchmark, str):
         benchmark = load_benchmark(benchmark, limit=limit, seed=seed)
     chosen = find_protocol(benchmark.name, protocol)
-    if benchmark.name == "truthfulqa_gen":
+    spec, rules = BENCHMARKS[benchmark.name], {}
+    if spec.score is None:
         from grath_utils.evaluation.free_answers import evaluate_answers
 
         measured = evaluate_answers(policy, benchmark, chosen, out=out, progress=progress)
@@ -105,8 +86,14 @@ def evaluate(
         measured = _evaluate_choices(
             policy, benchmark, chosen, batch_tokens=batch_tokens, out=out, progress=progress
         )
+        rules = control_values(benchmark.items)
     items = measured.pop("items")
-    names = list(items[0]["metrics"])
+    values = {name: [item["metrics"][name] for item in items] for name in spec.metrics}
+    metrics = {
+        name: statistics.summarize(column, bootstrap, seed) for name, column in values.items()
+    }
+    measured["notes"] += explained_by_rules(metrics, rules)
+    config = policy.config
     result = {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark.name,
@@ -117,42 +104,27 @@ def evaluate(
         "seed": seed,
         "limit": benchmark.limit,
         "data_fingerprint": benchmark.fingerprint,
-        "model": describe_model(policy),
-        "metrics": {
-            name: summarize([item["metrics"][name] for item in items], bootstrap, seed)
-            for name in names
+        "model": {
+            "name": policy.name,
+            "fingerprint": policy.fingerprint,
+            "quantization": config.quantization,
+            "dtype": config.dtype,
+            "device": config.device,
         },
-        "controls": {},
-        "per_category": per_category(items, names),
+        "metrics": metrics,
+        "controls": rules,
+        "per_category": per_category(items, spec.metrics),
         **measured,
         "items": items,
     }
-    if benchmark.name != "truthfulqa_gen":
-        result["controls"] = control_values(benchmark.items)
-        result["notes"] += explained_by_rules(result["metrics"], result["controls"])
-    # Seconds and memory are the main process's in all of them.
-    return processes.on_main(lambda: _keep(result, out))
 
+    def keep() -> dict[str, Any]:
+        if out is not None:
+            write_json(out, result)
+            Journal.beside(out, "").remove()
+        return result
 
-def _keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    if out is not None:
-        write_json(out, result)
-        Journal.beside(out, "").remove()
-    return result
-
-
-def describe_model(policy: Policy) -> dict[str, Any]:
-    """Return what identifies the measured model."""
-    return {
-        "name": policy.name,
-        "fingerprint": policy.fingerprint,
-        "quantization": policy.config.quantization,
-        "dtype": policy.config.dtype,
-        "device": policy.config.device,
-    }
-
-
-# --- multiple choice -----------------------------------------------------------------------------
+    return processes.on_main(keep)  # seconds and memory are the main process's in all of them
 
 
 def _evaluate_choices(
@@ -164,7 +136,9 @@ def _evaluate_choices(
     out: Path | None,
     progress: bool,
 ) -> dict[str, Any]:
+    """Score every choice; return calibration, notes, cost and items."""
     started = time.perf_counter()
+    spec = BENCHMARKS[benchmark.name]
     requests = build_requests(benchmark, protocol, policy.tokenizer)
     flat = [request for group in requests for request in group]
     plan = plan_requests(policy, flat, batch_tokens=batch_tokens)
@@ -196,66 +170,55 @@ def _evaluate_choices(
 
         scores = run_plan(policy, flat, plan, done=done, on_batch=on_batch, split=True)
     seconds = time.perf_counter() - started
-    rows = iter(scores)
-    items = [
-        _item_result(benchmark.name, item, [next(rows) for _ in group])
-        for item, group in zip(benchmark.items, requests, strict=True)
-    ]
-    return {
-        "calibration": calibration(benchmark.items, items),
-        "notes": _notes(benchmark, plan, scores),
-        "cost": {
-            "seconds": round(seconds, 3),
-            "resumed": bool(done),
-            "tokens": plan.work.naive,
-            "distinct_tokens": plan.work.distinct,
-            "computed_tokens": plan.work.computed,
-            "peak_memory_mib": peak_memory_mib(policy),
-        },
-        "items": items,
-    }
-
-
-def _item_result(benchmark: str, item: Item, scores: Sequence[Score]) -> dict[str, Any]:
-    logprobs = [score.logprob for score in scores]
-    if benchmark in TRUTHFULQA_LIKE:
-        values = truthfulqa_metrics(item, logprobs)
-    else:
-        values = accuracy_metrics(item, logprobs)
-    return {
-        "id": item.id,
-        "category": item.category,
-        "labels": list(item.labels),
-        "scores": logprobs,
-        "tokens": [score.tokens for score in scores],
-        "metrics": {name: values[name] for name in METRICS[benchmark]},
-    }
-
-
-def _notes(benchmark: Benchmark, plan: Plan, scores: Sequence[Score]) -> list[str]:
+    rest, items = iter(scores), []
+    for item in benchmark.items:
+        own = [next(rest) for _ in item.choices]
+        logprobs = [score.logprob for score in own]
+        values = spec.score(item, logprobs)
+        items.append(
+            {
+                "id": item.id,
+                "category": item.category,
+                "labels": list(item.labels),
+                "scores": logprobs,
+                "tokens": [score.tokens for score in own],
+                "metrics": {name: values[name] for name in spec.metrics},
+            }
+        )
     notes = list(benchmark.notes)
-    straddling = sum(score.straddles for score in scores)
-    if straddling:
+    if straddling := sum(score.straddles for score in scores):
         notes.append(
             f"in {straddling} of {len(scores)} answers a token spans the end of the prompt; split "
             "as lm-eval does"
         )
     if plan.method == "plain":
         notes.append("scored one sequence at a time: this model takes no tree-shaped masks")
-    return notes
+    return {
+        "calibration": calibration(benchmark.items, items),
+        "notes": notes,
+        "cost": {
+            "seconds": round(seconds, 3),
+            "resumed": bool(done),
+            "tokens": plan.work.naive,
+            "distinct_tokens": plan.work.distinct,
+            "computed_tokens": plan.work.computed,
+            "peak_memory_mib": _peak_memory_mib(policy),
+        },
+        "items": items,
+    }
 
 
 def calibration(items: Sequence[Item], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return how far the choices' probabilities (MC1 form, normalised) can be believed."""
-    confidence, correct = [], []
-    for item, result in zip(items, results, strict=True):
-        probabilities = choice_probabilities(item, result["scores"])
-        confidence.append(max(probabilities))
-        correct.append(result["metrics"].get("mc1", result["metrics"].get("acc")))
+    confidence = [
+        max(choice_probabilities(item, result["scores"]))
+        for item, result in zip(items, results, strict=True)
+    ]
+    correct = [r["metrics"].get("mc1", r["metrics"].get("acc")) for r in results]
     return {
-        "ece": expected_calibration_error(confidence, correct),
-        "bins": reliability(confidence, correct),
-        "selective_accuracy": selective_accuracy(confidence, correct),
+        "ece": statistics.expected_calibration_error(confidence, correct),
+        "bins": statistics.reliability(confidence, correct),
+        "selective_accuracy": statistics.selective_accuracy(confidence, correct),
     }
 
 
@@ -263,73 +226,51 @@ def per_category(
     items: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return each metric's mean in each category, in the order of the data."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, float]]] = {}
     for item in items:
         if item["category"] is not None:
-            groups.setdefault(item["category"], []).append(item)
+            groups.setdefault(item["category"], []).append(item["metrics"])
     return {
         category: {
-            name: {
-                "value": sum(item["metrics"][name] for item in group) / len(group),
-                "n": len(group),
-            }
+            name: {"value": sum(row[name] for row in rows) / len(rows), "n": len(rows)}
             for name in names
         }
-        for category, group in groups.items()
+        for category, rows in groups.items()
     }
-
-
-# --- controls ------------------------------------------------------------------------------------
 
 
 def control_values(items: Sequence[Item]) -> dict[str, float]:
     """Return what each question-blind rule scores on the same items."""
-    rows = [
-        {"mc1_targets": _targets(item, item.mc1), "mc2_targets": _targets(item, item.mc2)}
-        for item in items
-    ]
-    return {
-        name: sum(values) / len(values) for name, values in question_blind.controls(rows).items()
-    }
-
-
-def _targets(item: Item, indices: Sequence[int]) -> dict[str, list[Any]]:
-    return {
-        "choices": [item.choices[i] for i in indices],
-        "labels": [item.labels[i] for i in indices],
-    }
+    return {name: sum(values) / len(values) for name, values in blind_rule_scores(items).items()}
 
 
 def explained_by_rules(
     metrics: Mapping[str, Mapping[str, Any]], rules: Mapping[str, float]
 ) -> list[str]:
     """Return a note for each metric whose interval does not lie above the best rule."""
-    notes = []
-    for name, metric in metrics.items():
-        if name == "mc2":
-            rule = question_blind.UNIFORM_MC2
-        elif name in ("mc1", "acc", "acc_norm"):
-            rule = max(question_blind.RULES, key=lambda r: rules[r])
-        else:
-            continue
-        if rules[rule] >= metric["ci95"][0]:
-            notes.append(
-                f"{name} {100 * metric['value']:.1f} % is explained by question-blind rules: "
-                f"{rule.replace('_', ' ')} reaches {100 * rules[rule]:.1f} %, and the interval "
-                f"starts at {100 * metric['ci95'][0]:.1f} %"
-            )
-    return notes
+    if not rules:
+        return []
+    best = max(RULES, key=rules.__getitem__)
+    rivals = {"mc1": best, "mc2": UNIFORM_MC2, "acc": best, "acc_norm": best}
+    return [
+        f"{name} {100 * metric['value']:.1f} % is explained by question-blind rules: "
+        f"{rivals[name].replace('_', ' ')} reaches {100 * rules[rivals[name]]:.1f} %, and the "
+        f"interval starts at {100 * metric['ci95'][0]:.1f} %"
+        for name, metric in metrics.items()
+        if name in rivals and rules[rivals[name]] >= metric["ci95"][0]
+    ]
 
 
-def peak_memory_mib(policy: Policy) -> float | None:
+def _peak_memory_mib(policy: Policy) -> float | None:
     """Return the highest memory use so far: of the GPU, or of this process; None if unknown."""
+    import sys
+
     import torch
 
     if policy.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
         import resource
-        import sys
     except ImportError:  # Windows
         return None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -338,15 +279,9 @@ def peak_memory_mib(policy: Policy) -> float | None:
 
 # --- before and after ----------------------------------------------------------------------------
 
-MUST_MATCH = ("benchmark", "protocol", "data_fingerprint")
-
 
 def compare(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    *,
-    bootstrap: int = 2000,
-    seed: int = 0,
+    before: Mapping[str, Any], after: Mapping[str, Any], *, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two results on the same items.
 
@@ -358,7 +293,7 @@ def compare(
     Raises:
         UsageError: the results differ in benchmark, protocol, data or items.
     """
-    for key in MUST_MATCH:
+    for key in ("benchmark", "protocol", "data_fingerprint"):
         if before[key] != after[key]:
             raise UsageError(
                 f"the two results cannot be compared: {key} is {before[key]!r} in one and "
@@ -372,9 +307,8 @@ def compare(
         "n": len(first),
         "models": [before["model"]["name"], after["model"]["name"]],
         "metrics": {
-            name: paired_difference(
-                [item["metrics"][name] for item in first],
-                [item["metrics"][name] for item in second],
+            name: statistics.paired_difference(
+                *([item["metrics"][name] for item in items] for items in (first, second)),
                 bootstrap,
                 seed,
             )

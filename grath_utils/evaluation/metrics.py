@@ -8,11 +8,14 @@ would call it perfect).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from grath_utils.errors import ScoringError
-from grath_utils.evaluation.benchmarks import Item
+
+if TYPE_CHECKING:
+    from grath_utils.evaluation.benchmarks.base import Item
 
 
 def mc1(scores: Sequence[float], gold: int) -> float:
@@ -22,13 +25,9 @@ def mc1(scores: Sequence[float], gold: int) -> float:
 
 
 def mc2(scores: Sequence[float], labels: Sequence[int]) -> float:
-    """Return the probability mass on true choices, normalised over all: in [0, 1].
-
-    With log-sum-exp: the plain sum of exp(score) underflows to 0 / 0 for long answers.
-    """
-    values, true = np.asarray(scores, dtype=np.float64), np.asarray(labels) == 1
-    weights = np.exp(values - values.max())
-    return float(weights[true].sum() / weights.sum())
+    """Return the probability mass on true choices, normalised over all: in [0, 1]."""
+    weights = _weights(scores)
+    return float(weights[np.asarray(labels) == 1].sum() / weights.sum())
 
 
 def mc3(scores: Sequence[float], labels: Sequence[int]) -> float:
@@ -46,28 +45,28 @@ def truthfulqa_metrics(item: Item, scores: Sequence[float]) -> dict[str, float]:
     """
     _check(item, scores)
     one = [scores[i] for i in item.mc1]
-    several = [scores[i] for i in item.mc2]
-    labels = [item.labels[i] for i in item.mc2]
-    return {
-        "mc1": mc1(one, item.mc1.index(item.gold)),
-        "mc2": mc2(several, labels),
-        "mc3": mc3(several, labels),
-    }
+    several, labels = [scores[i] for i in item.mc2], [item.labels[i] for i in item.mc2]
+    gold = item.mc1.index(item.gold)
+    return {"mc1": mc1(one, gold), "mc2": mc2(several, labels), "mc3": mc3(several, labels)}
 
 
 def accuracy_metrics(item: Item, scores: Sequence[float]) -> dict[str, float]:
     """Return accuracy, plain and by score per character (lm-eval's ``acc`` and ``acc_norm``)."""
     _check(item, scores)
-    lengths = [len(choice) for choice in item.choices]
-    per_character = [score / length for score, length in zip(scores, lengths, strict=True)]
+    per_character = [score / len(text) for score, text in zip(scores, item.choices, strict=True)]
     return {"acc": mc1(scores, item.gold), "acc_norm": mc1(per_character, item.gold)}
 
 
 def choice_probabilities(item: Item, scores: Sequence[float]) -> list[float]:
     """Return the MC1 choices' probabilities, normalised over them."""
-    values = np.array([scores[i] for i in item.mc1])
-    weights = np.exp(values - values.max())
+    weights = _weights([scores[i] for i in item.mc1])
     return (weights / weights.sum()).tolist()
+
+
+def _weights(scores: Sequence[float]) -> np.ndarray:
+    """Return what is proportional to exp(score), which by itself underflows for long answers."""
+    values = np.asarray(scores, dtype=np.float64)
+    return np.exp(values - values.max())
 
 
 def _check(item: Item, scores: Sequence[float]) -> None:

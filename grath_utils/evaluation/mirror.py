@@ -1,32 +1,29 @@
 """Write a benchmark mirror from the Hub, for classrooms and machines without network.
 
-What is written is what :mod:`.benchmarks` reads: one JSONL file for each split, with the
-Hub's own columns, at the same pinned revisions.
+What is written is what :mod:`.benchmarks` reads: one JSONL file for each split, with the Hub's own
+columns, at the same pinned revisions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from grath_utils.errors import FetchError, UsageError
-from grath_utils.evaluation.hub_files import FILES, HubFile, hub_rows
+from grath_utils.evaluation.benchmarks import BENCHMARKS
+from grath_utils.evaluation.benchmarks.hub_files import hub_rows
 from grath_utils.files import write_json, write_jsonl
 
-RECORD = "mirror.json"
 
+def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
+    """Copy all splits that benchmarks read (118 files, about 70 MB) from the Hub into a folder.
 
-def make_mirror(to: Path | str, *, files: Iterable[HubFile] = FILES, progress: bool = True) -> Path:
-    """Copy the benchmarks' splits from the Hub into a folder.
-
-    Each file appears whole or not at all; what is already there is kept, so a second call goes on
+    Each file appears whole or not at all; what is already there is kept, so a second call resumes
     where a first one stopped.
 
     Args:
         to: the folder; made if need be.
-        files: which splits; all that the project can use by default (118 files, about 70 MB).
         progress: show a bar.
 
     Returns:
@@ -39,7 +36,7 @@ def make_mirror(to: Path | str, *, files: Iterable[HubFile] = FILES, progress: b
     folder = Path(to).expanduser().resolve()
     if folder.is_file():
         raise UsageError(f"{folder} is a file; name a folder for the mirror")
-    files = list(files)
+    files = list(dict.fromkeys(file for row in BENCHMARKS.values() for file in row.files))
     for file in tqdm(files, desc=f"mirror to {folder.name}", unit="file", disable=not progress):
         target = folder / file.path
         if target.exists():
@@ -49,5 +46,5 @@ def make_mirror(to: Path | str, *, files: Iterable[HubFile] = FILES, progress: b
             raise FetchError(f"{file.dataset}, split {file.split}: the Hub gave no rows")
         write_jsonl(target, rows)
     sources = {f.path: f"{f.dataset}@{f.revision}, {f.config}, {f.split}" for f in files}
-    write_json(folder / RECORD, {"schema_version": 1, "files": sources})
+    write_json(folder / "mirror.json", {"schema_version": 1, "files": sources})
     return folder

@@ -1,17 +1,18 @@
 """Numbers with their uncertainty: intervals, paired comparisons, power, calibration.
 
 Pure functions on arrays of per-item values; fractions everywhere, never percent. An interval is a
-95 % percentile bootstrap over items (Efron 1979): it tells how the value would move with another
+95 % percentile bootstrap over items (Efron 1979): it says how the value would move with another
 draw of questions, not with another model or prompt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from grath_utils.errors import UsageError
 
@@ -30,30 +31,31 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
         (resamples,) or (resamples, columns).
     """
     values = np.asarray(values, dtype=np.float64)
-    if len(values) == 0:
+    n = len(values)
+    if n == 0:
         raise UsageError("no items: a mean needs at least one")
     rng = np.random.default_rng(seed)
-    at_once = max(RESAMPLES_AT_ONCE // len(values), 1)
-    means = []
+    parts = _in_parts(resamples, n)
+    return np.concatenate([values[rng.integers(n, size=(part, n))].mean(axis=1) for part in parts])
+
+
+def _in_parts(resamples: int, items: int) -> Iterator[int]:
+    """Yield how many resamples to draw together, so that memory is bounded."""
+    at_once = max(RESAMPLES_AT_ONCE // max(items, 1), 1)
     for start in range(0, resamples, at_once):
-        count = min(at_once, resamples - start)
-        drawn = rng.integers(len(values), size=(count, len(values)))
-        means.append(values[drawn].mean(axis=1))
-    return np.concatenate(means)
+        yield min(at_once, resamples - start)
 
 
 def interval(samples: np.ndarray, level: float = 0.95) -> list[float]:
     """Return the central interval of samples: ``[low, high]``."""
     tail = (1 - level) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
-    return [float(low), float(high)]
+    return np.quantile(samples, [tail, 1 - tail], axis=0).tolist()
 
 
 def summarize(values: Sequence[float], resamples: int, seed: int) -> dict[str, Any]:
     """Return ``{"value", "ci95", "n"}`` of per-item values."""
-    array = np.asarray(values, dtype=np.float64)
-    means = bootstrap_means(array, resamples, seed)
-    return {"value": float(array.mean()), "ci95": interval(means), "n": len(array)}
+    means = bootstrap_means(values, resamples, seed)
+    return {"value": float(np.mean(values)), "ci95": interval(means), "n": len(values)}
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
@@ -62,37 +64,17 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | No
     Over seeds there are too few values for a bootstrap, which would give a far too narrow
     interval; this one holds for any number from two on, where the values are about normal.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) < 2:
+    if len(values) < 2:
         return None
-    reach = t_quantile(len(array) - 1, level) * array.std(ddof=1) / math.sqrt(len(array))
-    return [float(array.mean() - reach), float(array.mean() + reach)]
+    mean, reach = np.mean(values), t_quantile(len(values) - 1, level) * stats.sem(values)
+    return [float(mean - reach), float(mean + reach)]
 
 
 def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Return the ``t`` that Student's distribution lies within, ``-t`` to ``t``, with ``level``.
-
-    By bisection on the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3
-    and 26.7.4), in the angle whose tangent is ``t / sqrt(freedom)``.
-    """
+    """Return the ``t`` that Student's distribution lies within, ``-t`` to ``t``, with ``level``."""
     if freedom < 1:
         raise UsageError(f"{freedom} degrees of freedom; at least 1 is needed")
-
-    def inside(angle: float) -> float:
-        cosine, first = math.cos(angle), freedom % 2
-        term, total = (cosine, 0.0) if first else (1.0, 0.0)
-        for k in range(2 + first, freedom + 1, 2):
-            total += term
-            term *= cosine**2 * (k - 1) / k
-        if first:
-            return 2 / math.pi * (angle + math.sin(angle) * total)
-        return math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 # --- before and after ----------------------------------------------------------------------------
@@ -107,10 +89,8 @@ def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
         before, after: 0 or 1 for each item, in the same order.
     """
     difference = np.asarray(after, dtype=np.int64) - np.asarray(before, dtype=np.int64)
-    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    changed, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1)) / 2**changed
-    return min(1.0, 2 * tail)
+    gained, changed = int((difference > 0).sum()), int((difference != 0).sum())
+    return float(stats.binomtest(gained, changed).pvalue) if changed else 1.0
 
 
 def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> float:
@@ -121,12 +101,11 @@ def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> f
     """
     values = np.asarray(differences, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    at_once = max(RESAMPLES_AT_ONCE // max(len(values), 1), 1)
-    observed, extreme = abs(values.sum()), 1
-    for start in range(0, resamples, at_once):
-        signs = rng.choice((-1.0, 1.0), size=(min(at_once, resamples - start), len(values)))
-        # A hair of tolerance: sums in another order differ in their last digits.
-        extreme += int((np.abs(signs @ values) >= observed - 1e-12 * len(values)).sum())
+    # A hair of tolerance: sums in another order differ in their last digits.
+    observed, extreme = abs(values.sum()) - 1e-12 * len(values), 1
+    for part in _in_parts(resamples, len(values)):
+        signs = rng.choice((-1.0, 1.0), size=(part, len(values)))
+        extreme += int((np.abs(signs @ values) >= observed).sum())
     return extreme / (resamples + 1)
 
 
@@ -140,26 +119,24 @@ def paired_difference(
         ``test`` it is from, ``before``, ``after``, ``n``, ``gained`` and ``lost`` (items whose
         value rose and fell), and ``smallest_detectable`` (see below).
     """
-    first = np.asarray(before, dtype=np.float64)
-    second = np.asarray(after, dtype=np.float64)
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     difference = second - first
-    binary = set(np.unique(np.concatenate([first, second]))) <= {0.0, 1.0}
-    if binary:
-        p_value = mcnemar_exact(first.astype(int).tolist(), second.astype(int).tolist())
-    else:
-        p_value = sign_flip_test(difference, resamples, seed)
-    spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
+    n = len(difference)
+    binary = bool(np.isin([first, second], (0, 1)).all())
+    spread = float(difference.std(ddof=1)) if n > 1 else 0.0
     return {
         "value": float(difference.mean()),
         "ci95": interval(bootstrap_means(difference, resamples, seed)),
-        "p_value": p_value,
+        "p_value": mcnemar_exact(first, second)
+        if binary
+        else sign_flip_test(difference, resamples, seed),
         "test": "exact McNemar" if binary else "sign-flip randomization",
         "before": float(first.mean()),
         "after": float(second.mean()),
-        "n": len(difference),
+        "n": n,
         "gained": int((difference > 0).sum()),
         "lost": int((difference < 0).sum()),
-        "smallest_detectable": smallest_detectable_effect(len(difference), spread),
+        "smallest_detectable": smallest_detectable_effect(n, spread),
     }
 
 
@@ -175,7 +152,7 @@ def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
     if isinstance(p_values, Mapping):
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
     values = np.asarray(p_values, dtype=np.float64)
-    if np.isnan(values).any() or ((values < 0) | (values > 1)).any():
+    if not ((values >= 0) & (values <= 1)).all():
         raise UsageError(f"p-values lie between 0 and 1, found {list(p_values)}")
     order = np.argsort(values, kind="stable")
     steps = values[order] * np.arange(len(values), 0, -1)
@@ -199,19 +176,15 @@ def smallest_detectable_effect(
     """
     if n < 1:
         raise UsageError(f"n is {n}; at least 1 item is needed")
-    from statistics import NormalDist  # the standard library's, not this module
-
-    normal = NormalDist()
-    return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * spread / math.sqrt(n)
+    return float(stats.norm.ppf([1 - alpha / 2, power]).sum()) * spread / math.sqrt(n)
 
 
 def items_needed(effect: float, spread: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
     """Return how many items show a true mean difference ``effect`` with probability ``power``."""
     if effect <= 0:
         raise UsageError(f"the effect is {effect}; it must be above 0")
-    return math.ceil(
-        (smallest_detectable_effect(1, spread, alpha=alpha, power=power) / effect) ** 2
-    )
+    one = smallest_detectable_effect(1, spread, alpha=alpha, power=power)
+    return math.ceil((one / effect) ** 2)
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -229,20 +202,16 @@ def reliability(
     """
     conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     place = np.clip((conf * bins).astype(int), 0, bins - 1)
-    rows = []
-    for b in range(bins):
-        inside = place == b
-        if inside.any():
-            rows.append(
-                {
-                    "low": b / bins,
-                    "high": (b + 1) / bins,
-                    "confidence": float(conf[inside].mean()),
-                    "accuracy": float(right[inside].mean()),
-                    "n": int(inside.sum()),
-                }
-            )
-    return rows
+    return [
+        {
+            "low": b / bins,
+            "high": (b + 1) / bins,
+            "confidence": float(conf[place == b].mean()),
+            "accuracy": float(right[place == b].mean()),
+            "n": int((place == b).sum()),
+        }
+        for b in np.unique(place).tolist()
+    ]
 
 
 def expected_calibration_error(
@@ -251,8 +220,8 @@ def expected_calibration_error(
     """Return the ECE: mean distance of accuracy from confidence over bins, weighted by items
     (Naeini et al. 2015)."""
     rows = reliability(confidence, correct, bins)
-    total = sum(row["n"] for row in rows)
-    return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / total
+    distances = (row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
+    return sum(distances) / len(confidence)
 
 
 def selective_accuracy(

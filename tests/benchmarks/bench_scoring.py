@@ -37,7 +37,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from grath_utils.engine.models import Policy  # noqa: E402
-from grath_utils.evaluation import benchmarks  # noqa: E402
+from grath_utils.evaluation.benchmarks import mmlu  # noqa: E402
 from grath_utils.evaluation.measure import evaluate  # noqa: E402
 from grath_utils.files import mirror_dir  # noqa: E402
 from grath_utils.loop.named_models import load_policy  # noqa: E402
@@ -65,7 +65,7 @@ def main() -> None:
                 folder = harness.small_mirror(mirror, Path(scratch), case["sizes"])
                 with (
                     mock.patch.dict(os.environ, GRATH_MIRROR=str(folder)),
-                    mock.patch.object(benchmarks, "MMLU", case["mmlu"]),
+                    mock.patch.object(mmlu, "SUBJECTS", SUBJECTS),
                 ):
                     rows.append(measure(policy, folder, case, options.batch_sizes))
             print(line(rows[-1]), flush=True)
@@ -92,17 +92,16 @@ def cases(options: argparse.Namespace) -> list[dict[str, Any]]:
     arc = {"ai2_arc/ARC-Challenge/test.jsonl": n, "ai2_arc/ARC-Challenge/train.jsonl": None}
     swag = {"hellaswag/validation.jsonl": n, "hellaswag/train.jsonl": None}
     each = max(n // len(SUBJECTS), 1)
-    mmlu: dict[str, int | None] = {f"mmlu/{s}/dev.jsonl": None for s in SUBJECTS}
-    mmlu |= {f"mmlu/{s}/test.jsonl": each for s in SUBJECTS}
+    tests: dict[str, int | None] = {f"mmlu/{s}/dev.jsonl": None for s in SUBJECTS}
+    tests |= {f"mmlu/{s}/test.jsonl": each for s in SUBJECTS}
     rows = [
         ("truthfulqa", "truthfulqa_mc", ["truthfulqa_mc1", "truthfulqa_mc2"], 0, few),
         ("arc_challenge", "arc_challenge", ["arc_challenge"], 25, arc),
         ("hellaswag", "hellaswag", ["hellaswag"], 10, swag),
-        ("mmlu", "mmlu", [f"mmlu_{s}" for s in SUBJECTS], 5, mmlu),
+        ("mmlu", "mmlu", [f"mmlu_{s}" for s in SUBJECTS], 5, tests),
     ]
-    subjects = {s: benchmarks.MMLU[s] for s in SUBJECTS}
     keys = ("name", "benchmark", "tasks", "shots", "sizes")
-    found = [{**dict(zip(keys, row, strict=True)), "mmlu": subjects} for row in rows]
+    found = [dict(zip(keys, row, strict=True)) for row in rows]
     return [case for case in found if not options.only or case["name"] in options.only]
 
 

@@ -8,13 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from grath_utils.evaluation.hub_files import (
-    ARC_TEST,
-    ARC_TRAIN,
-    HELLASWAG,
-    HELLASWAG_TRAIN,
-    MULTIPLE_CHOICE,
-)
+from grath_utils.evaluation.benchmarks import arc, hellaswag
+from grath_utils.evaluation.benchmarks.truthfulqa import GENERATION, MULTIPLE_CHOICE
 from grath_utils.files import data_dir, read_jsonl, write_jsonl
 
 
@@ -34,9 +29,9 @@ def small_mirror(mirror: Path, folder: Path, sizes: dict[str, int | None]) -> Pa
     not in the sample stand in, since both sides draw their shots from that file.
     """
     for name, count in sizes.items():
-        if name == HELLASWAG_TRAIN.path:
-            tested = {row["ind"] for row in sample_rows(folder, HELLASWAG.path, None)}
-            rows = sample_rows(mirror, HELLASWAG.path, None)
+        if name == hellaswag.TRAIN.path:
+            tested = {row["ind"] for row in sample_rows(folder, hellaswag.VALIDATION.path, None)}
+            rows = sample_rows(mirror, hellaswag.VALIDATION.path, None)
             rows = [row for row in rows if row["ind"] not in tested][:count]
         else:
             rows = sample_rows(mirror, name, count)
@@ -51,7 +46,7 @@ def own_mirror(folder: Path, subjects: tuple[str, ...]) -> Path:
     """
     probe = read_jsonl(data_dir() / "probe.jsonl")
     facts = read_jsonl(data_dir() / "retention.jsonl")
-    arc = [
+    science = [
         {
             "id": row["id"],
             "question": row["question"],
@@ -73,10 +68,10 @@ def own_mirror(folder: Path, subjects: tuple[str, ...]) -> Path:
     ]
     files = {
         MULTIPLE_CHOICE.path: probe[:3],
-        ARC_TEST.path: arc[:3],
-        ARC_TRAIN.path: arc[3:120],
-        HELLASWAG.path: swag[:3],
-        HELLASWAG_TRAIN.path: swag[3:120],
+        arc.TEST.path: science[:3],
+        arc.TRAIN.path: science[3:120],
+        hellaswag.VALIDATION.path: swag[:3],
+        hellaswag.TRAIN.path: swag[3:120],
     }
     for n, subject in enumerate(subjects):
         rows = facts[20 * n : 20 * n + 8]
@@ -102,15 +97,15 @@ def task(folder: Path, name: str) -> dict[str, Any]:
         "truthfulqa_mc1": ({"validation": MULTIPLE_CHOICE.path}, "truthfulqa/truthfulqa_mc1.yaml"),
         "truthfulqa_mc2": ({"validation": MULTIPLE_CHOICE.path}, "truthfulqa/truthfulqa_mc2.yaml"),
         "truthfulqa_gen": (
-            {"validation": "truthful_qa/generation/validation.jsonl"},
+            {"validation": GENERATION.path},
             "truthfulqa/truthfulqa_gen.yaml",
         ),
         "arc_challenge": (
-            {"train": ARC_TRAIN.path, "test": ARC_TEST.path},
+            {"train": arc.TRAIN.path, "test": arc.TEST.path},
             "arc/arc_challenge.yaml",
         ),
         "hellaswag": (
-            {"train": HELLASWAG_TRAIN.path, "validation": HELLASWAG.path},
+            {"train": hellaswag.TRAIN.path, "validation": hellaswag.VALIDATION.path},
             "hellaswag/hellaswag.yaml",
         ),
     }.get(

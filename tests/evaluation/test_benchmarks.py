@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 
 from grath_utils.errors import DataError, UsageError
-from grath_utils.evaluation import hub_files
-from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark, truthfulqa_item
-from grath_utils.evaluation.protocols import (
-    PRIMER,
-    PROTOCOLS,
-    build_prompts,
-    build_requests,
-    find_protocol,
-)
+from grath_utils.evaluation.benchmarks import BENCHMARKS, hub_files, load_benchmark
+from grath_utils.evaluation.benchmarks.mmlu import SUBJECTS
+from grath_utils.evaluation.benchmarks.truthfulqa import PRIMER, truthfulqa_item
+from grath_utils.evaluation.protocols import build_prompts, build_requests, find_protocol
 from grath_utils.files import write_jsonl
 
 ROW = {
@@ -113,7 +108,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_mc1_is_part_of_mc2_and_labels_are_read_from_the_list() -> None:
-    item = truthfulqa_item(ROW, 0)
+    item = truthfulqa_item(ROW)
     assert item.choices == ("B.", "A.", "C.")  # three to score for both metrics, not five
     assert item.mc1 == (1, 0)
     assert item.mc2 == (0, 1, 2)
@@ -122,7 +117,7 @@ def test_mc1_is_part_of_mc2_and_labels_are_read_from_the_list() -> None:
 
 def test_an_mc1_choice_outside_mc2_is_scored_but_not_counted_there() -> None:
     row = {**ROW, "mc1_targets": {"choices": ["D.", "B."], "labels": [1, 0]}}
-    item = truthfulqa_item(row, 0)
+    item = truthfulqa_item(row)
     assert item.choices == ("B.", "A.", "C.", "D.")
     assert item.mc1 == (3, 0)
     assert item.mc2 == (0, 1, 2)
@@ -224,7 +219,7 @@ def test_a_file_missing_from_the_mirror_is_named_and_not_fetched(
         raise AssertionError("the Hub was asked")
 
     monkeypatch.setattr(hub_files, "hub_rows", never)
-    for name in set(BENCHMARKS) - {"probe", "retention"}:
+    for name in [name for name, row in BENCHMARKS.items() if row.files]:
         with pytest.raises(DataError, match=r"has no \S+\.jsonl") as caught:
             load_benchmark(name)
         assert str(folder) in str(caught.value)
@@ -250,16 +245,19 @@ def test_the_mirror_here(mirror: Path) -> None:
         assert all(item.labels[item.gold] for item in benchmark.items)
     truthfulqa = load_benchmark("truthfulqa_mc")
     assert all(set(item.mc1) <= set(item.mc2) for item in truthfulqa.items)
-    assert {len(load_benchmark("mmlu").shots[s]) for s in hub_files.MMLU_SUBJECTS} == {5}
+    assert {len(load_benchmark("mmlu").shots[s]) for s in SUBJECTS} == {5}
 
 
 # --- protocols -----------------------------------------------------------------------------------
 
 
-def test_every_benchmark_has_protocols_and_a_default() -> None:
-    assert set(PROTOCOLS) == set(BENCHMARKS)
-    for name in BENCHMARKS:
-        assert find_protocol(name, None) is PROTOCOLS[name][0]
+def test_every_row_is_complete() -> None:
+    for name, row in BENCHMARKS.items():
+        assert row.name == name
+        assert row.about
+        assert row.metrics
+        assert find_protocol(name, None) is row.protocols[0]
+        assert row.size.tokens >= row.size.predicted > 0
     with pytest.raises(UsageError, match='no protocol "chatt"; did you mean "chat"'):
         find_protocol("probe", "chatt")
 

@@ -16,23 +16,22 @@ from grath_utils.errors import DataError
 from grath_utils.evaluation.blind_rules import (
     RULES,
     UNIFORM_MC2,
+    answer_words,
+    blind_rule_scores,
     contains_negation,
-    controls,
     has_negation,
     longest_answer,
     negation_then_odd_one_out,
     odd_one_out,
     rule_accuracy,
-    uniform_mc2,
     word_overlap,
-    words,
 )
 
 HALF, THIRD = 1 / 2, 1 / 3
 
 
 def test_words_keep_contractions_whole() -> None:
-    assert words("It isn't so; THEY\u2019VE 2 cats.") == [
+    assert answer_words("It isn't so; THEY\u2019VE 2 cats.") == [
         "it",
         "isn't",
         "so",
@@ -40,7 +39,7 @@ def test_words_keep_contractions_whole() -> None:
         "2",
         "cats",
     ]
-    assert words("...") == []
+    assert answer_words("...") == []
 
 
 @pytest.mark.parametrize(
@@ -118,16 +117,11 @@ def test_a_single_choice_is_certain(name: str) -> None:
     assert RULES[name](["It is not so."]) == [1.0]
 
 
+@pytest.mark.parametrize("choices", [[], "It is not so."])
 @pytest.mark.parametrize("name", RULES)
-def test_no_choices_is_an_error(name: str) -> None:
-    with pytest.raises(DataError, match="no choices"):
-        RULES[name]([])
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_one_text_for_a_list_is_an_error(name: str) -> None:
-    with pytest.raises(DataError, match="list of answer texts"):
-        RULES[name]("It is not so.")
+def test_what_is_no_list_of_choices_is_an_error(name: str, choices: list[str] | str) -> None:
+    with pytest.raises(DataError, match="must be a list of answer texts"):
+        RULES[name](choices)
 
 
 WORDS = st.sampled_from(["a", "b", "c", "not", "no", "isn't", "Never", "", "\u00e9"])
@@ -165,41 +159,36 @@ def test_rule_accuracy_is_the_mass_on_true_choices() -> None:
     assert rule_accuracy(RULES["chance"], [(PAIR[0], [0, 1, 1])]) == [pytest.approx(2 / 3)]
 
 
-def test_controls_on_a_row() -> None:
-    scores = controls([ROW, ROW])
+def test_blind_rule_scores_on_a_row() -> None:
+    scores = blind_rule_scores([ROW, ROW])
     assert set(scores) == {*RULES, UNIFORM_MC2}
     assert scores["contains_negation"] == [1.0, 1.0]
     assert scores["chance"] == [THIRD, THIRD]  # of the three MC1 choices
     assert scores[UNIFORM_MC2] == [HALF, HALF]  # of the four MC2 choices
 
 
-def test_controls_on_a_pair_and_on_an_iterator() -> None:
-    scores = controls(iter([PAIR]))
+def test_blind_rule_scores_on_a_pair_and_on_an_iterator() -> None:
+    scores = blind_rule_scores(iter([PAIR]))
     assert scores["longest_answer"] == [1.0]
     assert scores[UNIFORM_MC2] == [THIRD]
-
-
-def test_uniform_mc2() -> None:
-    assert uniform_mc2([1, 0, 1, 0]) == HALF
-    assert uniform_mc2([True]) == 1.0
 
 
 @pytest.mark.parametrize(
     ("items", "message"),
     [
         ([], "no items"),
-        ([PAIR, ([], [])], "item 2: an item has no choices"),
-        ([(["a", "b"], [1])], "2 choices but 1 labels"),
-        ([(["a", "b"], [0, 0])], "no choice is labelled true"),
-        ([(["a", "b"], [1, 2])], "must be 0 or 1"),
-        ([{"question": "?"}], "item 1 is neither a row"),
-        ([3], "item 1 is neither a row"),
-        ([("ab", [1, 0])], "list of answer texts"),
+        ([PAIR, ([], [])], "item 2: the list of choices is empty"),
+        ([(["a", "b"], [1])], "2 choices, but 1 labels"),
+        ([(["a", "b"], [0, 0])], "no choice is true"),
+        ([(["a", "b"], [1, 2])], "expected 0 and 1"),
+        ([{"question": "?"}], "item 1: no 'mc1_targets'"),
+        ([3], "item 1: "),
+        ([("ab", [1, 0])], "list of texts"),
     ],
 )
 def test_bad_items_are_named(items: list, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        controls(items)
+        blind_rule_scores(items)
 
 
 # Percent on all 817 questions of TruthfulQA. The mirror holds about half of them, drawn by a
@@ -220,7 +209,7 @@ MIRROR = os.environ.get("GRATH_MIRROR")
 def test_figures_on_truthful_qa() -> None:
     path = Path(MIRROR) / "truthful_qa" / "multiple_choice" / "validation.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    scores = controls(rows)
+    scores = blind_rule_scores(rows)
     assert set(scores) == set(ON_ALL_817)
     for name, expected in ON_ALL_817.items():
         percent = 100 * np.array(scores[name])

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from grath_utils.engine.models import Policy
 from grath_utils.errors import ScoringError, UsageError
 from grath_utils.evaluation import free_answers as answers
-from grath_utils.evaluation import measure as evaluation
 from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark
 from grath_utils.evaluation.free_answers import answer_metrics, cut, declines, repeats
 from grath_utils.evaluation.measure import compare, control_values, evaluate, explained_by_rules
@@ -183,7 +182,7 @@ def test_a_model_whose_scores_are_nan_gets_an_error_and_no_file(
 # --- resuming ------------------------------------------------------------------------------------
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(
+def test_a_killed_evaluation_resumes(
     tiny_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {
@@ -346,4 +345,3 @@ def test_the_result_says_when_trees_were_not_to_be_had(
     monkeypatch.setattr(scoring, "can_run_trees", lambda policy, longest: False)
     result = evaluate(tiny_policy, "retention", limit=2, bootstrap=100, progress=False)
     assert any("one sequence at a time" in note for note in result["notes"])
-    assert evaluation.SCHEMA_VERSION == 1

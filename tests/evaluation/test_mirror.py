@@ -9,11 +9,12 @@ import datasets
 import pytest
 
 from grath_utils.errors import FetchError, UsageError
-from grath_utils.evaluation.benchmarks import load_benchmark
-from grath_utils.evaluation.hub_files import FILES, MMLU_SUBJECTS
+from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from grath_utils.evaluation.benchmarks.mmlu import SUBJECTS
 from grath_utils.evaluation.mirror import make_mirror
 from grath_utils.files import read_json, read_jsonl
 
+FILES = {file for row in BENCHMARKS.values() for file in row.files}
 TRUTHFULQA = {
     "multiple_choice": {
         "question": "What is it?",
@@ -81,8 +82,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_the_mirror_holds_what_the_benchmarks_read(
     fake_hub: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("truthfulqa_mc", "truthfulqa_binary", "truthfulqa_gen", "arc_challenge", "hellaswag")
-    names += ("mmlu",)
+    names = [name for name, row in BENCHMARKS.items() if row.files]
     monkeypatch.delenv("GRATH_MIRROR", raising=False)
     from_hub = {name: load_benchmark(name) for name in names}
     assert from_hub["arc_challenge"].source == "Hub allenai/ai2_arc@210d026f"
@@ -108,15 +108,15 @@ def test_the_layout(fake_hub: list, tmp_path: Path) -> None:
         "ai2_arc/ARC-Challenge/test.jsonl",
         "hellaswag/validation.jsonl",
         "hellaswag/train.jsonl",
-        *(f"mmlu/{s}/{split}.jsonl" for s in MMLU_SUBJECTS for split in ("dev", "test")),
+        *(f"mmlu/{s}/{split}.jsonl" for s in SUBJECTS for split in ("dev", "test")),
     }
-    assert len(MMLU_SUBJECTS) == 57
+    assert len(SUBJECTS) == 57
     row = read_jsonl(folder / "truthful_qa/multiple_choice/validation.jsonl")[1]
     assert row == {**TRUTHFULQA["multiple_choice"], "question": "What is it 1?"}
     assert set(read_json(folder / "mirror.json")["files"]) == {f.path for f in FILES}
 
 
-def test_it_goes_on_where_it_stopped(
+def test_it_resumes_where_it_stopped(
     fake_hub: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = datasets.load_dataset

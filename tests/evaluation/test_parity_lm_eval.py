@@ -16,7 +16,8 @@ import pytest
 
 from grath_utils.engine.models import Policy
 from grath_utils.errors import ScoringError
-from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark, truthfulqa_item
+from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark, mmlu
+from grath_utils.evaluation.benchmarks.truthfulqa import truthfulqa_item
 from grath_utils.evaluation.measure import evaluate
 from grath_utils.evaluation.metrics import truthfulqa_metrics
 from grath_utils.files import mirror_dir
@@ -88,10 +89,7 @@ def test_few_shot(default_policy: Policy, use_small: Path, name: str, shots: int
 
 @pytest.mark.model
 def test_mmlu(default_policy: Policy, use_small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import grath_utils.evaluation.benchmarks as benchmarks
-
-    two = {subject: benchmarks.MMLU[subject] for subject in SUBJECTS}
-    monkeypatch.setattr(benchmarks, "MMLU", two)
+    monkeypatch.setattr(mmlu, "SUBJECTS", SUBJECTS)
     tasks = [harness.task(use_small, f"mmlu_{subject}") for subject in SUBJECTS]
     theirs = harness.run(default_policy, tasks, 5)
     ours = evaluate(default_policy, "mmlu", progress=False)
@@ -131,7 +129,7 @@ def their_task(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def theirs_and_ours(task: Any, row: dict[str, Any], scores: list[float]) -> tuple[float, float]:
     their = task.process_results(row, [(score, False) for score in scores])["acc"]
-    return their, truthfulqa_metrics(truthfulqa_item(row, 0), scores)["mc1"]
+    return their, truthfulqa_metrics(truthfulqa_item(row), scores)["mc1"]
 
 
 def test_a_clear_answer_is_judged_alike(their_task: Any) -> None:
@@ -151,7 +149,7 @@ def test_nan_is_an_error_here_and_right_there(their_task: Any) -> None:
     nan = [float("nan")] * 3
     assert their_task.process_results(ROW, [(x, False) for x in nan])["acc"] == 1.0
     with pytest.raises(ScoringError, match="not finite"):
-        truthfulqa_metrics(truthfulqa_item(ROW, 0), nan)
+        truthfulqa_metrics(truthfulqa_item(ROW), nan)
 
 
 def test_mc2_of_very_long_answers_is_a_number_here_and_nan_there() -> None:
@@ -160,7 +158,7 @@ def test_mc2_of_very_long_answers_is_a_number_here_and_nan_there() -> None:
     scores = [-900.0, -901.0, -905.0]
     with np.errstate(invalid="ignore"):
         assert np.isnan(process_results_mc2(ROW, [(x, False) for x in scores])["acc"])
-    value = truthfulqa_metrics(truthfulqa_item(ROW, 0), scores)["mc2"]
+    value = truthfulqa_metrics(truthfulqa_item(ROW), scores)["mc2"]
     assert value == pytest.approx(1 / (1 + np.exp(-1) + np.exp(-5)))
 
 

@@ -30,9 +30,9 @@ from overlap import (
 
 from grath_utils.evaluation.blind_rules import (
     RULES,
+    blind_rule_scores,
     has_negation,
     rule_accuracy,
-    uniform_mc2,
     word_overlap,
 )
 
@@ -165,7 +165,7 @@ def test_texts_are_plain_sentences() -> None:
 
 def test_chance_levels() -> None:
     assert rule_accuracy(RULES["chance"], ITEMS) == [CHANCE] * len(ITEMS)
-    assert {uniform_mc2(item["mc2_targets"]["labels"]) for item in ITEMS} == {0.5}
+    assert set(blind_rule_scores(ITEMS)["uniform_mc2"]) == {0.5}
 
 
 @pytest.mark.parametrize("name", [*(name for name in RULES if name != "chance"), *MORE_RULES])

@@ -1,0 +1,90 @@
+"""Benchmarks, one file a family and one line here each. CONTRIBUTING.md shows how to add one.
+
+Items come from exactly one of three sources, which is printed and recorded: our own data, a
+*mirror* where ``GRATH_MIRROR`` names one, and the Hub otherwise (:mod:`.hub_files`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
+from grath_utils.evaluation.benchmarks import arc, hellaswag, mmlu, own, truthfulqa
+from grath_utils.evaluation.benchmarks.base import Benchmark, BenchmarkSpec, Item
+from grath_utils.evaluation.benchmarks.hub_files import source_of
+from grath_utils.files import fingerprint
+
+_ROWS = (
+    truthfulqa.MC,
+    truthfulqa.BINARY,
+    truthfulqa.WRITTEN,
+    arc.CHALLENGE,
+    hellaswag.HELLASWAG,
+    mmlu.MMLU,
+    own.PROBE,
+    own.RETENTION,
+)
+BENCHMARKS: dict[str, BenchmarkSpec] = {row.name: row for row in _ROWS}
+
+__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkSpec", "Item", "find_benchmark", "load_benchmark"]
+
+
+def find_benchmark(name: str) -> BenchmarkSpec:
+    """Return a benchmark's row.
+
+    Raises:
+        UsageError: there is no such benchmark; the nearest name is given.
+    """
+    if name not in BENCHMARKS:
+        raise UsageError(f'unknown benchmark "{name}"{did_you_mean(name, BENCHMARKS)}')
+    return BENCHMARKS[name]
+
+
+def check_benchmarks(names: Iterable[str]) -> None:
+    """Raise ConfigError if ``evaluation.benchmarks`` names something else than benchmarks."""
+    for name in names:
+        if name not in BENCHMARKS:
+            near = did_you_mean(name, BENCHMARKS)
+            raise ConfigError(f'"evaluation.benchmarks" names "{name}"{near}')
+
+
+def load_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Benchmark:
+    """Load a benchmark by name.
+
+    Args:
+        name: one of ``BENCHMARKS``.
+        limit: use this many items, drawn by the seed; a smaller draw is part of a larger one.
+        seed: of the draw.
+
+    Raises:
+        UsageError: unknown name, or a limit below 1.
+        DataError: a file is missing or a row is malformed; file and row are named.
+        FetchError: the Hub was needed and cannot be reached.
+    """
+    spec = find_benchmark(name)
+    if limit is not None and limit < 1:
+        raise UsageError(f"the limit is {limit}; at least 1 item is needed")
+    loaded = spec.load()
+    source = source_of(spec.files[0]) if spec.files else "own data"
+    chosen = items = loaded.items
+    if not items:
+        raise DataError(f"{name} ({source}) holds no item")
+    if limit is not None and limit < len(items):
+        order = list(range(len(items)))
+        random.Random(seed).shuffle(order)
+        chosen = tuple(items[i] for i in sorted(order[:limit]))
+    content = [[(i.question, i.choices, i.labels, i.mc1, i.mc2) for i in chosen]]
+    for key, shots in loaded.shots.items():
+        content.append([(key, i.question, i.choices, i.labels) for i in shots])
+    return Benchmark(
+        name=name,
+        source=source,
+        items=chosen,
+        shots=loaded.shots,
+        total=len(items),
+        limit=limit,
+        seed=seed,
+        fingerprint=fingerprint(content),
+        notes=loaded.notes,
+    )

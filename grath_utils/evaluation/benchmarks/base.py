@@ -1,0 +1,218 @@
+"""What every benchmark is made of: items, ways of asking them, and a row with all its facts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from grath_utils.errors import DataError
+from grath_utils.evaluation.benchmarks.hub_files import HubFile, read_rows
+from grath_utils.files import fingerprint, read_jsonl
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with the answers that are scored."""
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    labels: tuple[int, ...]
+    """1 for a true choice, 0 for a false one; shape (choices,)."""
+    category: str | None
+    mc1: tuple[int, ...]
+    """Which choices make up the form with one true answer (MC1, accuracy)."""
+    mc2: tuple[int, ...]
+    """Which choices make up the form with several true answers (MC2, MC3)."""
+    position: int = 0
+    """Place in the whole benchmark, whatever part of it was asked for."""
+
+    @property
+    def gold(self) -> int:
+        """Index (into ``choices``) of the one true answer of the MC1 form."""
+        return next(i for i in self.mc1 if self.labels[i])
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark, or a part of it drawn by the seed."""
+
+    name: str
+    source: str
+    """``own data``, ``mirror FOLDER`` or ``Hub ID@REVISION``."""
+    items: tuple[Item, ...]
+    shots: Mapping[str, tuple[Item, ...]]
+    """Solved examples to choose few-shot prompts from, by category (``""`` for all)."""
+    total: int
+    """Items in the whole benchmark."""
+    limit: int | None
+    seed: int
+    fingerprint: str
+    """Changes whenever an item, its order or a solved example does."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way of asking a benchmark's questions."""
+
+    name: str
+    about: str
+    question: Callable[[Item], str]
+    """The item's text up to where the answer begins."""
+    answer: Callable[[Item, int], str] = lambda item, choice: " " + item.choices[choice]
+    """What is scored for a choice."""
+    before: Callable[[Item], str] = lambda item: ""
+    """Text before the shots."""
+    shots: int = 0
+    draw: str = "none"
+    """``item`` (new shots for each item, as lm-eval draws them), ``once`` (the same shots for all:
+    one shared prefix, many times faster) or ``first`` (the first ones of the item's category)."""
+    spare: int = 0
+    """Examples drawn beyond ``shots``, so that one which is the item itself can be left out."""
+    chat: bool = False
+    """The question is a user turn of the chat template."""
+    stop: tuple[str, ...] = ()
+    """For generation: the answer ends before the first of these."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a benchmark's loader returns; see :class:`Benchmark`."""
+
+    items: tuple[Item, ...]
+    shots: Mapping[str, tuple[Item, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BenchmarkSize:
+    """What the cost model needs, in SmolLM2's tokens and with the default protocol."""
+
+    items: int
+    tokens: int
+    """Distinct tokens that an item adds to what others share: mean."""
+    predicted: int
+    """Places of an item that predict an answer's token, or tokens of a free answer: mean."""
+    context: int = 256
+    """Tokens before the question: a primer, or demonstrations."""
+
+
+@dataclass(frozen=True)
+class BenchmarkSpec:
+    """All that the package knows about one benchmark: a row of ``BENCHMARKS``."""
+
+    name: str
+    about: str
+    """What it asks, for ``evaluate --help``."""
+    load: Callable[[], Loaded]
+    protocols: tuple[Protocol, ...]
+    """The default first."""
+    metrics: tuple[str, ...]
+    """The headline first."""
+    score: Callable[[Item, Sequence[float]], dict[str, float]] | None
+    """(item, summed log-probabilities of its choices) -> metrics; None if the model writes its
+    answers freely (:mod:`grath_utils.evaluation.free_answers`)."""
+    size: BenchmarkSize
+    files: tuple[HubFile, ...] = ()
+    """What is read from a mirror or the Hub; nothing for our own data."""
+
+
+# --- rows to items -------------------------------------------------------------------------------
+
+
+def read_items(file: HubFile | Path, parse: Callable[[Row], Item]) -> tuple[Item, ...]:
+    """Return the items of a file, with unique ids.
+
+    Raises:
+        DataError: a row is malformed; file and row are named.
+    """
+    if isinstance(file, HubFile):
+        rows, where = read_rows(file), file.path
+    else:
+        rows, where = read_jsonl(file), file.name
+    items, seen = [], Counter()
+    for position, row in enumerate(rows):
+        try:
+            item = parse(row)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"{where}, row {position + 1}: {what}") from error
+        seen[item.id] += 1
+        if seen[item.id] > 1:  # the same question twice: both count, so both need a name
+            item = replace(item, id=f"{item.id}-{seen[item.id]}")
+        items.append(replace(item, position=position))
+    return tuple(items)
+
+
+def make_item(
+    id_: str,
+    question: str,
+    choices: Sequence[str],
+    labels: Sequence[int],
+    *,
+    category: str | None = None,
+    mc1: Sequence[int] | None = None,
+    mc2: Sequence[int] | None = None,
+) -> Item:
+    """Return an item; without ``mc1`` and ``mc2``, all choices are in either form.
+
+    Raises:
+        ValueError: an empty text, wrong labels, or a form without a true or a false choice.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question is empty")
+    if isinstance(choices, str):
+        raise ValueError(f"choices must be a list of texts, not {choices!r}")
+    if not choices:
+        raise ValueError("the list of choices is empty")
+    if len(choices) != len(labels):
+        raise ValueError(f"{len(choices)} choices, but {len(labels)} labels")
+    if any(not isinstance(choice, str) or not choice.strip() for choice in choices):
+        raise ValueError("a choice is empty")
+    if not set(labels) <= {0, 1}:
+        raise ValueError(f"labels are {sorted(set(labels))}; expected 0 and 1")
+    one, several = (tuple(range(len(choices)) if form is None else form) for form in (mc1, mc2))
+    for form in (one, several):
+        true = sum(labels[i] for i in form)
+        if true in (0, len(form)):
+            raise ValueError(f"no choice is {'false' if true else 'true'}")
+    if mc1 is not None and (true := sum(labels[i] for i in one)) != 1:
+        raise ValueError(f"MC1 needs one true choice, found {true}")
+    return Item(id_, question, tuple(choices), tuple(map(int, labels)), category, one, several)
+
+
+def short_id(*parts: Any) -> str:
+    """Name an item by its content, so that a half and the whole of a benchmark agree."""
+    return fingerprint(parts)[:10]
+
+
+def gold_labels(gold: int, count: int) -> list[int]:
+    """Return ``count`` labels of which the one at ``gold`` is 1."""
+    if not isinstance(gold, int) or not 0 <= gold < count:
+        raise ValueError(f"the answer is {gold!r}; expected 0 to {count - 1}")
+    return [int(i == gold) for i in range(count)]
+
+
+# --- protocols that several benchmarks share -----------------------------------------------------
+
+
+def question_answer(item: Item) -> str:
+    """Return ``Question: ...``, and ``Answer:`` on a line of its own."""
+    return f"Question: {item.question}\nAnswer:"
+
+
+def few_shot(question: Callable[[Item], str], shots: int, spare: int = 0) -> tuple[Protocol, ...]:
+    """Return lm-eval's few-shot protocol, one with the same shots for all items, and zero-shot."""
+    each = Protocol("lm-eval", f"{shots} shots, drawn for each item", question)
+    once = Protocol("shared", f"{shots} shots, the same for all items: much faster", question)
+    return (
+        replace(each, shots=shots, spare=spare, draw="item"),
+        replace(once, shots=shots, spare=spare, draw="once"),
+        Protocol("zero-shot", "no shots", question),
+    )
