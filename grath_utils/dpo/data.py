@@ -75,7 +75,7 @@ def tokenize_pairs(
     """Tokenize all pairs, leaving out those longer than the limits (in tokens).
 
     Raises:
-        DataError: no pair is left.
+        DataError: none of the pairs is left.
     """
     kept, over_long = [], []
     for pair in pairs:
@@ -84,7 +84,7 @@ def tokenize_pairs(
             kept.append(example)
         else:
             over_long.append(pair.id)
-    if not kept:
+    if pairs and not kept:
         raise DataError(
             f"no pair to train on: {len(pairs)} given, {len(over_long)} longer than "
             f"dpo.max_prompt_length={max_prompt_length} or dpo.max_length={max_length} tokens"

@@ -26,15 +26,8 @@ def kl_per_token(
 
     At every place of a given answer both models say which token comes next; the divergence of
     the two distributions is exact at each place (no sampling). What is sampled is where to look:
-    the contexts are those of the pairs' own answers, chosen and rejected.
-
-    Args:
-        policy: the model after training.
-        base: the model to compare it with; the same tokenizer.
-        examples: tokenized pairs, best of questions that were held out.
-
-    Returns:
-        One value a pair, in order; 0 where the models are the same.
+    the contexts are those of the pairs' own answers, chosen and rejected, best of questions that
+    were held out.
 
     Raises:
         UsageError: no examples, or a model that does not honour tree masks.

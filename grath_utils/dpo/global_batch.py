@@ -74,10 +74,7 @@ class Piece:
 def deal(order: Sequence[int], config: DPOConfig, split: Split) -> list[list[Piece]]:
     """Return the pieces of one epoch for each process, in order.
 
-    Args:
-        order: every pair's index, in the order in which one process would take them.
-        config: batch sizes.
-        split: as :func:`split_batch` returns it.
+    ``order`` has every pair's index, in the order in which one process would take them.
     """
     hands: list[list[Piece]] = [[] for _ in range(split.processes)]
     per_step = config.batch_size // config.micro_batch_size

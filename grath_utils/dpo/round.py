@@ -28,7 +28,7 @@ from grath_utils.dpo.adapters import (
     refuse_cpu_4bit,
     save_adapter,
 )
-from grath_utils.dpo.data import PreferenceData, PreferenceExample, tokenize_pairs
+from grath_utils.dpo.data import PreferenceExample, tokenize_pairs
 from grath_utils.engine import processes
 from grath_utils.engine.encoding import Encoded, Request
 from grath_utils.engine.machine import TRAINING_BLOCK, keep_freed_memory
@@ -67,18 +67,9 @@ def train_round(
     """Run one DPO round and leave ``adapter/`` and ``training_log.jsonl`` in ``folder``.
 
     A round that was interrupted resumes from its last checkpoint and ends with the same adapter as
-    one that was not.
-
-    Args:
-        base: the base model, its quantization and dtype.
-        pairs: what to train on.
-        held_out: pairs of other questions, to measure the margin on; may be empty.
-        folder: the iteration's folder.
-        dpo: hyper-parameters.
-        lora: the adapter's shape.
-        seed: reaches the adapter's initialisation and the order of the data.
-        previous: the previous round's adapter.
-        progress: show progress bars.
+    one that was not. The margin is measured on ``held_out``, pairs of other questions, if there are
+    any. ``seed`` reaches the adapter's initialisation and the order of the data; ``previous`` is
+    the previous round's adapter.
 
     Raises:
         DataError: there is no pair to train on.
@@ -94,16 +85,9 @@ def train_round(
     continue_adapter = dpo.chain == "continue" and previous is not None
     # Where no adapter is continued, the start is the base with all of its adapters folded in.
     policy = reference.load(fold_last=reference == start and not continue_adapter)
+    limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": dpo.max_length}
     data, held = (
-        tokenize_pairs(
-            policy.tokenizer,
-            part,
-            prompt_format=dpo.prompt_format,
-            max_prompt_length=dpo.max_prompt_length,
-            max_length=dpo.max_length,
-        )
-        if part
-        else PreferenceData((), ())
+        tokenize_pairs(policy.tokenizer, part, prompt_format=dpo.prompt_format, **limits)
         for part in (pairs, held_out)
     )
     examples = data.examples + held.examples

@@ -43,13 +43,8 @@ def start_trackers(
 ) -> list[tracking.GeneralTracker]:
     """Check and start the trackers; whoever logs to them also finishes them.
 
-    Args:
-        names: ``dpo.report_to``.
-        folder: where trackers that write files put them.
-        resumed_at: steps that an interrupted round had finished; TensorBoard forgets later ones.
-
-    Returns:
-        One object a tracker in the main process, none in others.
+    Those that write files write them to ``folder``. ``resumed_at`` is how many steps an interrupted
+    round had finished: TensorBoard forgets later ones. Only the main process gets any.
     """
     check_trackers(names)
     started = []

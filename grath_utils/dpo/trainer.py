@@ -20,7 +20,7 @@ from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig as TRLConfig
@@ -151,15 +151,9 @@ def run_trainer(
 ) -> list[dict[str, Any]]:
     """Train the policy's adapter in place and return the log, one row a logged step.
 
-    Args:
-        policy: a policy whose adapter, and nothing else, requires gradients.
-        train_rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps``,
-            ``ref_rejected_logps``.
-        held_out_rows: the same for held-out questions; may be empty.
-        folder: for checkpoints; an interrupted round resumes from the last whole one.
-        config: hyper-parameters.
-        seed: order of the data.
-        progress: show a progress bar.
+    Rows of data hold ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps`` and
+    ``ref_rejected_logps``. Checkpoints go to ``folder``; an interrupted round resumes from the last
+    whole one.
 
     Returns:
         Rows ``{"step", "split": "train" | "held_out", ...}`` with the values of :data:`LOGGED`.
@@ -196,8 +190,7 @@ def run_trainer(
         # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
         for name, weights in adapter.items():
             policy.model.get_parameter(name).data = weights
-        for callback in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)  # _Watch shows what matters
         trainer.add_callback(_Watch(config, trackers, progress and processes.is_main()))
         trainer.train(resume_from_checkpoint=checkpoint)
     policy.model.eval()
@@ -276,7 +269,6 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         activate_adapters(model, trainable=True)  # reading a checkpoint leaves the top one alone
-        self.bar.update(state.global_step)
         settings = {"args": args.to_json_string(), "model_config": model.config.to_json_string()}
         for tracker in self.trackers:
             tracker.log(settings)
