@@ -60,7 +60,8 @@ def table(
     ]
     shown = [[f"{c:,.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     text = tabulate(shown, columns, form, disable_numparse=True, colalign=sides)
-    if form == "html":  # Jupyter would put texts to the right and in the middle of high rows
+    if form == "html":  # Jupyter would put texts to the right, and in the middle of high rows
+        text = re.sub(r"(?<=>) +| +(?=</)", "", text)  # padding
         text = re.sub(r'<(t[dh]) style="', r'<\1 style="vertical-align: top; ', text)
         text = re.sub(r"<(t[dh])>", r'<\1 style="vertical-align: top; text-align: left;">', text)
     return text

@@ -11,16 +11,9 @@ from dataclasses import dataclass
 
 from grath_utils.evaluation.statistics import summarize
 from grath_utils.loop.choice import displacement, margins
-from grath_utils.loop.comparison import results
-from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import (
-    BASE,
-    measured_rounds,
-    model_label,
-    planned_iterations,
-    round_choice,
-    run_questions,
-)
+from grath_utils.loop.run_dir import BASE, Run, model_label
+from grath_utils.loop.stages import run_questions
+from grath_utils.loop.state import RunState, results, run_state
 from grath_utils.pairs.audit import audit_pairs, wilson
 from grath_utils.pairs.generate import read_pairs
 from grath_utils.pairs.words import ngram_f1
@@ -41,7 +34,7 @@ ROUND_COLUMNS = (
 
 def choice_line(run: Run) -> str:
     """Return which round was chosen and why, and why the loop stopped early if it did."""
-    found = round_choice(run)
+    found = run_state(run).choice
     if found is None:
         return "no round has been measured yet"
     line = f"chosen without a look at any benchmark: {found.why}"
@@ -54,12 +47,12 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
     Margin, chosen and KL are means over the held-out pairs of iteration 0, against the base model,
     with 95 % intervals; the rest is about free answers to held-out questions.
     """
-    found = round_choice(run)
-    if found is None:
+    state = run_state(run)
+    if state.choice is None:
         return []
-    base, rounds = measured_rounds(run)
-    rows = []
-    for t, (after, warned) in enumerate(zip((base, *rounds), ((), *found.alarms), strict=True)):
+    base, rows = state.base, []
+    measured = zip((base, *state.rounds), ((), *state.choice.alarms), strict=True)
+    for t, (after, warned) in enumerate(measured):
         means = [
             _mean(run, v) for v in (margins(base, after), displacement(base, after), after["kl"])
         ]
@@ -101,14 +94,15 @@ def dashboard_panels(run: Run) -> list[Panel]:
 
     First the pairs of each round, then what its model is judged by, then what it reached.
     """
-    panels = (*_pair_panels(run), *_signal_panels(run), *_result_panels(run))
+    state = run_state(run)
+    panels = (*_pair_panels(run, state), *_signal_panels(run, state), *_result_panels(run))
     return [panel for panel in panels if panel.points]
 
 
-def _pair_panels(run: Run) -> Iterator[Panel]:
+def _pair_panels(run: Run, state: RunState) -> Iterator[Panel]:
     questions = run_questions(run)
     audits, distances = [], []
-    for t in planned_iterations(run):
+    for t in state.planned:
         if not run.pairs(t).exists():
             break
         pairs = read_pairs(run.pairs(t))
@@ -120,11 +114,11 @@ def _pair_panels(run: Run) -> Iterator[Panel]:
     yield Panel("distance of the two answers", "1 - n-gram F1", tuple(distances))
 
 
-def _signal_panels(run: Run) -> Iterator[Panel]:
-    base, rounds = measured_rounds(run)
+def _signal_panels(run: Run, state: RunState) -> Iterator[Panel]:
+    base = state.base
     if not base:
         return
-    models = {BASE: base} | {model_label(t): found for t, found in enumerate(rounds)}
+    models = {BASE: base} | {model_label(t): found for t, found in enumerate(state.rounds)}
     for title, unit, values in (
         ("held-out margin", "nats", lambda after: margins(base, after)),
         ("gain of the chosen answers", "nats", lambda after: displacement(base, after)),
@@ -163,9 +157,9 @@ def sample_rows(run: Run, number: int = 10) -> tuple[list[str], list[tuple[str, 
         The columns (question, base, round 1, ...) and one row for each of the first ``number``
         held-out questions.
     """
-    base, rounds = measured_rounds(run)
+    state = run_state(run)
     texts = {question.id: question.text for question in run_questions(run, "held_out")}
-    asked = [texts[i] for i in base.get("questions", [])][:number]
-    columns = ["question", "base", *(f"round {t + 1}" for t in range(len(rounds)))]
-    answers = [found["answers"] for found in (base, *rounds) if found]
+    asked = [texts[i] for i in state.base.get("questions", [])][:number]
+    columns = ["question", "base", *(f"round {t + 1}" for t in range(len(state.rounds)))]
+    answers = [found["answers"] for found in (state.base, *state.rounds) if found]
     return columns, [(q, *(a[i] for a in answers)) for i, q in enumerate(asked)]

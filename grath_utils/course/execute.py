@@ -91,7 +91,7 @@ def _gains(run: Run, target: Path) -> Callable[[], dict[str, Any]]:
         """Finished stages, and the number of files: experiments show only in those."""
         files = (path for path in run.path.rglob("[!.]*") if path.is_file())
         beside = sum(run.executed_notebooks not in path.parents for path in files)
-        return {stage.name for stage in plan_stages(run) if stage.done}, beside
+        return {stage.id for stage in plan_stages(run) if stage.done}, beside
 
     stages, files = state()
 

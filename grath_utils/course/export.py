@@ -18,7 +18,8 @@ from grath_utils.errors import ModelError, UsageError
 from grath_utils.files import atomic_path, write_text
 from grath_utils.loop.named_models import resolve_name
 from grath_utils.loop.run_dir import Run, load_run
-from grath_utils.loop.stages import final_iteration, load_model, planned_iterations
+from grath_utils.loop.stages import load_model
+from grath_utils.loop.state import run_state
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.prompts import question_messages, render_chat
 
@@ -97,8 +98,8 @@ def model_card(run: Run, iteration: int) -> str:
     Every number is read from the run directory; what was not measured is said to be so. The text
     is that of ``model_card.md``.
     """
-    info = run.info()
-    measured = iteration == final_iteration(run)
+    info, state = run.info(), run_state(run)
+    measured = iteration == state.final
     card = ModelCard.from_template(
         ModelCardData(
             base_model=info["model"]["name"],
@@ -108,7 +109,7 @@ def model_card(run: Run, iteration: int) -> str:
         template_path=str(Path(__file__).with_name("model_card.md")),
         name=run.path.name,
         round=iteration + 1,
-        rounds=len(planned_iterations(run)),
+        rounds=len(state.planned),
         config=run.config,
         info=info,
         mode=find_mode(run.config.pairs.mode),
@@ -140,7 +141,7 @@ def ask_both(
     trained = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
     if not trained:
         raise UsageError(f"{run.path}: no round has been trained yet, so there is one model only")
-    shown = final_iteration(run)
+    shown = run_state(run).final
     models = [load_model(run, None), load_model(run, shown if shown in trained else trained[-1])]
     for question in questions:
         before, after = (_answer(policy, question, max_new_tokens) for policy in models)

@@ -13,11 +13,18 @@ from huggingface_hub import ModelCard
 from grath_utils.cli import main
 from grath_utils.config import load_config
 from grath_utils.course.export import ask_both, merge_model, model_card
+from grath_utils.course.report import summary_table, write_report
 from grath_utils.errors import ModelError, UsageError
 from grath_utils.files import write_jsonl
 from grath_utils.loop.named_models import load_policy
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import evaluate_model, run_questions, start_run, train_iteration
+from grath_utils.loop.stages import (
+    evaluate_model,
+    measure,
+    run_questions,
+    start_run,
+    train_iteration,
+)
 from grath_utils.pairs.generate import Pair
 
 
@@ -60,6 +67,15 @@ def test_a_merged_model_is_the_measured_one(run: Run, tmp_path: Path, capsys) ->
     assert "## Recipe" in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_report_shows_what_the_run_directory_holds(run: Run) -> None:
+    new = write_report(run).read_text(encoding="utf-8")
+    assert "No finished pair of evaluations yet." in new
+    assert "1 of at most 1;" in new
+    assert "It is 0." in new
+    assert new.count("data:image/png;base64,") == 1, "the training"
+    assert (run.figures / "training_0.png").is_file()
+
+
 def test_only_an_empty_place_and_a_trained_model_will_do(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is not empty"):
@@ -81,6 +97,14 @@ def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
     assert measured.data.library_name == "peft"
     assert re.search(r"^\| probe +\| mc1 +\|", measured.text, re.MULTILINE)
     assert "Not measured" not in measured.text
+    measure(run, 0, progress=False)
+    report = write_report(run).read_text(encoding="utf-8")
+    for part in ("Before and after", "Which round, and why", "never read the question", "probe"):
+        assert part in report
+    assert report.count("data:image/png;base64,") == 3
+    assert "| safe" not in report
+    assert "&lt;t" not in report, "tables are not escaped"
+    assert "chosen without a look at any benchmark" in summary_table(run)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from grath_utils.config import load_config
 from grath_utils.course.execute import run_notebooks
 from grath_utils.course.notebooks import main_line, numbered_notebooks
 from grath_utils.files import data_dir, read_json, read_jsonl, write_json, write_jsonl
-from grath_utils.loop.comparison import comparison_rows
 from grath_utils.loop.named_models import load_policy
 from grath_utils.loop.run_dir import Run, load_run
-from grath_utils.loop.stages import plan_stages, planned_iterations, start_run
+from grath_utils.loop.stages import plan_stages, start_run
+from grath_utils.loop.state import comparison_rows, run_state
 from grath_utils.text import percent
 
 pytestmark = [pytest.mark.model, pytest.mark.notebook]
@@ -117,7 +117,7 @@ class Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.inside:
-            self.rows[-1][-1] += data.strip()
+            self.rows[-1][-1] += data
 
 
 def test_the_report_shows_the_numbers_of_the_evaluation_files(smoke) -> None:
@@ -172,7 +172,7 @@ def test_a_loop_that_ended_early_is_read_by_the_notebooks_as_it_is(smoke, tmp_pa
     for name in ("base", "iter_0"):
         write_json(run.signals(name), read_json(whole.signals(name)))
     write_json(run.collapsed(1), {"reason": "the chosen answers are gone"})
-    assert planned_iterations(run) == [0]
+    assert run_state(run).planned == range(1)
     names = ("03_iterative_refinement", "04_evaluation")
     chosen = [path for path in numbered_notebooks() if path.stem in names]
     texts = [path.read_text(encoding="utf-8") for path in run_notebooks(run, chosen, say=str)]
