@@ -198,7 +198,7 @@ class DPOConfig:
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
     log_every: int = option(5, "steps between two lines of the training log", minimum=1)
     report_to: tuple[str, ...] = option(
-        ("none",), "trackers that get the logs too: [tensorboard], or others that TRL knows"
+        ("none",), "trackers that get the logs too: [tensorboard], or others that accelerate knows"
     )
     evaluate_every: int = option(
         20, "steps between two measurements on the held-out pairs", minimum=1
