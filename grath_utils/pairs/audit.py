@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,16 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GoldAgreement:
-    """How the pairs stand to the annotated answers, where the source has them."""
+    """How the pairs stand to the annotated answers, by content words shared with them."""
 
-    judged: int
-    """Pairs whose question has a gold answer."""
-    nearer: int
-    """The correct answer shares more content words with the gold answer than the incorrect one."""
-    tied: int
-    """Both share as much (mostly nothing: a free answer rarely uses the words of the gold one)."""
-    farther: int
-    """The incorrect answer shares more."""
+    judged: int  # pairs whose question has a gold answer
+    nearer: int  # the correct answer shares more with the gold one than the incorrect answer
+    tied: (
+        int  # both share as much: mostly nothing, as a free answer rarely has the gold one's words
+    )
+    farther: int  # the incorrect answer shares more
 
     @property
     def decided_share(self) -> float:
@@ -54,19 +52,16 @@ class Audit:
     questions: int
     pairs: int
     gold: GoldAgreement
-    correct_words: float
-    """Mean words of a correct answer."""
+    correct_words: float  # mean words of a correct answer
     incorrect_words: float
-    distinct_correct: float
-    """Share of correct answers that no other question has as well."""
+    distinct_correct: float  # share of correct answers that no other question has as well
     distinct_incorrect: float
-    divergence: float
-    """Distance of the two answer distributions: Jensen-Shannon divergence of words, in bits."""
+    divergence: float  # of the two sides, see :func:`word_divergence`
 
     @property
     def usable(self) -> float:
         """Pairs per question."""
-        return self.pairs / self.questions if self.questions else 0.0
+        return self.pairs / self.questions
 
 
 def audit_pairs(pairs: Sequence[Pair], questions: Sequence[Question]) -> Audit:
@@ -86,33 +81,21 @@ def audit_pairs(pairs: Sequence[Pair], questions: Sequence[Question]) -> Audit:
         if pair.id not in by_id:
             raise DataError(f'pair "{pair.id}" belongs to none of the questions')
     correct, incorrect = [p.correct for p in pairs], [p.incorrect for p in pairs]
-    return Audit(
-        questions=len(questions),
-        pairs=len(pairs),
-        gold=gold_agreement(pairs, by_id),
-        correct_words=mean_words(correct),
-        incorrect_words=mean_words(incorrect),
-        distinct_correct=distinct_share(correct),
-        distinct_incorrect=distinct_share(incorrect),
-        divergence=word_divergence(correct, incorrect),
-    )
+    gold = gold_agreement([(pair, by_id[pair.id]) for pair in pairs])
+    words = [sum(len(split_words(a)) for a in side) / len(pairs) for side in (correct, incorrect)]
+    distinct = [distinct_share(side) for side in (correct, incorrect)]
+    divergence = word_divergence(correct, incorrect)
+    return Audit(len(questions), len(pairs), gold, *words, *distinct, divergence)
 
 
-def gold_agreement(pairs: Iterable[Pair], questions: Mapping[str, Question]) -> GoldAgreement:
+def gold_agreement(pairs: Iterable[tuple[Pair, Question]]) -> GoldAgreement:
     """Compare both answers of each pair with the gold answer of its question."""
     signs: Counter[float] = Counter()
-    for pair in pairs:
-        question = questions[pair.id]
-        if question.gold is None:
-            continue
-        gold = question.candidates[question.gold]
-        signs[np.sign(word_f1(pair.correct, gold) - word_f1(pair.incorrect, gold))] += 1
+    for pair, question in pairs:
+        if question.gold is not None:
+            gold = question.candidates[question.gold]
+            signs[np.sign(word_f1(pair.correct, gold) - word_f1(pair.incorrect, gold))] += 1
     return GoldAgreement(signs.total(), nearer=signs[1], tied=signs[0], farther=signs[-1])
-
-
-def mean_words(answers: Sequence[str]) -> float:
-    """Return the mean number of words, without articles."""
-    return sum(len(split_words(answer)) for answer in answers) / len(answers)
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -121,8 +104,8 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
     if not trials:
         return 0.0, 1.0
-    found = binomtest(successes, trials).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def distinct_share(answers: Sequence[str]) -> float:
@@ -145,10 +128,9 @@ def word_divergence(left: Iterable[str], right: Iterable[str]) -> float:
     p, q = (Counter(word for text in side for word in split_words(text)) for side in (left, right))
     if not p or not q:
         return 0.0 if p == q else 1.0
-    counts = np.array([(p[word], q[word]) for word in p | q], dtype=float).T
+    counts = np.array([(p[word], q[word]) for word in p | q]).T
     shares = counts / counts.sum(1, keepdims=True)  # (2, words)
-    middle = shares.mean(0)
-    return float(np.clip(np.mean([entropy(side, middle, base=2) for side in shares]), 0, 1))
+    return float(np.clip(entropy(shares, shares.mean(0), base=2, axis=1).mean(), 0, 1))
 
 
 def embed(policy: Policy, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
@@ -156,25 +138,18 @@ def embed(policy: Policy, texts: Sequence[str], *, batch_size: int = 32) -> np.n
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    tokenizer, device = policy.tokenizer, policy.device
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] or [0] for text in texts]
+    ids = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] or [0] for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out: dict[int, np.ndarray] = {}
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [torch.tensor(ids[i]) for i in batch]
-            # Padding on the right stays unseen: attention is causal, and the mean leaves it out.
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            states = policy.model(
-                input_ids=pad_sequence(rows, batch_first=True).to(device),
-                output_hidden_states=True,
-                logits_to_keep=1,
-            ).hidden_states[-1]
-            weights = mask.to(device).unsqueeze(-1).float()
-            mean = (states.float() * weights).sum(1) / weights.sum(1)
-            out.update(zip(batch, mean.cpu().numpy(), strict=True))
-    return np.stack([out[i] for i in range(len(ids))])
+    means = []
+    for start in range(0, len(order), batch_size):
+        rows = [torch.tensor(ids[i]) for i in order[start : start + batch_size]]
+        # Padding on the right stays unseen: attention is causal, and the mean leaves it out.
+        padded = pad_sequence(rows, batch_first=True).to(policy.device)
+        with torch.inference_mode():
+            states = policy.model(padded, output_hidden_states=True, logits_to_keep=1)
+        last = states.hidden_states[-1].float().cpu()
+        means += [each[: len(row)].mean(0).numpy() for each, row in zip(last, rows, strict=True)]
+    return np.stack(means)[np.argsort(order)]
 
 
 def embedding_distance(left: np.ndarray, right: np.ndarray) -> float:

@@ -7,8 +7,8 @@ sees no gold answer (but for the *GT* ablation, which shows the candidates of th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import TYPE_CHECKING
 
@@ -143,38 +143,37 @@ class ContrastWriter(Writer):
     def _choose(self, pool: Pool, credit: np.ndarray) -> WrittenPair:
         tokens = sum(len(completion.token_ids) for _, completion in pool.written)
         cost = {"completions": len(pool.written), "tokens": tokens}
-        texts = pool.task.judged(pool.votes)
-        chosen = clearest_pair(pool.task, texts, credit, filters=self.filters, alike=True)
-        if not isinstance(chosen, Reason):
-            correct, incorrect, contrast = chosen
-            return WrittenPair(correct, incorrect, tuple(pool.rejected), contrast, **cost)
-        # No two candidates make a pair: say why for the first completion, which stands for all.
-        kind, completion = pool.written[0]
-        if (kind, completion.text) not in {(r.prompt, r.completion) for r in pool.rejected}:
-            pool.rejected.append(Rejected(kind, completion.text, chosen))
-        return WrittenPair(rejected=tuple(pool.rejected), **cost)
+        chosen = clearest_pair(pool.task, pool.votes, credit, filters=self.filters, alike=True)
+        if isinstance(chosen, Reason):
+            # No two candidates make a pair: say why for the first completion, which stands for all.
+            kind, completion = pool.written[0]
+            if (kind, completion.text) not in {(r.prompt, r.completion) for r in pool.rejected}:
+                pool.rejected.append(Rejected(kind, completion.text, chosen))
+            chosen = WrittenPair()
+        return replace(chosen, rejected=tuple(pool.rejected), **cost)
 
 
 def clearest_pair(
     task: Task,
-    texts: Sequence[str],
+    answers: Iterable[str],
     credit: Sequence[float],
     *,
     filters: Collection[str],
     alike: bool,
-) -> tuple[str, str, float] | Reason:
-    """Return (correct, incorrect, contrast) with the largest difference in credit, or why not.
+) -> WrittenPair | Reason:
+    """Return the pair with the largest difference in credit, or why there is none.
 
     Args:
-        task: in refinement its incorrect answer stays; it is the last of the texts.
-        texts, credit: answers and how credible each is.
+        task: in refinement its incorrect answer stays.
+        answers: to choose from.
+        credit: how credible each is, and last the answer that stays.
         filters: what a pair must not be.
         alike: pair only answers that are alike in length and negation.
     """
-    last = len(texts) - 1
-    options = [(i, last) for i in range(last)]
-    if task.incorrect is None:
-        options = list(permutations(range(len(texts)), 2))
+    texts = task.judged(answers)
+    options = list(permutations(range(len(texts)), 2))
+    if task.incorrect is not None:
+        options = [(right, wrong) for right, wrong in options if wrong == len(texts) - 1]
     reason: Reason | None = None
     # Best first; a tie goes to the candidate that was written first.
     for right, wrong in sorted(options, key=lambda pair: (credit[pair[1]] - credit[pair[0]], pair)):
@@ -186,7 +185,7 @@ def clearest_pair(
         if why is None and alike and not balanced(texts[right], texts[wrong]):
             why = Reason.LENGTH_RATIO
         if why is None:
-            return texts[right], texts[wrong], round(contrast, 4)
+            return WrittenPair(texts[right], texts[wrong], contrast=round(contrast, 4))
         reason = reason or why
     return reason or Reason.EQUAL
 

@@ -38,8 +38,7 @@ VERSION = 1
 class Pair:
     """A question with a correct and an incorrect answer, both by the policy: one DPO example."""
 
-    id: str
-    """The question's id."""
+    id: str  # the question's id
     question: str
     correct: str
     incorrect: str
@@ -102,19 +101,12 @@ class PairReport:
     """What a call of :func:`generate_pairs` did."""
 
     questions: int
-    pairs: int
-    """Pairs in the file, new and kept."""
-    kept: int
-    """Pairs of the iteration before, kept because the new correct answer failed."""
-    rejected: Mapping[str, int]
-    """Reason -> number of rejected completions."""
+    pairs: int  # pairs in the file, new and kept
+    kept: int  # pairs of the iteration before, kept because the new correct answer failed
+    rejected: Mapping[str, int]  # reason -> number of rejected completions
     completions: int
-    tokens: int
-    """Tokens generated."""
-    seconds: float
-    """Of this call, without what an interrupted one had done."""
-    resumed: int
-    """Questions that an interrupted call had done."""
+    seconds: float  # of this call, without what an interrupted one had done
+    resumed: int  # questions that an interrupted call had done
 
     def __str__(self) -> str:
         kept = f" ({self.kept} kept from before)" if self.kept else ""
@@ -227,7 +219,6 @@ def generate_pairs(
         kept=sum(pair is old.get(pair.id) for pair in pairs),
         rejected=counts,
         completions=sum(each.completions for each in written.values()),
-        tokens=sum(each.tokens for each in written.values()),
         seconds=round(time.perf_counter() - started, 2),
         resumed=resumed,
     )

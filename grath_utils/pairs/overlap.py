@@ -27,12 +27,11 @@ MIRROR_TESTS = {  # benchmark -> (its test files in a mirror, the field that hol
 class Overlap:
     """A source question that a benchmark holds too, whole or in part."""
 
-    question_id: str
     question: str
     benchmark: str
     text: str
     kind: str
-    """``same`` (but for case and punctuation) or ``near`` (eight words in a row, half of all)."""
+    """``same`` but for case and punctuation, or ``near``: eight words in a row and half of all."""
 
 
 def overlap_with_benchmarks(
@@ -60,7 +59,7 @@ def overlap_with_benchmarks(
             near = (hit for hit in sharing if _common(question.text, hit[1]) >= COMMON_WORDS)
             hit, kind = next(near, None), "near"
         if hit is not None:
-            found.append(Overlap(question.id, question.text, *hit, kind))
+            found.append(Overlap(question.text, *hit, kind))
     return found
 
 

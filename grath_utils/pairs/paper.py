@@ -54,15 +54,7 @@ class PaperWriter(Writer):
             passed = [i for i, reason in enumerate(reasons) if reason is None]
             for i, believed in zip(passed, self._believed(tasks, parsed, passed), strict=True):
                 reasons[i] = None if believed else Reason.SELF_CHECK
-        written = []
-        for completion, sides, reason in zip(completions, parsed, reasons, strict=True):
-            cost = {"completions": 1, "tokens": len(completion.token_ids)}
-            if reason is None:
-                written.append(WrittenPair(sides.correct, sides.incorrect, **cost))
-            else:
-                reject = Rejected("pair", completion.text, reason)
-                written.append(WrittenPair(rejected=(reject,), **cost))
-        return written
+        return list(map(self._written, completions, parsed, reasons))
 
     def _parse(self, task: Task, completion: Completion) -> Parsed:
         """Read a completion; in refinement the first incorrect answer takes the new one's place."""
@@ -79,6 +71,12 @@ class PaperWriter(Writer):
             return parsed.reason
         shown = self.shown_answers("pair")
         return check_pair(task.question.text, parsed, filters=self.filters, shown_answers=shown)
+
+    def _written(self, completion: Completion, sides: Parsed, reason: Reason | None) -> WrittenPair:
+        cost = {"completions": 1, "tokens": len(completion.token_ids)}
+        if reason is None:
+            return WrittenPair(sides.correct, sides.incorrect, **cost)
+        return WrittenPair(rejected=(Rejected("pair", completion.text, reason),), **cost)
 
     def _believed(
         self, tasks: Sequence[Task], parsed: Sequence[Parsed], which: Sequence[int]

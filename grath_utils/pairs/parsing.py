@@ -40,10 +40,8 @@ class Parsed:
 
     correct: str | None = None
     incorrect: str | None = None
-    question: str | None = None
-    """The question as the completion restates it."""
-    cut_off: bool = False
-    """The token limit came before the end of the last field."""
+    question: str | None = None  # the question as the completion restates it
+    cut_off: bool = False  # the token limit came before the end of the last field
 
     @property
     def reason(self) -> Reason | None:

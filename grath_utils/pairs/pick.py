@@ -44,17 +44,14 @@ class PickingWriter(Writer):
         scores = iter(engine.score_completions(self.policy, requests))
         written = []
         for task, options in zip(tasks, offered, strict=True):
-            texts, credit = task.judged(options), 0.0
+            credit = 0.0
             for _ in PROMPT_FORMATS:
-                gains = [next(scores).logprob - next(scores).logprob for _ in texts]
+                gains = [next(scores).logprob - next(scores).logprob for _ in task.judged(options)]
                 credit += standardized(gains) / len(PROMPT_FORMATS)
-            chosen = clearest_pair(task, texts, credit, filters=self.filters, alike=False)
+            chosen = clearest_pair(task, options, credit, filters=self.filters, alike=False)
             if isinstance(chosen, Reason):
-                reject = Rejected("options", "\n".join(options), chosen)
-                written.append(WrittenPair(rejected=(reject,)))
-            else:
-                correct, incorrect, contrast = chosen
-                written.append(WrittenPair(correct, incorrect, contrast=contrast))
+                chosen = WrittenPair(rejected=(Rejected("options", "\n".join(options), chosen),))
+            written.append(chosen)
         return written
 
 

@@ -41,18 +41,13 @@ class Question:
     gold: int | None = None
     """Position of the right answer in ``candidates``, where the source knows it."""
     topic: str | None = None
-    where: str = ""
-    """File and line (or data set and row) that it came from, for error messages."""
+    where: str = ""  # file and line (or data set and row) that it came from, for error messages
 
     def to_row(self) -> dict[str, Any]:
         """Return what :meth:`from_row` reads back, without the empty fields."""
-        optional = {
-            "candidates": list(self.candidates) or None,
-            "gold": self.gold,
-            "topic": self.topic or None,
-        }
-        known = {key: value for key, value in optional.items() if value is not None}
-        return {"id": self.id, "question": self.text, **known}
+        row = {"id": self.id, "question": self.text, "candidates": list(self.candidates)}
+        row |= {"gold": self.gold, "topic": self.topic}
+        return {key: value for key, value in row.items() if value or value == 0}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, where: str = "") -> Question:
@@ -72,11 +67,9 @@ class Question:
 class QuestionSet:
     """The questions of one source, cleaned, with what was left out and why."""
 
-    source: str
-    """In words, for print-outs and ``run.json``."""
+    source: str  # in words, for print-outs and ``run.json``
     questions: tuple[Question, ...]
-    skipped: Mapping[str, int]
-    """Reason -> how many rows were left out."""
+    skipped: Mapping[str, int]  # reason -> how many rows were left out
 
     @property
     def fingerprint(self) -> str:

@@ -14,8 +14,7 @@ _FUNCTION_WORDS = frozenset(
     "what when where which who whom whose why how there here about".split()
 )
 ANSWER_NEGATIONS = frozenset("no not never none nothing cannot nor without".split())
-LENGTH_OFFSET = 12
-"""Characters that short answers get as a head start in :func:`length_ratio`."""
+LENGTH_OFFSET = 12  # characters that short answers get as a head start
 
 
 def split_words(text: str) -> list[str]:
@@ -40,16 +39,13 @@ def content_words(text: str) -> set[str]:
 
 
 def _stem(word: str) -> str:
-    for ending in ("ing", "es", "ed", "s"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            return word.removesuffix(ending)
-    return word
+    return re.sub(r"(?<=...)(ing|es|ed|s)$", "", word)
 
 
 def length_ratio(a: str, b: str) -> float:
     """Return how many times as long the longer answer is (short ones get a head start)."""
-    short, long = sorted((len(a) + LENGTH_OFFSET, len(b) + LENGTH_OFFSET))
-    return long / short
+    lengths = len(a) + LENGTH_OFFSET, len(b) + LENGTH_OFFSET
+    return max(lengths) / min(lengths)
 
 
 def word_f1(a: str, b: str) -> float:

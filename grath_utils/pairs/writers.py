@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion, Prefix
     from grath_utils.engine.models import Policy
 
-MAX_ANSWER_TOKENS = 48
-"""Longest single answer; one that has not ended by then is no short sentence."""
+MAX_ANSWER_TOKENS = 48  # longest single answer; one that has not ended by then is no short sentence
 TOP_P = 0.95  # of sampled candidates
 
 GRATH = "GRATH (gradual self-truthifying, [arXiv 2401.12292](https://arxiv.org/abs/2401.12292))"
@@ -38,8 +37,7 @@ class Task:
     """A question to write a pair for."""
 
     question: Question
-    incorrect: str | None = None
-    """Refinement: the incorrect answer of iteration 0, which stays."""
+    incorrect: str | None = None  # refinement: the incorrect answer of iteration 0, which stays
 
     def judged(self, answers: Iterable[str]) -> list[str]:
         """Return the answers to judge: the given ones, and last the one that stays."""
@@ -63,11 +61,9 @@ class WrittenPair:
     correct: str | None = None
     incorrect: str | None = None
     rejected: tuple[Rejected, ...] = ()
-    contrast: float | None = None
-    """How far apart the model itself places the two answers."""
+    contrast: float | None = None  # how far apart the model itself places the two answers
     completions: int = 0
-    tokens: int = 0
-    """Tokens generated."""
+    tokens: int = 0  # tokens generated
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> WrittenPair:
@@ -82,8 +78,7 @@ class Writer:
     """The kinds of prompt that it asks: ``pair``, ``correct``, ``incorrect``."""
     primer: tuple[prompts.Demonstration, ...] = ()
     """Demonstrations to show in place of the project's own."""
-    chunk_batches = 1
-    """Batches in a chunk."""
+    chunk_batches = 1  # batches in a chunk
 
     def __init__(self, policy: Policy, config: PairsConfig, seed: int):
         self.policy, self.config, self.seed = policy, config, seed
@@ -174,12 +169,9 @@ class Writer:
 class Asked(NamedTuple):
     """What one question asks of the model: the cost model multiplies it."""
 
-    pairs: int = 0
-    """Completions that hold both answers."""
-    answers: int = 0
-    """Completions that hold one answer."""
-    scored: int = 0
-    """Answers whose probability is computed, with the question and without."""
+    pairs: int = 0  # completions that hold both answers
+    answers: int = 0  # completions that hold one answer
+    scored: int = 0  # answers whose probability is computed, with the question and without
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,18 +179,14 @@ class PairMode:
     """All that the package knows about one way of writing pairs: a row of :mod:`.modes`."""
 
     name: str
-    summary: str
-    """What it does, in the list of options."""
+    summary: str  # what it does, in the list of options
     writer: type[Writer]
     asked: Callable[[PairsConfig, int], Asked] = lambda config, iteration: Asked()
     """(configuration, iteration) -> what one question asks of the model."""
-    origin: str = "written by the model"
-    """Where the answers come from, on the model card."""
+    origin: str = "written by the model"  # where the answers come from, on the model card
     card: str = SELF_MADE
     """What a model that is trained on them is, on the model card: full sentences."""
     options: tuple[str, ...] = ()
     """Those of ``legacy``, ``annotated`` and ``self_check`` that it heeds."""
-    needs_candidates: bool = False
-    """It is for sources with options only, such as ARC."""
-    prompt_overlap: str = ""
-    """Benchmark text inside its prompts."""
+    needs_candidates: bool = False  # it is for sources with options only, such as ARC
+    prompt_overlap: str = ""  # benchmark text inside its prompts
