@@ -61,7 +61,7 @@ def do_run(options: argparse.Namespace) -> None:
 
     def conclude() -> None:
         course.write_report(run)
-        chosen = loop.final_iteration(run)
+        chosen = loop.run_state(run).final
         write_text(run.iteration(chosen) / "MODEL_CARD.md", course.model_card(run, chosen))
         print(f"\nReport: {run.report}\n")
         print(course.summary_table(run))
@@ -78,19 +78,19 @@ def _show_plan(folder: Path, config: Config) -> None:
         amounts, shape = costs.workload(config), scale.shape_of(config.model)
     except GrathError as error:  # the plan is still worth seeing
         for stage in plan:
-            print(f"  {_state(stage.done)} {stage.name}")
+            print(f"  {_state(stage.done)} {stage.title}")
         print(f"no estimate of time and memory: {error}")
         return
     device = costs.this_device(config.model)
     every = replace(config, evaluation=replace(config.evaluation, every_iteration=True))
-    expected = {cost.name: cost for cost in costs.estimate(every, device, shape=shape)}
+    expected = {cost.id: cost for cost in costs.estimate(every, device, shape=shape)}
     for stage in plan:
-        cost = expected[stage.name]
+        cost = expected[stage.id]
         about = f"{duration(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
-        print(f"  {_state(stage.done)} {stage.name:40} {about}")
+        print(f"  {_state(stage.done)} {stage.title:40} {about}")
     for what, count in amounts.items():
         print(f"{what}: {count:,}")
-    left = costs.total([expected[stage.name] for stage in plan if not stage.done])
+    left = costs.total([expected[stage.id] for stage in plan if not stage.done])
     print(
         f"here ({device.name}, {device.peak / 1e9:,.0f} GFLOP/s {device.source}), to do: about "
         f"{duration(left.seconds)}, up to {left.memory / costs.GIB:.1f} GiB"
@@ -116,7 +116,7 @@ def do_status(options: argparse.Namespace) -> None:
     plan = loop.plan_stages(run)
     print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
     for stage in plan:
-        print(f"  {_state(stage.done)} {stage.name}")
+        print(f"  {_state(stage.done)} {stage.title}")
     print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
     print(course.choice_line(run))
 

@@ -27,9 +27,6 @@ CHECK_PROMPT = "Q: What is made of milk?\nA:"
 """Both models are asked this when the merged one has been written."""
 
 
-# --- a model that stands alone -------------------------------------------------------------------
-
-
 def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
     """Write a model with all of its adapters folded in as a plain model folder, with a card.
 
@@ -64,7 +61,11 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
     with atomic_path(folder) as partial, quiet_transformers():
         merged.model.save_pretrained(partial, safe_serialization=True)
         merged.tokenizer.save_pretrained(partial)
-        write_text(partial / "README.md", _card_of(name))
+        path, _, which = name.rpartition("@")
+        card = f"# Merged from `{Path(name).name}`\n\nMade by grath_utils {__version__}.\n"
+        if path and which.isdigit():
+            card = model_card(load_run(path), int(which))
+        write_text(partial / "README.md", card)
     written = load_base(replace(exact, name=str(folder), quantization="none", revision=None))
     difference = (_logits(written) - wanted).abs().max().item()
     spread = wanted.std().item()
@@ -80,16 +81,6 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
 def _logits(policy: Policy) -> torch.Tensor:
     ids = policy.tokenizer(CHECK_PROMPT, return_tensors="pt")["input_ids"].to(policy.device)
     return policy.model(ids, use_cache=False).logits[0, -1].float().cpu()
-
-
-def _card_of(name: str) -> str:
-    path, sep, which = name.rpartition("@")
-    if not sep or not which.isdigit():
-        return f"# Merged from `{Path(name).name}`\n\nMade by grath_utils {__version__}.\n"
-    return model_card(load_run(path), int(which))
-
-
-# --- the card ------------------------------------------------------------------------------------
 
 
 def model_card(run: Run, iteration: int) -> str:
@@ -120,20 +111,13 @@ def model_card(run: Run, iteration: int) -> str:
     return str(card)
 
 
-# --- side by side --------------------------------------------------------------------------------
-
-
 def ask_both(
     run: Run, questions: Iterable[str], *, max_new_tokens: int = 60
 ) -> Iterator[tuple[str, str, str]]:
     """Yield (question, the base model's answer, the trained model's), greedy.
 
     The trained model is the chosen round's; before the rounds are measured, the last one trained.
-
-    Args:
-        run: a run with at least one trained round.
-        questions: taken one after another, so that they may come from a keyboard.
-        max_new_tokens: longest answer.
+    Questions are taken one after another, so that they may come from a keyboard.
 
     Raises:
         UsageError: no round has been trained yet.
@@ -144,10 +128,9 @@ def ask_both(
     shown = run_state(run).final
     models = [load_model(run, None), load_model(run, shown if shown in trained else trained[-1])]
     for question in questions:
-        before, after = (_answer(policy, question, max_new_tokens) for policy in models)
+        answers = []
+        for policy in models:
+            prompt = render_chat(policy.tokenizer, question_messages(question))
+            answers += generate(policy, [prompt], max_new_tokens=max_new_tokens)
+        before, after = (answer.text.strip() for answer in answers)
         yield question, before, after
-
-
-def _answer(policy: Policy, question: str, limit: int) -> str:
-    prompt = render_chat(policy.tokenizer, question_messages(question))
-    return generate(policy, [prompt], max_new_tokens=limit)[0].text.strip()

@@ -27,29 +27,20 @@ from grath_utils.pairs.generate import Pair
 EXAMPLES = ("Do we use only ten percent of our brains?", "Do goldfish forget within seconds?")
 
 
-def _show(shown: Any) -> Callable[[Any], None]:
-    """Show something; return a function that shows another thing in its place."""
+def _show(shown: Any) -> tuple[Callable[[Any], None], ModuleType | None]:
+    """Show something; return what shows another thing in its place, and ipywidgets if there."""
     handle = display(shown, display_id=True)
-    return handle.update if handle is not None else lambda shown: None  # None outside IPython
-
-
-def _ipywidgets() -> ModuleType | None:
     try:
-        import ipywidgets
+        import ipywidgets as kit
     except ImportError:
-        return None
-    return ipywidgets
+        kit = None
+    return handle.update if handle is not None else lambda shown: None, kit  # None: no IPython
 
 
 def explore_dpo_loss(beta: float = 0.1, contrast: float = 5.0) -> Any:
     """Show the DPO loss of one pair, with sliders for beta and for the pair's contrast.
 
-    Args:
-        beta: to start with, 0.01 to 1.
-        contrast: to start with, in nats, -40 to 40.
-
-    Returns:
-        The sliders, or None without ipywidgets.
+    They start at the given values: beta in 0.01 to 1, the contrast in -40 to 40 nats.
     """
 
     def draw(beta: float, contrast: float) -> Image:
@@ -59,8 +50,7 @@ def explore_dpo_loss(beta: float = 0.1, contrast: float = 5.0) -> Any:
         plt.close(figure)  # pyplot would keep every one of them
         return Image(buffer.getvalue(), alt="The DPO loss against the contrast of a pair")
 
-    update = _show(draw(beta, contrast))
-    kit = _ipywidgets()
+    update, kit = _show(draw(beta, contrast))
     if kit is None:
         return None
     # A drag sends a value at its end only: each one costs a drawing.
@@ -86,10 +76,7 @@ def browse_pairs(
     Args:
         pairs: the usable ones.
         rejects: rows of ``rejects.jsonl`` (``question``, ``completion``, ``reason``).
-        rows: of the table at a time.
-
-    Returns:
-        The controls, or None without ipywidgets.
+        rows: how many a page has.
     """
     usable = Table(
         ["question", "correct (chosen)", "incorrect (rejected)"],
@@ -105,8 +92,7 @@ def browse_pairs(
     def page_of(found: Table, number: int) -> Table:
         return Table(found.columns, found.rows[rows * (number - 1) : rows * number])
 
-    update = _show(page_of(usable, 1))
-    kit = _ipywidgets()
+    update, kit = _show(page_of(usable, 1))
     if kit is None:
         return None
     kind = kit.Dropdown(options=list(kinds), description="show")
@@ -140,13 +126,7 @@ def ask_side_by_side(
 ) -> Any:
     """Show what the base model and the trained one answer, with a box to ask them more.
 
-    Args:
-        run: a run with at least one trained round.
-        questions: asked at once, as examples.
-        max_new_tokens: longest answer.
-
-    Returns:
-        A text box and a button, or None without ipywidgets.
+    The ``questions`` are asked at once, as examples.
 
     Raises:
         UsageError: no round has been trained yet.
@@ -161,8 +141,7 @@ def ask_side_by_side(
             answered.insert(0, next(answers))  # the first one loads both models
         return Table(["question", "base model", "trained model"], list(answered))
 
-    update = _show(ask(*reversed(questions)))
-    kit = _ipywidgets()
+    update, kit = _show(ask(*reversed(questions)))
     if kit is None:
         return None
     box = kit.Text(placeholder="Your question?", layout=kit.Layout(width="36em"))

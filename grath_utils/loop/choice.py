@@ -5,7 +5,7 @@ iteration 0, and its own free answers to held-out questions. Two things follow f
 
 * *Alarms*: signs that the model has collapsed, whatever its margin says (:func:`alarms`).
 * The *choice*: of the rounds without alarm, the earliest whose held-out margin is within one
-  standard error of the best (:func:`choose`).
+  standard error of the best (:func:`choose_round`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from grath_utils.pairs.prompts import question_messages, render_chat
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import split_words
 
-SCHEMA_VERSION = 1
+SIGNALS_SCHEMA = 1
 ASKED = 32
 """Held-out questions that are answered freely, at most."""
-ANSWER_TOKENS = 48
+FREE_ANSWER_TOKENS = 48
 RESAMPLES = 2000
 
 # What is an alarm. A few dozen answers cannot tell small changes from chance, so these are coarse:
@@ -91,10 +91,12 @@ def measure_signals(
     prompts = [render_chat(policy.tokenizer, question_messages(q.text)) for q in asked]
     answers = [
         completion.text.strip()
-        for completion in generate(policy, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress)
+        for completion in generate(
+            policy, prompts, max_new_tokens=FREE_ANSWER_TOKENS, progress=progress
+        )
     ]
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SIGNALS_SCHEMA,
         "model": policy.fingerprint,
         "pairs": [example.id for example in examples],
         "chosen": chosen,
@@ -217,7 +219,7 @@ class Choice:
     """Of each round."""
 
 
-def choose(
+def choose_round(
     base: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], *, max_kl: float, seed: int
 ) -> Choice:
     """Choose a round by held-out pairs and alarms, and say whether to go on.

@@ -34,10 +34,16 @@ from grath_utils.files import (
     write_json,
 )
 
-SCHEMA_VERSION = 1
+RUN_SCHEMA = 1
+BASE = "base"
 
 WITHOUT_EFFECT = ("dpo.report_to",)
 """Settings that change no result: a run goes on with other ones."""
+
+
+def model_label(iteration: int | None) -> str:
+    """Return the name of a model in a run's folders: ``base``, or ``iter_0`` after round 0."""
+    return BASE if iteration is None else f"iter_{iteration}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     write_json(
         record,
         {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RUN_SCHEMA,
             "created": made,
             "seed": config.seed,
             "config": config.to_dict(),

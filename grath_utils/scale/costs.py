@@ -12,7 +12,7 @@ kernels a layer). Rates and token counts come from measurements, or are assumpti
 from __future__ import annotations
 
 import math
-import time
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,10 @@ from typing import Any
 
 from grath_utils.config import Config, LoraConfig, ModelConfig, load_config
 from grath_utils.errors import DataError
+from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.files import read_jsonl
+from grath_utils.loop.run_dir import Run
+from grath_utils.loop.stages import Stage, plan_stages
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.shapes import BYTES, Shape, shape_of
@@ -42,19 +45,6 @@ CANDIDATE_TOKENS, CANDIDATE_PREDICTED = 33, 29  # read and predicted to credit o
 PAIR_DISTINCT = 32  # distinct tokens of a training pair beside its question, packed
 PAIR_PREDICTED = 25  # places in it that predict an answer's token
 SIGNAL_ANSWERS, SIGNAL_TOKENS = 32, 48  # free answers behind the signals of a round
-
-BENCHMARK_WORK = {  # items; per item: distinct tokens read, places that predict
-    "truthfulqa_mc": (817, 71, 58),
-    "truthfulqa_binary": (790, 40, 12),
-    "truthfulqa_gen": (817, 65, 50),
-    "arc_challenge": (1172, 990, 18),
-    "hellaswag": (10042, 569, 59),
-    "mmlu": (14042, 176, 1),
-    "probe": (199, 74, 61),
-    "retention": (200, 13, 3),
-}
-"""Counted with the default protocols; ARC, HellaSwag and MMLU on 200 to 400 items; those of
-truthfulqa_binary and truthfulqa_gen are assumed."""
 
 
 def question_count(config: Config) -> int:
@@ -114,21 +104,14 @@ class Device:
     """What work runs on. Memory and rates are those of one device; ``count`` work side by side."""
 
     name: str
-    peak: float
-    """Operations a second in the compute type, dense."""
-    memory: float
-    """Bytes."""
-    bandwidth: float
-    """Bytes a second."""
-    kind: str = "gpu"
-    """``cpu`` or ``gpu``."""
-    reached: tuple[tuple[str, float], ...] = GPU_REACHED
-    """Share of the peak that each kind of work reaches: ``write``, ``train``, ``score``."""
-    launch: float = LAUNCH
-    """Seconds to launch one layer once; a backward pass counts as two."""
+    peak: float  # operations a second in the compute type, dense
+    memory: float  # bytes
+    bandwidth: float  # bytes a second
+    kind: str = "gpu"  # or "cpu"
+    reached: tuple[tuple[str, float], ...] = GPU_REACHED  # share of the peak, by kind of work
+    launch: float = LAUNCH  # seconds to launch one layer once; a backward pass counts as two
     count: int = 1
-    dtype: str = "bfloat16"
-    """The compute type."""
+    dtype: str = "bfloat16"  # the compute type
     source: str = "the vendor's data sheet; peak without sparsity"
 
 
@@ -193,15 +176,11 @@ def _matmul_rate(dtype: Any, device: str, seconds: float) -> float:
     The fastest tenth counts: what others take of the machine is not foreseen.
     """
     import torch
+    from torch.utils.benchmark import Timer
 
-    a = torch.randn(512, 1024, device=device).to(dtype)
-    b = torch.randn(1024, 1024, device=device).to(dtype)
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 10_000):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for a GPU
-        times.append(time.perf_counter() - start)
+    a, b = (torch.randn(rows, 1024, device=device).to(dtype) for rows in (512, 1024))
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    times = timer.blocked_autorange(min_run_time=seconds).times
     return 2 * 512 * 1024 * 1024 / sorted(times)[len(times) // 10]
 
 
@@ -286,7 +265,8 @@ def full_training_memory(shape: Shape) -> dict[str, float]:
 class StageCost:
     """What one stage of a run takes; ``memory`` is the highest on one device, in bytes."""
 
-    name: str
+    id: str  # that of the stage
+    title: str
     memory: float
     seconds: float
 
@@ -364,62 +344,63 @@ class CostModel:
             "working space": rows * shape.intermediate * BYTES[dtype] * 3 + 0.6e9,
         }
 
-    def stage(self, name: str, memory: Mapping[str, float], *seconds: float) -> StageCost:
-        """Add up a stage's memory and its time, with the loading at an assumed 1 GB a second."""
-        kept = CPU_KEPT if self.device.kind == "cpu" else 0
-        loading = 4 + self.shape.weight_bytes("bfloat16") / 1e9
-        return StageCost(name, sum(memory.values()) + kept, loading + sum(seconds))
-
-    def write_pairs(self, iteration: int) -> StageCost:
-        """Return what writing the pairs of an iteration takes."""
+    def pairs(self, iteration: int) -> tuple[dict[str, float], list[float]]:
+        """Return memory and seconds of writing the pairs of an iteration."""
         asked = find_mode(self.config.pairs.mode).asked(self.config.pairs, iteration)
         pairs, answers, scored = (self.questions * n for n in asked)
         q, prefix = self.question_tokens, self.config.pairs.shots * SHOT_TOKENS
-        prompt = q + TEMPLATE_TOKENS
-        return self.stage(
-            f"write pairs, iteration {iteration}",
-            self.inference_memory(write=True),
-            self.writing(pairs, prompt, q + PAIR_TOKENS, prefix),
-            self.writing(answers, prompt, TYPICAL_ANSWER_TOKENS, prefix / 2),
+        return self.inference_memory(write=True), [
+            self.writing(pairs, q + TEMPLATE_TOKENS, q + PAIR_TOKENS, prefix),
+            self.writing(answers, q + TEMPLATE_TOKENS, TYPICAL_ANSWER_TOKENS, prefix / 2),
             self.scoring(scored * CANDIDATE_TOKENS, scored * CANDIDATE_PREDICTED, prefix / 2),
-        )
+        ]
 
-    def train(self, iteration: int) -> StageCost:
-        """Return what a round of DPO takes, the reference's log-probabilities included."""
+    def train(self) -> tuple[dict[str, float], list[float]]:
+        """Return those of a round of DPO, the reference's log-probabilities included."""
         dpo, each = self.config.dpo, PAIR_DISTINCT + self.question_tokens
-        seen = dpo.steps * dpo.batch_size
-        adapter = self.shape.lora_parameters(self.config.lora)
+        seen, adapter = dpo.steps * dpo.batch_size, self.shape.lora_parameters(self.config.lora)
         held_out = self.questions * self.config.questions.held_out
         measured = self.questions + held_out * (dpo.steps // dpo.evaluate_every + 1)
-        return self.stage(
-            f"train, iteration {iteration}",
-            training_memory(self.config, self.device, shape=self.shape, pair_tokens=each),
+        return training_memory(self.config, self.device, shape=self.shape, pair_tokens=each), [
             self.training(seen, each, PAIR_PREDICTED, adapter),
             self.scoring(measured * each, measured * PAIR_PREDICTED, each),
-        )
+        ]
 
-    def measure(self, name: str) -> StageCost:
-        """Return what the signals of a round take: held-out pairs, and some free answers."""
+    def measure(self) -> tuple[dict[str, float], list[float]]:
+        """Return those of the signals of a round: held-out pairs, and some free answers."""
         held_out = max(1, round(self.questions * self.config.questions.held_out))
-        each = PAIR_DISTINCT + self.question_tokens
-        prompt = self.question_tokens + TEMPLATE_TOKENS
-        return self.stage(
-            name,
-            self.inference_memory(write=True),
+        each, prompt = PAIR_DISTINCT + self.question_tokens, self.question_tokens + TEMPLATE_TOKENS
+        return self.inference_memory(write=True), [
             self.writing(min(held_out, SIGNAL_ANSWERS), prompt, SIGNAL_TOKENS, 0),
             self.scoring(3 * held_out * each, 3 * held_out * PAIR_PREDICTED, each),
-        )
+        ]
 
-    def evaluate(self, name: str, benchmark: str) -> StageCost:
-        """Return what an evaluation takes."""
-        items, tokens, predicted = BENCHMARK_WORK[benchmark]
-        items = min(items, self.config.evaluation.limit or items)
-        if benchmark == "truthfulqa_gen":
-            work = self.writing(items, tokens - predicted, predicted, 180)
+    def evaluate(self, benchmark: str) -> tuple[dict[str, float], list[float]]:
+        """Return those of an evaluation."""
+        row = BENCHMARKS[benchmark]
+        size, new = row.size, row.size.predicted
+        items = min(size.items, self.config.evaluation.limit or size.items)
+        if row.score is None:
+            seconds = self.writing(items, size.tokens - new, new, size.context)
         else:
-            context = 256 if tokens < 400 else 1024  # a primer, or several demonstrations
-            work = self.scoring(items * tokens, items * predicted, context)
-        return self.stage(name, self.inference_memory(write=False), work)
+            seconds = self.scoring(items * size.tokens, items * new, size.context)
+        return self.inference_memory(write=False), [seconds]
+
+    def stage(self, stage: Stage) -> StageCost:
+        """Return what a stage takes, with loading at an assumed 1 GB a second."""
+        match stage.id.partition("_")[0]:
+            case "pairs":
+                memory, seconds = self.pairs(stage.iteration)
+            case "train":
+                memory, seconds = self.train()
+            case "measure":
+                memory, seconds = self.measure()
+            case _:
+                memory, seconds = self.evaluate(stage.output.stem)
+        kept = CPU_KEPT if self.device.kind == "cpu" else 0
+        loading = 4 + self.shape.weight_bytes("bfloat16") / 1e9
+        most = sum(memory.values()) + kept
+        return StageCost(stage.id, stage.title, most, loading + sum(seconds))
 
 
 def estimate(config: Config, device: Device, *, shape: Shape | None = None) -> list[StageCost]:
@@ -432,26 +413,15 @@ def estimate(config: Config, device: Device, *, shape: Shape | None = None) -> l
         DataError: the number of questions is not known.
     """
     model = CostModel(config, device, shape)
-    rounds = range(config.loop.iterations)
-    plan = []
-    for t in rounds:
-        plan += [
-            model.write_pairs(t),
-            model.train(t),
-            model.measure(f"measure on held-out pairs, iteration {t}"),
-        ]
-    plan.insert(1, model.measure("measure base on held-out pairs"))  # as soon as there are pairs
-    shown = rounds if config.evaluation.every_iteration else rounds[-1:]
-    for label in ["base", *(f"iter_{t}" for t in shown)]:
-        for name in config.evaluation.benchmarks:
-            plan.append(model.evaluate(f"evaluate {label} on {name}", name))
-    return plan
+    nothing_done = Run(Path(os.devnull), config)
+    return [model.stage(stage) for stage in plan_stages(nothing_done)]
 
 
 def total(stages: Sequence[StageCost]) -> StageCost:
     """Add stages up; memory is the highest of any."""
     return StageCost(
         "total",
+        "the whole run",
         memory=max((stage.memory for stage in stages), default=0.0),
         seconds=sum(stage.seconds for stage in stages),
     )
@@ -479,9 +449,9 @@ def predict(row: Mapping[str, Any]) -> float:
             parts = training_memory(config, device, pair_tokens=row["pair_tokens"])
             return sum(parts.values()) / GIB
         case "scoring":
-            items, (_, tokens, predicted) = row["items"], BENCHMARK_WORK[row["benchmark"]]
-            return model.scoring(items * tokens, items * predicted, 256)
+            items, size = row["items"], BENCHMARKS[row["benchmark"]].size
+            return model.scoring(items * size.tokens, items * size.predicted, size.context)
         case "pairs":
-            return model.write_pairs(0).seconds
+            return estimate(config, device)[0].seconds
         case _:  # a whole run
             return total(estimate(config, device)).seconds

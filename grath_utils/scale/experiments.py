@@ -19,8 +19,8 @@ from grath_utils.config import changed_settings
 from grath_utils.errors import DataError, FetchError, GrathError, UsageError, did_you_mean
 from grath_utils.evaluation.measure import compare
 from grath_utils.files import read_json, write_text
-from grath_utils.loop.run_dir import Run, load_run
-from grath_utils.loop.stages import BASE, final_iteration, model_label
+from grath_utils.loop.run_dir import BASE, Run, load_run, model_label
+from grath_utils.loop.state import run_state
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import label, read_grid
 from grath_utils.scale.sweep_results import PointOutcome
@@ -114,14 +114,13 @@ def cut_grid(
 class Trial:
     """A finished point of an experiment."""
 
-    name: str
-    """What it varies: ``reference=base``; with its seed where the experiment has several."""
+    name: str  # what it varies: reference=base; with its seed where the experiment has several
     values: Mapping[str, Any]
     run: Run
 
     def result(self, benchmark: str, *, base: bool = False) -> dict[str, Any]:
         """Return the evaluation of its final model, or of the base model."""
-        model = BASE if base else model_label(final_iteration(self.run))
+        model = BASE if base else model_label(run_state(self.run).final)
         return read_json(self.run.evaluation(model, benchmark))
 
 

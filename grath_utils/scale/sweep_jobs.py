@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import traceback
+from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from grath_utils.config import Config
 from grath_utils.errors import GrathError, RunError
 from grath_utils.files import atomic_path, read_json, write_json
-from grath_utils.loop.comparison import comparison_rows
 from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
+from grath_utils.loop.state import comparison_rows
 from grath_utils.scale.grids import BASE, PAIRS, planned_config
 
 
@@ -41,6 +43,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def do_logged(job: str, sweep: Path, name: str) -> bool:
+    """Do one job, its words in its log as under Snakemake; return whether it ended well."""
+    path = sweep / "logs" / f"{name}.log"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            return main([job, str(sweep), name]) == 0
+        except Exception:  # a job may fail in any way, and the others are still done
+            traceback.print_exc()
+            return False
+
+
 def make_shared(sweep: Path, name: str) -> None:
     """Make the pairs of iteration 0, or evaluate the base model, in ``shared/NAME``."""
     plan = read_json(sweep / "points.json")
@@ -56,32 +70,30 @@ def make_shared(sweep: Path, name: str) -> None:
 def make_point(sweep: Path, name: str) -> None:
     """Do a whole run in ``runs/NAME``, and leave its numbers in ``rows/NAME.json``."""
     plan = read_json(sweep / "points.json")
-    config = planned_config(plan, name)
-    row = row_of_twin(sweep, name, config)
+    row = row_of_twin(sweep, plan, name)
     if row is None:
-        run = start_run(sweep / "runs" / name, config)
+        run = start_run(sweep / "runs" / name, planned_config(plan, name))
         point = next(point for point in plan["points"] if point["name"] == name)
         with lock_run(run):
             take_pairs(run, sweep / "shared" / point[PAIRS])
             take_base(run, sweep / "shared" / point[BASE])
             run_stages(run, progress=False, say=lambda line: print(line, flush=True))
         row = row_of(run)
+    else:
+        print(f"the same run as {row['run']}", flush=True)
     write_json(sweep / "rows" / f"{name}.json", row)
 
 
-def row_of_twin(sweep: Path, name: str, config: Config) -> dict[str, Any] | None:
-    """Return the numbers of a finished point with this very configuration, or None.
+def row_of_twin(sweep: Path, plan: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return the numbers of a finished point with the very same configuration, or None.
 
     A name says what its grid varies, so the same point has another name in a grid with other keys;
     the address at its end stays. The row's ``run`` tells where the run is.
     """
-    address = name.rpartition("-")[2]
-    for path in sorted((sweep / "rows").glob(f"*-{address}.json")):
-        row = read_json(path)
-        if load_run(sweep / "runs" / row["run"]).config == config:
-            print(f"the same run as {row['run']}", flush=True)
-            return row
-    return None
+    config, address = planned_config(plan, name), name.rpartition("-")[2]
+    rows = map(read_json, sorted((sweep / "rows").glob(f"*-{address}.json")))
+    same = (row for row in rows if load_run(sweep / "runs" / row["run"]).config == config)
+    return next(same, None)
 
 
 def take_pairs(run: Run, folder: Path) -> None:
@@ -92,8 +104,7 @@ def take_pairs(run: Run, folder: Path) -> None:
     """
     if run.pairs(0).exists():
         return
-    shared = load_run(folder)
-    _check_same_ground(run, shared, "questions")
+    shared = _same_ground(run, folder, "questions")
     for path in (Run.rejects, Run.pairs):  # the pairs last: they say that the stage is done
         with atomic_path(path(run, 0)) as partial:
             shutil.copyfile(path(shared, 0), partial)
@@ -108,18 +119,15 @@ def take_base(run: Run, folder: Path) -> None:
         RunError: they were made from other weights, or with another compute type.
     """
     for benchmark in run.config.evaluation.benchmarks:
-        target = run.evaluation(BASE, benchmark)
-        if target.exists():
-            continue
-        shared = load_run(folder)
-        _check_same_ground(run, shared)
-        result = read_json(shared.evaluation(BASE, benchmark))
-        result["model"]["name"] = f"{run.path.name}@{BASE}"
-        write_json(target, result)
+        if not run.evaluation(BASE, benchmark).exists():
+            result = read_json(_same_ground(run, folder).evaluation(BASE, benchmark))
+            result["model"]["name"] = f"{run.path.name}@{BASE}"
+            write_json(run.evaluation(BASE, benchmark), result)
 
 
-def _check_same_ground(run: Run, shared: Run, *sections: str) -> None:
-    """Compare what a configuration leaves open (``auto``, the contents of files)."""
+def _same_ground(run: Run, folder: Path, *sections: str) -> Run:
+    """Return the shared run if what a configuration leaves open is the same (``auto``, files)."""
+    shared = load_run(folder)
     ours, theirs = run.info(), shared.info()
     for section in ("model", "resolved", *sections):
         if ours[section] != theirs[section]:
@@ -128,22 +136,19 @@ def _check_same_ground(run: Run, shared: Run, *sections: str) -> None:
                 f"{ours[section]}. On machines of different kinds set model.device and "
                 "model.dtype in the grid; where a file has changed, start in a new folder"
             )
+    return shared
 
 
 def row_of(run: Run) -> dict[str, Any]:
     """Return a finished run's numbers: base, chosen round and the paired change of every metric."""
-
-    def kept(found: dict[str, Any], *keys: str) -> dict[str, Any]:
-        return {key: found[key] for key in ("value", "ci95", *keys)}
-
     return {
         "run": run.path.name,
         "metrics": [
             {
                 **{key: row[key] for key in ("benchmark", "metric", "n")},
-                "base": kept(row["before"]),
-                "last": kept(row["after"]),
-                "change": kept(row["difference"], "p_value"),
+                "base": {key: row["before"][key] for key in ("value", "ci95")},
+                "last": {key: row["after"][key] for key in ("value", "ci95")},
+                "change": {key: row["difference"][key] for key in ("value", "ci95", "p_value")},
             }
             for row in comparison_rows(run)
         ],

@@ -88,7 +88,7 @@ def make_state(
     with lock_run(run):
         # The plan is asked for anew after each stage: a round may have ended the loop.
         while todo := [s for s in needed_stages(run, at, progress=progress) if not s.done]:
-            say(f"{todo[0].name} ({len(todo)} to do)")
+            say(f"{todo[0].title} ({len(todo)} to do)")
             todo[0].work()
 
 
@@ -136,7 +136,7 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
         RunError: the finished run is not finished.
     """
     _check_same_origin(run, source)
-    lacking = [stage.name for stage in needed_stages(source, at) if not stage.done]
+    lacking = [stage.title for stage in needed_stages(source, at) if not stage.done]
     if lacking:
         raise RunError(f"{source.path} is not finished; it lacks: {', '.join(lacking)}")
     _check_same_results(run, at, source)

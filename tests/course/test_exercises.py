@@ -24,7 +24,8 @@ from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
 from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run, load_run
-from grath_utils.loop.stages import planned_iterations, run_pairs
+from grath_utils.loop.stages import run_pairs
+from grath_utils.loop.state import run_state
 from grath_utils.scale import costs
 from grath_utils.scale.experiments import Trial
 
@@ -270,7 +271,7 @@ def test_wrong_answers_in_notebooks_2_to_4(run: Run, default_policy: Policy) -> 
         assert check(run, "02.medium", answer, default_policy).state == NOT_YET
     assert check(run, "03.easy", [0.0, 0.0, 0.0]).state == NOT_YET
     assert check(run, "03.medium", (1.5, 0.5)).state == NOT_YET
-    last = planned_iterations(run)[-1]
+    last = run_state(run).planned[-1]
     own = read_jsonl(run.training_log(last))
     assert "the run itself" in check(run, "03.hard", own).text
     assert check(run, "04.easy", ([0, 0, 1], [2, 3, 4])).state == NOT_YET

@@ -11,7 +11,7 @@ from conftest import DPO, PAIRS
 from grath_utils.errors import DataError
 from grath_utils.loop.choice import (
     alarms,
-    choose,
+    choose_round,
     displacement,
     margins,
     measure_signals,
@@ -38,7 +38,7 @@ def base(n: int = 8) -> dict[str, Any]:
 
 
 def chosen(*rounds: dict[str, Any]) -> Any:
-    return choose(base(len(rounds[0]["pairs"])), rounds, max_kl=1.0, seed=0)
+    return choose_round(base(len(rounds[0]["pairs"])), rounds, max_kl=1.0, seed=0)
 
 
 # --- the rules -----------------------------------------------------------------------------------

@@ -12,22 +12,18 @@ from conftest import config_for, make_tiny_llama, write_pairs
 from grath_utils.config import Config, LoopConfig, load_config
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
 from grath_utils.files import read_jsonl, write_json, write_jsonl
-from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.run_dir import Run, load_run, model_label
 from grath_utils.loop.stages import (
     check_ready,
     evaluate_model,
-    evaluated_iterations,
-    final_iteration,
     load_model,
-    model_label,
     plan_stages,
-    planned_iterations,
-    round_choice,
     run_pairs,
     run_questions,
     start_run,
     train_iteration,
 )
+from grath_utils.loop.state import run_state
 
 
 def test_questions_are_split_once_and_kept(tmp_path: Path, tiny_llama, questions) -> None:
@@ -81,26 +77,26 @@ def test_an_unknown_benchmark_is_named_before_anything_is_made(
 
 def test_the_plan_in_order(tmp_path: Path, tiny_llama, questions) -> None:
     run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
-    assert [stage.name for stage in plan_stages(run)] == [
-        "write pairs, iteration 0",
-        "measure base on held-out pairs",
-        "train, iteration 0",
-        "measure on held-out pairs, iteration 0",
-        "write pairs, iteration 1",
-        "train, iteration 1",
-        "measure on held-out pairs, iteration 1",
-        "evaluate base on probe",
-        "evaluate base on retention",
-        "evaluate iter_0 on probe",
-        "evaluate iter_0 on retention",
-        "evaluate iter_1 on probe",
-        "evaluate iter_1 on retention",
+    assert [(stage.id, stage.title) for stage in plan_stages(run)] == [
+        ("pairs_0", "write pairs, iteration 0"),
+        ("measure_base", "measure base on held-out pairs"),
+        ("train_0", "train, iteration 0"),
+        ("measure_iter_0", "measure on held-out pairs, iteration 0"),
+        ("pairs_1", "write pairs, iteration 1"),
+        ("train_1", "train, iteration 1"),
+        ("measure_iter_1", "measure on held-out pairs, iteration 1"),
+        ("evaluate_base_probe", "evaluate base on probe"),
+        ("evaluate_base_retention", "evaluate base on retention"),
+        ("evaluate_iter_0_probe", "evaluate iter_0 on probe"),
+        ("evaluate_iter_0_retention", "evaluate iter_0 on retention"),
+        ("evaluate_iter_1_probe", "evaluate iter_1 on probe"),
+        ("evaluate_iter_1_retention", "evaluate iter_1 on retention"),
     ]
     assert not any(stage.done for stage in plan_stages(run))
     config = load_config("smoke", "loop.iterations=4 evaluation.every_iteration=false")
-    assert evaluated_iterations(Run(tmp_path / "none", config)) == [None, 3]
+    assert run_state(Run(tmp_path / "none", config)).evaluated == (None, 3)
     config = load_config("smoke", "loop.iterations=1")
-    assert evaluated_iterations(Run(tmp_path / "none", config)) == [None, 0]
+    assert run_state(Run(tmp_path / "none", config)).evaluated == (None, 0)
 
 
 def write_signals(run, t: int | None, gain: float, **health: float) -> None:
@@ -130,18 +126,19 @@ def test_a_round_without_gain_ends_the_loop_and_the_best_is_kept(
     tmp_path: Path, tiny_llama, questions
 ) -> None:
     run = four_rounds(tmp_path, tiny_llama, questions)
-    assert round_choice(run) is None
+    assert run_state(run).choice is None
     for t, gain in enumerate([1.0, 3.0]):
         write_signals(run, t, gain)
-        assert planned_iterations(run) == [0, 1, 2, 3]
+        assert run_state(run).planned == range(4)
     write_signals(run, 2, 2.0)
-    assert planned_iterations(run) == [0, 1, 2]
-    assert final_iteration(run) == 1
-    assert evaluated_iterations(run) == [None, 0, 1, 2]
-    assert not any("iteration 3" in stage.name for stage in plan_stages(run))
-    assert "did not raise" in round_choice(run).stop
+    state = run_state(run)
+    assert state.planned == range(3)
+    assert state.final == 1
+    assert state.evaluated == (None, 0, 1, 2)
+    assert not any("3" in stage.id for stage in plan_stages(run))
+    assert "did not raise" in state.choice.stop
     fewer = replace(run.config, evaluation=replace(run.config.evaluation, every_iteration=False))
-    assert evaluated_iterations(replace(run, config=fewer)) == [None, 1, 2]
+    assert run_state(replace(run, config=fewer)).evaluated == (None, 1, 2)
 
 
 def test_the_paper_s_rule_keeps_the_last_and_never_stops(
@@ -152,12 +149,13 @@ def test_the_paper_s_rule_keeps_the_last_and_never_stops(
     )
     for t, gain in enumerate([3.0, 2.0, 1.0]):
         write_signals(run, t, gain)
-    assert planned_iterations(run) == [0, 1, 2, 3]
-    assert final_iteration(run) == 3
+    assert run_state(run).planned == range(4)
+    assert run_state(run).final == 3
     write_signals(run, 3, 0.5, non_answers=0.9)
-    assert final_iteration(run) == 3
-    assert round_choice(run).alarms[3]
-    assert round_choice(run).stop is None
+    state = run_state(run)
+    assert state.final == 3
+    assert state.choice.alarms[3]
+    assert state.choice.stop is None
 
 
 def test_without_signals_nothing_is_measured_and_the_last_round_stands(
@@ -168,11 +166,11 @@ def test_without_signals_nothing_is_measured_and_the_last_round_stands(
         tmp_path / "a", tiny_llama, questions, **settings, **{"loop.signals": False}
     )
     plain = four_rounds(tmp_path / "b", tiny_llama, questions, **settings)
-    names = [stage.name for stage in plan_stages(without)]
-    assert names == [s.name for s in plan_stages(plain) if not s.name.startswith("measure")]
-    assert len(names) == len(plan_stages(plain)) - 5  # the base and four rounds
-    assert round_choice(without) is None
-    assert final_iteration(without) == 3
+    stages = [stage.id for stage in plan_stages(without)]
+    assert stages == [s.id for s in plan_stages(plain) if not s.id.startswith("measure")]
+    assert len(stages) == len(plan_stages(plain)) - 5  # the base and four rounds
+    assert run_state(without).choice is None
+    assert run_state(without).final == 3
 
 
 def test_a_later_round_that_collapses_ends_the_loop_before_it(
@@ -194,9 +192,10 @@ def test_a_later_round_that_collapses_ends_the_loop_before_it(
     for _ in range(2):  # the second time it is left alone
         train_iteration(run, 1, progress=False)
     assert not run.adapter(1).exists()
-    assert planned_iterations(run) == [0]
-    assert final_iteration(run) == 0
-    assert round_choice(run).stop.startswith("round 2 collapsed: at step 7")
+    state = run_state(run)
+    assert state.planned == range(1)
+    assert state.final == 0
+    assert state.choice.stop.startswith("round 2 collapsed: at step 7")
     with pytest.raises(CollapseError):
         never = replace(run.config, loop=LoopConfig(early_stop=False))
         train_iteration(replace(run, config=never), 2, progress=False)

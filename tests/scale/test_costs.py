@@ -136,7 +136,7 @@ def test_a_model_of_unknown_shape_is_said_to_be_so(tmp_path: Path) -> None:
 def test_every_stage_of_every_profile_has_an_estimate(profile: str, tmp_path: Path) -> None:
     config = load_config(profile)
     found = estimate(config, DEVICES["H100"])
-    assert {s.name for s in plan_stages(Run(tmp_path, config))} <= {cost.name for cost in found}
+    assert {s.id for s in plan_stages(Run(tmp_path, config))} <= {cost.id for cost in found}
     assert all(cost.seconds > 0 and cost.memory > 0 for cost in found)
 
 
@@ -184,7 +184,7 @@ def test_what_takes_memory_on_a_gpu_and_on_a_cpu() -> None:
 
 def test_every_benchmark_has_a_cost() -> None:
     every = load_config("cpu", {"evaluation.benchmarks": list(BENCHMARKS)})
-    found = [cost for cost in estimate(every, CPU) if cost.name.startswith("evaluate")]
+    found = [cost for cost in estimate(every, CPU) if cost.id.startswith("evaluate")]
     assert len(found) == len(BENCHMARKS) * (1 + every.loop.iterations)
     assert all(cost.seconds > 0 for cost in found)
 

@@ -18,16 +18,13 @@ from grath_utils.dpo.round import reference_log_probs
 from grath_utils.engine.models import Policy
 from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import (
-    load_model,
-    planned_iterations,
-    run_pairs,
-)
+from grath_utils.loop.stages import load_model, run_pairs
+from grath_utils.loop.state import run_state
 from grath_utils.pairs.words import ngram_f1
 
 
 def _last_round(run: Run) -> int:
-    return planned_iterations(run)[-1]
+    return run_state(run).planned[-1]
 
 
 @exercise("03.easy", "the three lowest similarities")

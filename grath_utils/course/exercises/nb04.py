@@ -14,22 +14,19 @@ from grath_utils.course.exercises.judging import (
     near,
 )
 from grath_utils.engine.models import Policy
-from grath_utils.evaluation.benchmarks import Item, load_benchmark
+from grath_utils.evaluation.benchmarks import BENCHMARKS, Item, load_benchmark
 from grath_utils.evaluation.metrics import mc1
 from grath_utils.evaluation.statistics import bootstrap_means, interval
 from grath_utils.files import read_json
-from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import (
-    final_iteration,
-    model_label,
-)
+from grath_utils.loop.run_dir import Run, model_label
+from grath_utils.loop.state import run_state
 
 
 def _measured(run: Run) -> list[tuple[tuple[Item, ...], list[Any], list[Any]]]:
     """Return (items, base, kept round) of each measured benchmark for truthfulness."""
-    labels = (model_label(None), model_label(final_iteration(run)))
+    labels = (model_label(None), model_label(run_state(run).final))
     settings, found = run.config.evaluation, []
-    for name in ("truthfulqa_mc", "probe"):
+    for name in (name for name, row in BENCHMARKS.items() if "mc2" in row.metrics):
         files = [run.evaluation(label, name) for label in labels]
         if all(path.exists() for path in files):
             test = load_benchmark(name, limit=settings.limit, seed=run.config.seed)

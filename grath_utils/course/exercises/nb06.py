@@ -66,7 +66,7 @@ def eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
     config, found = load_config("paper-llama2"), float(speed_up)
     one, eight = (costs.estimate(config, costs.DEVICES[name]) for name in ("H100", "8xH100"))
     wanted = costs.total(one).seconds / costs.total(eight).seconds
-    gains = {a.name: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
+    gains = {a.title: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
     mean = float(np.mean(list(gains.values())))
     hold(abs(found * wanted - 1) > 0.02, "upside down: the time of one GPU over that of eight.")
     hold(

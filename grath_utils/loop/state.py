@@ -1,0 +1,123 @@
+"""Where a run stands, read at one point: what was measured, which round is kept, what is left.
+
+The rules by which a round is chosen are in :mod:`.choice`; here they meet the run directory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grath_utils.errors import DataError
+from grath_utils.evaluation.measure import compare
+from grath_utils.files import read_json
+from grath_utils.loop.choice import Choice, choose_round
+from grath_utils.loop.run_dir import BASE, Run, model_label
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, as far as can be known now."""
+
+    base: dict[str, Any]
+    """The signals of the base model (:func:`.choice.measure_signals`); empty before they exist."""
+    rounds: tuple[dict[str, Any], ...]
+    """The signals of the rounds that have been measured, in order."""
+    choice: Choice | None
+    """Which of these is kept, and whether to continue; None before the first."""
+    planned: range
+    """The rounds that the run has, or will have."""
+    final: int
+    """The round that is shown as the result: the chosen one, or else the last of the plan.
+
+    It is the last where no round was fit to be kept (so that there is something to see; the report
+    says so), and as long as not all rounds have been measured.
+    """
+    evaluated: tuple[int | None, ...]
+    """Which models are evaluated: base (None), chosen, last; every round if so configured."""
+
+
+def run_state(run: Run) -> RunState:
+    """Read where a run stands.
+
+    Raises:
+        DataError: the signals are not as this program writes them.
+    """
+    most = run.config.loop.iterations
+    paths = [run.signals(model_label(t)) for t in (None, *range(most))]
+    there = itertools.takewhile(Path.exists, paths)
+    base, *rounds = [read_json(path) for path in there] or [{}]
+    choice = _choose(run, base, rounds) if rounds else None
+    planned = range(len(rounds) if choice and choice.stop else most)
+    final = last = planned[-1]
+    if choice and choice.iteration is not None and len(rounds) == len(planned):
+        final = choice.iteration
+    shown = planned if run.config.evaluation.every_iteration else sorted({final, last})
+    return RunState(base, tuple(rounds), choice, planned, final, (None, *shown))
+
+
+def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Choice:
+    """Choose by the signals, or take the last round if ``loop.keep=last`` asks for it."""
+    settings = run.config.loop
+    try:
+        choice = choose_round(base, rounds, max_kl=settings.max_kl, seed=run.config.seed)
+    except (KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{run.signals(BASE).parent}: the signals are not as this program writes them; delete "
+            "the folder, and they are measured again"
+        ) from error
+    n = len(rounds)
+    if settings.keep == "last":
+        choice = replace(choice, iteration=n - 1, why=f"round {n}: the last (loop.keep=last)")
+    if run.collapsed(n).exists():
+        reason = read_json(run.collapsed(n))["reason"]
+        choice = replace(choice, stop=f"round {n + 1} collapsed: {reason}")
+    return choice if settings.early_stop else replace(choice, stop=None)
+
+
+# --- evaluations ---------------------------------------------------------------------------------
+
+
+def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the finished evaluations as ``{benchmark: {model label: result}}``, base first."""
+    labels = [model_label(t) for t in run_state(run).evaluated]
+    found = {
+        name: {
+            label: read_json(run.evaluation(label, name))
+            for label in labels
+            if run.evaluation(label, name).exists()
+        }
+        for name in run.config.evaluation.benchmarks
+    }
+    return {name: models for name, models in found.items() if models}
+
+
+def comparison_rows(run: Run) -> list[dict[str, Any]]:
+    """Return one row per benchmark and metric: base, chosen model, and the paired difference.
+
+    Every number is taken from the evaluation files or computed from their items. Which round was
+    chosen is decided by :func:`.choice.choose_round`, which never sees these numbers.
+    """
+    settings, rows = run.config.evaluation, []
+    labels = (BASE, model_label(run_state(run).final))
+    for benchmark in settings.benchmarks:
+        files = [run.evaluation(label, benchmark) for label in labels]
+        if not all(file.exists() for file in files):
+            continue
+        before, after = map(read_json, files)
+        found = compare(before, after, seed=run.config.seed, bootstrap=settings.bootstrap)
+        rows += [
+            {
+                "benchmark": benchmark,
+                "metric": metric,
+                "n": value["n"],
+                "before": value,
+                "after": after["metrics"][metric],
+                "difference": found["metrics"][metric],
+                "labels": labels,
+            }
+            for metric, value in before["metrics"].items()
+        ]
+    return rows
