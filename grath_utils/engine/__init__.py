@@ -5,17 +5,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "default_model": ["CONVERSION"],
         "encoding": ["Request"],
         "generation": ["Stop", "generate", "shared_beginning"],
-        "models": [
-            "CONVERSION",
-            "Policy",
-            "load_base",
-            "quiet_transformers",
-            "resolve",
-            "round_weights",
-        ],
+        "machine": ["quiet_transformers"],
+        "models": ["Policy", "load_base", "resolve"],
         "packing": ["pack"],
+        "quantization": ["round_weights"],
         "scoring": ["score_completions"],
     },
 )

@@ -20,7 +20,6 @@ from grath_utils.errors import ScoringError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 TEXTS_AT_ONCE = 512
 
 
@@ -69,64 +68,53 @@ def encode_requests(
         ScoringError: names the item, where a request is empty or too long, or where the tokenizer
             is a slow one, without the character offsets that tell where a prompt ends.
     """
-    if not requests:
-        return []
-    if not getattr(tokenizer, "is_fast", False):
+    if requests and not getattr(tokenizer, "is_fast", False):
         raise ScoringError(
             f"item {requests[0].item}: the tokenizer gives no character offsets, so where the "
             "prompt ends cannot be told; use a model with a fast tokenizer (tokenizer.json)"
         )
-    pairs = [_move_spaces(request) for request in requests]
-    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs if prompt))
+    texts = []
+    for request in requests:
+        if not request.completion:
+            raise ScoringError(f"item {request.item}: an empty completion cannot be scored")
+        prompt = request.prompt.rstrip()
+        texts.append((prompt, request.prompt[len(prompt) :] + request.completion))
+
+    prompts = list(dict.fromkeys(prompt for prompt, _ in texts if prompt))
     heads = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
     start = _start_token(tokenizer)
     if start is not None:  # what an empty prompt is conditioned on: the start of a text
         heads[""] = np.array([start], dtype=np.int32)
-
-    for request, (prompt, _) in zip(requests, pairs, strict=True):
+    for request, (prompt, _) in zip(requests, texts, strict=True):
         if prompt not in heads:
             raise ScoringError(
                 f"item {request.item}: the prompt is empty, and the tokenizer has no token for the "
                 "start of a text to put in its place"
             )
 
-    distinct = list(dict.fromkeys(pairs))
+    distinct = list(dict.fromkeys(texts))
+    encoded: dict[tuple[str, str], Encoded] = {}
     wholes = encode_texts(tokenizer, (prompt + completion for prompt, completion in distinct))
-    encoded = {
-        pair: _split(heads[pair[0]], whole, bool(pair[0]))
-        for pair, whole in zip(distinct, wholes, strict=True)
-    }
-    for request, pair in zip(requests, pairs, strict=True):
-        _check(request, encoded[pair], max_length)
-    return [encoded[pair] for pair in pairs]
-
-
-def _split(head: np.ndarray, whole: np.ndarray, has_prompt: bool) -> Encoded:
-    """Take from a joint encoding what lies beyond the prompt's own."""
-    same = np.array_equal(whole[: len(head)], head)
-    tail = whole[len(head) :] if has_prompt or same else whole
-    return Encoded(head, tuple(tail.tolist()), straddles=has_prompt and not same)
-
-
-def _check(request: Request, encoded: Encoded, max_length: int) -> None:
-    if not encoded.completion:
-        raise ScoringError(
-            f"item {request.item}: the completion {request.completion!r} holds no token of its "
-            "own, so it has no probability"
+    for (prompt, completion), whole in zip(distinct, wholes, strict=True):
+        head = heads[prompt]
+        same = np.array_equal(whole[: len(head)], head)
+        tail = whole[len(head) :] if prompt or same else whole
+        encoded[prompt, completion] = Encoded(
+            head, tuple(tail.tolist()), straddles=bool(prompt) and not same
         )
-    if encoded.length > max_length:
-        raise ScoringError(
-            f"item {request.item}: prompt and completion are {encoded.length} tokens, and the "
-            f"model takes {max_length}; fewer shots, or a model with a longer context, are needed "
-            "(nothing is cut off silently)"
-        )
-
-
-def _move_spaces(request: Request) -> tuple[str, str]:
-    if not request.completion:
-        raise ScoringError(f"item {request.item}: an empty completion cannot be scored")
-    prompt = request.prompt.rstrip()
-    return prompt, request.prompt[len(prompt) :] + request.completion
+    for request, text in zip(requests, texts, strict=True):
+        if not encoded[text].completion:
+            raise ScoringError(
+                f"item {request.item}: the completion {request.completion!r} holds no token of its "
+                "own, so it has no probability"
+            )
+        if encoded[text].length > max_length:
+            raise ScoringError(
+                f"item {request.item}: prompt and completion are {encoded[text].length} tokens, "
+                f"and the model takes {max_length}; fewer shots, or a model with a longer context, "
+                "are needed (nothing is cut off silently)"
+            )
+    return [encoded[text] for text in texts]
 
 
 def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -141,7 +129,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> It
     """
     start = _start_token(tokenizer)
     bos = None if start is None else tokenizer.decode([start])
-    for batch in batched(texts, TEXTS_AT_ONCE):
+    rest = iter(texts)
+    while batch := list(islice(rest, TEXTS_AT_ONCE)):
         ids: dict[str, np.ndarray] = {}
         for given in (True, False):
             group = [text for text in batch if (bos is not None and text.startswith(bos)) == given]
@@ -149,13 +138,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> It
                 encodings = tokenizer(
                     group, add_special_tokens=not given, return_attention_mask=False, verbose=False
                 )["input_ids"]
-                arrays = (np.array(ids_, dtype=np.int32) for ids_ in encodings)
-                ids |= zip(group, arrays, strict=True)
+                ids |= {
+                    text: np.array(found, dtype=np.int32)
+                    for text, found in zip(group, encodings, strict=True)
+                }
         yield from (ids[text] for text in batch)
-
-
-def batched(values: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
-    """Yield tuples of at most ``size`` values (itertools.batched, which needs Python 3.12)."""
-    rest = iter(values)
-    while batch := tuple(islice(rest, size)):
-        yield batch

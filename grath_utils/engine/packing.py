@@ -2,9 +2,17 @@
 
 The two answers of a pair follow the same prompt, and all prompts of a chat template begin alike.
 The usual batch repeats all of that in every sequence and pads it to the longest. Here the batch is
-a trie (:mod:`.trie`): one row holds many pairs, a mask lets every token see its own
-prefix only, and the output head runs only where an answer's token is predicted. Gradients of all
-answers add up in the tokens that they share, so loss and gradient are those of the usual batch.
+a trie (:mod:`.trie`): one row holds many pairs, a mask lets every token see its own prefix only,
+and the output head runs only where an answer's token is predicted. Two pairs with the template S::
+
+    padded   S P1 P2 C1 C2       packed, one row     S P1 P2 C1 R1 Q1 D1 T1
+             S P1 P2 R1 R2       position            0  1  2  3  3  1  2  2
+             S Q1 D1 D2 --       predicts an answer        ^  ^  ^  ^  ^  ^
+             S Q1 T1 T2 --       its targets              C1 C2 R2 D1 D2 T2
+                                                          R1       T1
+
+P2 predicts the first token of the chosen answer C and of the rejected answer R. Gradients of all
+answers add up in the tokens that they share, so loss and gradient are those of the padded batch.
 """
 
 from __future__ import annotations
@@ -15,16 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from grath_utils.engine.scoring import CPU_ROW_TOKENS, LOGIT_ROWS, additive_mask
-from grath_utils.engine.trie import attention_mask, build_trie
+from grath_utils.engine.scoring import CPU_ROW_TOKENS, LOGIT_ROWS, row_logits, tree_row
+from grath_utils.engine.trie import build_trie
 
 GPU_ROW_TOKENS = 2048
 """Longest row on a GPU: it fills the device, and masked-out attention stays below a tenth."""
 
 Example = dict[str, Any]
 """``prompt_ids``, ``chosen_ids``, ``rejected_ids``: lists of token ids."""
+
+
+def row_limit(device: torch.device) -> int:
+    """Return how many tokens a row may have on a device."""
+    return CPU_ROW_TOKENS if device.type == "cpu" else GPU_ROW_TOKENS
 
 
 def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.Tensor]]:
@@ -35,21 +47,12 @@ def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.T
         row_tokens: tokens in a row; only a pair that is longer by itself passes it.
 
     Returns:
-        One dict a row, ``T`` tokens long, with ``P`` places that predict ``E`` answer tokens:
-        ``ids`` and ``positions`` (1, T); ``visible`` (T, T) boolean, query first; ``predictors``
-        (P,) places in the row, ascending; ``which`` (E,) index into ``predictors``; ``targets``
+        One dict a row, with ``P`` places that predict ``E`` answer tokens: what
+        :func:`.scoring.tree_row` gives; ``which`` (E,) index into its ``predictors``; ``targets``
         (E,) token ids; ``sequence`` (E,) index into the padded batch, all chosen answers before all
         rejected ones; ``column`` (E,) the target's position in its sequence, less one.
     """
-    rows = []
-    for chunk in _chunks(examples, row_tokens):
-        rows.append(_row([examples[i] for i in chunk], chunk, len(examples)))
-    return rows
-
-
-def _chunks(examples: Sequence[Example], row_tokens: int) -> list[list[int]]:
-    """Cut the batch, in its order, where the next pair would make a row too long."""
-    chunks: list[list[int]] = []
+    chunks: list[list[int]] = []  # cut where the next pair would make a row too long
     size = 0
     for i, example in enumerate(examples):
         tokens = sum(len(example[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
@@ -58,40 +61,35 @@ def _chunks(examples: Sequence[Example], row_tokens: int) -> list[list[int]]:
             size = 0
         chunks[-1].append(i)
         size += tokens
-    return chunks
+    return [_row(examples, chunk) for chunk in chunks]
 
 
-def _row(examples: Sequence[Example], indices: Sequence[int], batch: int) -> dict[str, Any]:
-    sides = [(e["prompt_ids"], e["chosen_ids"], i) for e, i in zip(examples, indices, strict=True)]
-    sides += [
-        (e["prompt_ids"], e["rejected_ids"], batch + i)
-        for e, i in zip(examples, indices, strict=True)
+def _row(examples: Sequence[Example], chunk: Sequence[int]) -> dict[str, torch.Tensor]:
+    sides = [
+        (examples[i]["prompt_ids"], examples[i][key], side * len(examples) + i)
+        for side, key in enumerate(("chosen_ids", "rejected_ids"))
+        for i in chunk
     ]
     # Nothing is predicted from an answer's last token, so the model need not read it.
     trie, paths = build_trie([[*prompt, *answer[:-1]] for prompt, answer, _ in sides])
-    nodes = np.concatenate(
-        [path[len(p) - 1 :] for path, (p, _, _) in zip(paths, sides, strict=True)]
-    )
-    predictors, which = np.unique(nodes, return_inverse=True)
-    columns = [np.arange(len(p) - 1, len(p) - 1 + len(a)) for p, a, _ in sides]
-    arrays = {
-        "ids": trie.token[None],
-        "positions": trie.depth[None],
-        "visible": attention_mask(trie, np.arange(len(trie))),
-        "predictors": predictors,
+    nodes = [path[len(p) - 1 :] for path, (p, _, _) in zip(paths, sides, strict=True)]
+    predictors, which = np.unique(np.concatenate(nodes), return_inverse=True)
+    edges = {
         "which": which.ravel(),
         "targets": np.concatenate([np.asarray(a, dtype=np.int64) for _, a, _ in sides]),
         "sequence": np.concatenate([np.full(len(a), i) for _, a, i in sides]),
-        "column": np.concatenate(columns),
+        "column": np.concatenate([len(p) - 1 + np.arange(len(a)) for p, a, _ in sides]),
     }
-    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    row = tree_row(trie, np.arange(len(trie)), predictors)
+    return row | {name: torch.from_numpy(array) for name, array in edges.items()}
 
 
 @dataclass
 class PackedCollator:
     """TRL's padded batch, with the same batch packed beside it as ``rows``."""
 
-    padded: DataCollatorForPreference
+    padded: Callable[[list[Example]], dict[str, Any]]
+    """TRL's ``DataCollatorForPreference``."""
     row_tokens: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -116,45 +114,22 @@ def packed_forward(
     """Return a stand-in for ``model`` that computes TRL's per-token outputs from packed rows.
 
     TRL calls it as it would call the model (``input_ids``, ``labels``, ...); what it needs beyond
-    the shape is in ``rows``.
-
-    Args:
-        model: the causal language model, wrapped or not.
-        dtype: of its hidden states.
-        selects: its forward takes ``logits_to_keep``, so the head runs on chosen places only.
+    the shape is in ``rows``. The arguments are those of :func:`.scoring.row_logits`.
     """
 
     def forward(*, input_ids: torch.Tensor, rows: list[dict[str, Any]], **_: Any) -> PerToken:
-        shape = (input_ids.shape[0], input_ids.shape[1] - 1)
         parts = [
             _target_outputs(
                 row_logits(model, row, dtype, selects=selects), row["which"], row["targets"]
             )
             for row in rows
         ]
-        place = [torch.cat([row[name] for row in rows]) for name in ("sequence", "column")]
-
-        def grid(index: int) -> torch.Tensor:
-            values = torch.cat([part[index] for part in parts])
-            return values.new_zeros(shape).index_put(tuple(place), values)
-
-        return PerToken(grid(0), grid(1), grid(2), grid(3))
+        place = tuple(torch.cat([row[name] for row in rows]) for name in ("sequence", "column"))
+        shape = (input_ids.shape[0], input_ids.shape[1] - 1)
+        outputs = [torch.cat(values) for values in zip(*parts, strict=True)]
+        return PerToken(*(v.new_zeros(shape).index_put(place, v) for v in outputs))
 
     return forward
-
-
-def row_logits(
-    model: Callable[..., Any], row: dict[str, torch.Tensor], dtype: torch.dtype, *, selects: bool
-) -> torch.Tensor:
-    """Return the logits at the places of a row that predict an answer's token: (P, vocabulary)."""
-    logits = model(
-        input_ids=row["ids"],
-        position_ids=row["positions"],
-        attention_mask=additive_mask(row["visible"], dtype),
-        use_cache=False,
-        **({"logits_to_keep": row["predictors"]} if selects else {}),
-    ).logits[0]
-    return logits if selects else logits[row["predictors"]]
 
 
 def _target_outputs(
@@ -164,21 +139,14 @@ def _target_outputs(
 
     Each of shape (E,); only the first carries a gradient.
     """
-    totals, entropies, means, tops = [], [], [], []
+    totals, statistics = [], []
     for rows in logits.split(LOGIT_ROWS):  # a float32 copy of some rows stays in the cache
         rows = rows.float()
         total = rows.logsumexp(-1)
         totals.append(total)
         with torch.no_grad():
             expected = (rows * (rows - total[:, None]).exp()).sum(-1)
-            entropies.append(total - expected)
-            means.append(rows.mean(-1))
-            tops.append(rows.argmax(-1))
+            statistics.append((total - expected, rows.mean(-1), rows.argmax(-1)))
+    entropy, mean, top = (torch.cat(parts)[which] for parts in zip(*statistics, strict=True))
     log_probs = logits[which, targets].float() - torch.cat(totals)[which]
-    is_top1 = torch.cat(tops)[which] == targets
-    return log_probs, torch.cat(entropies)[which], torch.cat(means)[which], is_top1
-
-
-def row_limit(device: torch.device) -> int:
-    """Return how many tokens a row may have on a device."""
-    return CPU_ROW_TOKENS if device.type == "cpu" else GPU_ROW_TOKENS
+    return log_probs, entropy, mean, top == targets

@@ -17,7 +17,6 @@ import functools
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from grath_utils.errors import RunError, UsageError
@@ -29,6 +28,10 @@ PATIENCE = datetime.timedelta(days=2)
 """How long a process waits for the others before it takes them for dead."""
 
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
+def _asked_for(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def launched() -> int:
@@ -48,25 +51,25 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this is the process that writes, locks and reports."""
+    """Return True in the process that writes, locks and reports."""
     return rank() == 0
 
 
 def cpu_only() -> bool:
-    """Tell whether the launcher was told to leave accelerators alone (``--cpu``)."""
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    """Return True if the launcher was told to leave accelerators alone (``--cpu``)."""
+    return _asked_for("ACCELERATE_USE_CPU")
 
 
 def sharded() -> bool:
-    """Tell whether training is to split the model itself over the processes (FSDP).
+    """Return True if training is to split the model itself over the processes (FSDP).
 
     Raises:
         UsageError: FSDP 1, which melts adapter and base together into flat tensors.
     """
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
-    if asked and launched() > 1 and os.environ.get("FSDP_VERSION", "1") != "2":
+    asked = _asked_for("ACCELERATE_USE_FSDP") and launched() > 1
+    if asked and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UsageError("adapters train under FSDP 2 only: accelerate launch --fsdp_version 2 ...")
-    return asked and launched() > 1
+    return asked
 
 
 @functools.cache
@@ -76,11 +79,10 @@ def join() -> Any:
     With GPUs, each process takes the one of its local rank from here on.
     """
     import torch
-    import torch.distributed as distributed
     from accelerate import PartialState
 
     PartialState(cpu=cpu_only() or not torch.cuda.is_available(), timeout=PATIENCE)
-    return distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def leave() -> None:
@@ -99,9 +101,8 @@ def gather(value: T) -> list[T]:
         return [value]
     import torch.distributed as distributed
 
-    group = join()
     values: list[Any] = [None] * launched()
-    distributed.all_gather_object(values, value, group=group)
+    distributed.all_gather_object(values, value, group=join())
     return values
 
 
@@ -112,13 +113,7 @@ def barrier() -> None:
 
 def from_main(value: T) -> T:
     """Return the main process's value in all of them."""
-    if size() == 1:
-        return value
-    import torch.distributed as distributed
-
-    box = [value]
-    distributed.broadcast_object_list(box, src=0, group=join())
-    return box[0]
+    return gather(value)[0]
 
 
 def on_main(work: Callable[[], R]) -> R:
@@ -127,13 +122,8 @@ def on_main(work: Callable[[], R]) -> R:
     Raises:
         Exception: what ``work`` raised, in every process, so that none waits for ever.
     """
-    if size() == 1:
-        return work()
-    outcome = _attempt(work) if is_main() else None
-    value, error = from_main(outcome)
-    if error is not None:
-        raise error
-    return value
+    [(_, result)] = in_turns([work], lambda piece: piece())
+    return result
 
 
 def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
@@ -147,15 +137,13 @@ def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R
     """
     count = size()
     if count == 1:
-        for piece in pieces:
-            yield piece, work(piece)
+        yield from ((piece, work(piece)) for piece in pieces)
         return
     for start in range(0, len(pieces), count):
         turn = pieces[start : start + count]
         own = turn[rank() : rank() + 1]  # in the last turn there may be none
-        outcomes = gather([_attempt(functools.partial(work, piece)) for piece in own])
-        done = [outcome for outcome in outcomes if outcome]
-        for piece, [(value, error)] in zip(turn, done, strict=True):
+        outcomes = gather([_attempt(work, piece) for piece in own])
+        for piece, [(value, error)] in zip(turn, filter(None, outcomes), strict=True):
             if error is not None:
                 raise error
             yield piece, value
@@ -166,30 +154,22 @@ def own_share(pieces: Sequence[T]) -> tuple[Sequence[T], int]:
 
     For pieces that stand on the same earlier work as their neighbours.
     """
-    count = size()
-    each, more = divmod(len(pieces), count)
-    own = rank() if count > 1 else 0
+    each, more = divmod(len(pieces), size())
+    own = rank() if size() > 1 else 0
     first = own * each + min(own, more)
     return pieces[first : first + each + (own < more)], each + bool(more)
 
 
-@contextmanager
-def _by_itself() -> Iterator[None]:
+def _attempt(work: Callable[[T], R], piece: T) -> tuple[R | None, Exception | None]:
+    """Return what the work returned, or what it raised, in a form that can travel."""
     token = _alone.set(True)
     try:
-        yield
+        return work(piece), None
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+            return None, error
+        except Exception:  # one that cannot be sent: its words can
+            return None, RunError(f"process {rank()}: {type(error).__name__}: {error}")
     finally:
         _alone.reset(token)
-
-
-def _attempt(work: Callable[[], R]) -> tuple[R | None, Exception | None]:
-    """Return what the work returned, or what it raised, in a form that can travel."""
-    with _by_itself():
-        try:
-            return work(), None
-        except Exception as error:
-            try:
-                pickle.loads(pickle.dumps(error))
-                return None, error
-            except Exception:  # one that cannot be sent: its words can
-                return None, RunError(f"process {rank()}: {type(error).__name__}: {error}")

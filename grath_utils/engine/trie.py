@@ -2,8 +2,19 @@
 
 Evaluation asks one model about thousands of sequences that begin alike: all share the few-shot
 primer, all answers to a question share the question, and answers share their first words. A node
-of the trie is one distinct prefix, so the number of nodes is the floor of the work: no scorer that
-looks at every distinct prefix can run fewer tokens.
+of the trie is one distinct prefix, so no scorer that looks at every distinct prefix can run fewer
+tokens than there are nodes. Two answers to one question, and what each token sees::
+
+    P1 P2 Q1 +- A1 A2 (A3)        fed, in one row:     P1 P2 Q1 A1 A2 B1
+             +- B1 (B2)           depth = position:     0  1  2  3  4  3
+                                  end of the subtree:   6  6  6  5  5  6
+    attention        P1 P2 Q1 A1 A2 B1
+           P1         x                         the logits at Q1 give log p(A1) and log p(B1),
+           P2         x  x                      those at A1 give log p(A2), those at A2 log p(A3),
+           Q1         x  x  x                   those at B1 give log p(B2);
+           A1         x  x  x  x                the last token of an answer is never fed
+           A2         x  x  x  x  x
+           B1         x  x  x  .  .  x          B1 does not see the other answer
 
 Nodes are numbered in depth-first preorder, which is the lexicographic order of the sequences. Then
 the subtree of node ``a`` is the range ``a .. end[a]``, "``a`` is an ancestor of ``d`` or ``d``
@@ -14,9 +25,11 @@ SpecInfer, arXiv 2305.09781). This module is plain numpy: it knows nothing of mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+PASS_OVERHEAD = 64  # tokens that cost as much as starting a forward pass does (measured, CPU)
 
 
 @dataclass(frozen=True)
@@ -41,12 +54,6 @@ class Trie:
             path.append(node)
         return path[::-1]
 
-    def chain_end(self, node: int) -> int:
-        """Return one past the last node of the unbranched run that starts at ``node``."""
-        end = self.end[node]
-        branching = np.flatnonzero(self.end[node:end] != end)
-        return node + int(branching[0]) if len(branching) else int(end)
-
 
 def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[Trie, list[np.ndarray]]:
     """Merge token sequences into a trie.
@@ -59,50 +66,28 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[Trie, list[np.ndarra
     """
     # Big-endian bytes sort as the numbers do, and much faster than lists of them.
     keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in sequences]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
     none = np.empty(0, dtype=np.int64)
     paths = [none] * len(sequences)
-    tokens, depths, parents = [], [], []
-    before, before_path, count = none, none, 0
-    for index in order:
+    tokens, depths, parents, closed = [none], [none], [none], []
+    before, path, count = none, none, 0
+    for index in sorted(range(len(keys)), key=keys.__getitem__):
         ids = np.asarray(sequences[index], dtype=np.int64)
-        shared = _common_prefix(before, ids)
-        if shared < len(ids):
-            new = np.arange(count, count + len(ids) - shared)
-            path = np.concatenate([before_path[:shared], new])
+        both = min(len(before), len(ids))
+        different = np.flatnonzero(before[:both] != ids[:both])
+        shared = int(different[0]) if len(different) else both
+        if shared < len(ids):  # otherwise it is the sequence before it, once more
+            closed.append((path[shared:], count))  # nothing more comes below these nodes
+            path = np.concatenate([path[:shared], np.arange(count, count + len(ids) - shared)])
             tokens.append(ids[shared:])
             depths.append(np.arange(shared, len(ids)))
             parents.append(np.concatenate([[-1], path])[shared:-1])
-            before, before_path, count = ids, path, count + len(new)
-        # In this order, a sequence that brings no token is the one before it, once more.
-        paths[index] = before_path
-    depth = np.concatenate([none, *depths])
-    trie = Trie(
-        token=np.concatenate([none, *tokens]),
-        depth=depth,
-        end=_subtree_ends(depth),
-        parent=np.concatenate([none, *parents]).astype(np.int64),
-    )
-    return trie, paths
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
-
-
-def _subtree_ends(depth: np.ndarray) -> np.ndarray:
-    """Return for each node the next node in preorder that is not deeper than it."""
-    ends = np.empty(len(depth), dtype=np.int64)
-    open_nodes: list[int] = []
-    depths = depth.tolist()
-    for node, d in enumerate(depths):
-        while open_nodes and depths[open_nodes[-1]] >= d:
-            ends[open_nodes.pop()] = node
-        open_nodes.append(node)
-    ends[open_nodes] = len(depth)
-    return ends
+            before, count = ids, count + len(ids) - shared
+        paths[index] = path
+    end = np.full(count, count)
+    for nodes, at in closed:
+        end[nodes] = at
+    token, depth, parent = (np.concatenate(parts) for parts in (tokens, depths, parents))
+    return Trie(token, depth, end, parent), paths
 
 
 @dataclass(frozen=True)
@@ -114,9 +99,9 @@ class Block:
     first: int
     last: int
     """The block's own nodes are ``first .. last`` (exclusive); each node belongs to one block."""
-    prefix: tuple[int, ...]
+    prefix: tuple[int, ...] = ()
     """Indices of the blocks whose keys and values come before, outermost first."""
-    keep: bool
+    keep: bool = False
     """Whether later blocks need this one's keys and values."""
 
 
@@ -131,46 +116,63 @@ def plan_blocks(trie: Trie, budget: int) -> list[Block]:
         trie: what to compute.
         budget: tokens in one forward pass; a block passes it only by its repeated ancestors.
     """
-    blocks: list[Block] = []
-    _plan_range(trie, budget, 0, len(trie), (), 0, blocks)
-    return blocks
+    planner = _Planner(trie, budget)
+    planner.plan(0, len(trie), ())
+    return planner.blocks
 
 
-def _plan_range(
-    trie: Trie,
-    budget: int,
-    start: int,
-    stop: int,
-    prefix: tuple[int, ...],
-    cached: int,
-    blocks: list[Block],
-) -> None:
-    """Plan the nodes ``start .. stop``, whose first ``cached`` ancestors are in ``prefix``."""
-    node = start
-    while node < stop:
-        size = int(trie.end[node]) - node
-        if size <= budget:
-            node += size
-            continue
-        chain = trie.chain_end(node)
-        kept = _worth_keeping(chain - node, size, budget)
-        if not kept:
-            node = chain
-            continue
-        _cut_rows(trie, budget, start, node, prefix, cached, blocks)
-        inner = prefix
-        pieces = -(-kept // budget)
-        for piece in range(pieces):
-            first, last = (node + kept * p // pieces for p in (piece, piece + 1))
-            # Later pieces of the run find the earlier ones in the cache; only the first piece
-            # has ancestors to feed again.
-            top = _uncached(trie, first, cached) if first == node else []
-            blocks.append(Block(_nodes(top, first, last), first, last, inner, keep=True))
-            inner = (*inner, len(blocks) - 1)
-        below = int(trie.depth[node]) + kept
-        _plan_range(trie, budget, node + kept, node + size, inner, below, blocks)
-        start = node = node + size
-    _cut_rows(trie, budget, start, stop, prefix, cached, blocks)
+@dataclass
+class _Planner:
+    trie: Trie
+    budget: int
+    blocks: list[Block] = field(default_factory=list)
+
+    def plan(self, start: int, stop: int, prefix: tuple[int, ...]) -> None:
+        """Plan the nodes ``start .. stop``, which all stand below ``prefix``."""
+        node = start
+        while node < stop:
+            end = int(self.trie.end[node])
+            if end - node <= self.budget:
+                node = end
+                continue
+            branching = np.flatnonzero(self.trie.end[node:end] != end)
+            chain = int(branching[0]) if len(branching) else end - node  # the unbranched run
+            kept = _worth_keeping(chain, end - node, self.budget)
+            if not kept:
+                node += chain
+                continue
+            self.cut(start, node, prefix)
+            inner, pieces = prefix, -(-kept // self.budget)
+            for piece in range(pieces):
+                first, last = (node + kept * p // pieces for p in (piece, piece + 1))
+                self.add(first, last, inner, keep=True)
+                inner = (*inner, len(self.blocks) - 1)
+            self.plan(node + kept, end, inner)
+            start = node = end
+        self.cut(start, stop, prefix)
+
+    def cut(self, start: int, stop: int, prefix: tuple[int, ...]) -> None:
+        """Cut ``start .. stop`` into rows: each takes the most new tokens for what it costs."""
+        while start < stop:
+            last = min(start + max(self.budget - len(self.uncached(start, prefix)), 1), stop)
+            if last < stop:
+                # After a row of 1, 2, ... tokens, how many ancestors the next has to feed again.
+                repeated = self.trie.depth[start + 1 : last + 1] - self.cached(prefix)
+                taken = np.arange(1, len(repeated) + 1)
+                last = start + 1 + int(np.argmax(taken / (taken + PASS_OVERHEAD + repeated)))
+            self.add(start, last, prefix)
+            start = last
+
+    def add(self, first: int, last: int, prefix: tuple[int, ...], *, keep: bool = False) -> None:
+        nodes = np.array([*self.uncached(first, prefix), *range(first, last)])
+        self.blocks.append(Block(nodes, first, last, prefix, keep))
+
+    def cached(self, prefix: tuple[int, ...]) -> int:
+        return sum(len(self.blocks[number].nodes) for number in prefix)
+
+    def uncached(self, node: int, prefix: tuple[int, ...]) -> list[int]:
+        """Return the ancestors of ``node`` that are not in ``prefix``, to be fed again."""
+        return self.trie.ancestors(node)[self.cached(prefix) :]
 
 
 def _worth_keeping(chain: int, size: int, budget: int) -> int:
@@ -186,55 +188,13 @@ def _worth_keeping(chain: int, size: int, budget: int) -> int:
     return chain if chain * (rows - 1) > PASS_OVERHEAD else 0
 
 
-PASS_OVERHEAD = 64  # tokens that cost as much as starting a forward pass does (measured, CPU)
-
-
-def _cut_rows(
-    trie: Trie,
-    budget: int,
-    start: int,
-    stop: int,
-    prefix: tuple[int, ...],
-    cached: int,
-    blocks: list[Block],
-) -> None:
-    """Cut ``start .. stop`` into rows, preferably where few ancestors are divided."""
-    while start < stop:
-        top = _uncached(trie, start, cached)
-        room = max(budget - len(top), 1)
-        last = min(start + room, stop)
-        if last < stop:
-            last = start + _best_cut(trie.depth[start + 1 : last + 1] - cached)
-        blocks.append(Block(_nodes(top, start, last), start, last, prefix, keep=False))
-        start = last
-
-
-def _best_cut(repeated: np.ndarray) -> int:
-    """Return how many tokens to take into a row: the most new ones for what the row costs.
-
-    Args:
-        repeated: for a row of 1, 2, ... tokens, how many ancestors the cut after it divides, which
-            the next row has to feed again.
-    """
-    taken = np.arange(1, len(repeated) + 1)
-    return int(np.argmax(taken / (taken + PASS_OVERHEAD + repeated))) + 1
-
-
-def _uncached(trie: Trie, node: int, cached: int) -> list[int]:
-    return trie.ancestors(node)[cached:]
-
-
-def _nodes(top: list[int], first: int, last: int) -> np.ndarray:
-    return np.concatenate([np.asarray(top, dtype=np.int64), np.arange(first, last)])
-
-
 def sequence_blocks(trie: Trie) -> list[Block]:
     """Return one block for each whole sequence: no cache, no mask but the causal one."""
-    leaves = np.flatnonzero(trie.end == np.arange(len(trie)) + 1)
-    starts = np.concatenate([[0], leaves[:-1] + 1])
+    leaves = np.flatnonzero(trie.end == np.arange(len(trie)) + 1).tolist()
+    starts = [0, *(leaf + 1 for leaf in leaves[:-1])]
     return [
-        Block(np.array([*trie.ancestors(leaf), leaf]), int(start), int(leaf) + 1, (), keep=False)
-        for start, leaf in zip(starts, leaves, strict=True)
+        Block(np.array([*trie.ancestors(leaf), leaf]), start, leaf + 1)
+        for start, leaf in zip(starts, leaves, strict=False)
     ]
 
 

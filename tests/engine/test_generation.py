@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import generation, shared_prefix
-from grath_utils.engine.generation import Sampling, Stop, choose, common_prefix, generate
+from grath_utils.engine.generation import Sampling, Stop, common_prefix, generate, sample_tokens
 from grath_utils.engine.models import load_base
 from grath_utils.errors import GrathError, UsageError
 
@@ -76,7 +77,7 @@ def test_a_given_prefix_is_used_and_checked(tiny_policy):
     prefix = generation.shared_beginning(tiny_policy, PROMPTS)
     with_prefix = generate(tiny_policy, PROMPTS[2:4], prefix=prefix, max_new_tokens=6)
     assert with_prefix == generate(tiny_policy, PROMPTS, max_new_tokens=6)[2:4]
-    with pytest.raises(UsageError, match="prompt 1 does not go on from the prefix"):
+    with pytest.raises(UsageError, match="prompt 1 does not begin with the prefix"):
         generate(tiny_policy, [PROMPTS[0], "else"], prefix=prefix)
 
 
@@ -186,8 +187,13 @@ def test_drafts_change_nothing_but_the_time(tiny_policy, expected_tokens, batch_
     prompts, drafts = PROMPTS + PROMPTS[:3], [*guesses, *guesses[:2], expected_tokens[2]]
     expected = expected_tokens + expected_tokens[:3]
     passes = []
-    forward = generation._forward
-    monkeypatch.setattr(generation, "_forward", lambda *args: passes.append(1) or forward(*args))
+    forward = generation.cached_forward
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        passes.append(1)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(generation, "cached_forward", counted)
     options = {"max_new_tokens": 12, "batch_size": batch_size}
     done = generate(tiny_policy, prompts, drafts=drafts, **options)
     assert [list(c.token_ids) for c in done] == expected
@@ -212,24 +218,24 @@ def test_drafts_are_for_greedy_decoding(tiny_policy):
         sampled(tiny_policy, PROMPTS[:1], drafts=["x"])
 
 
-def test_choose_draws_by_probability():
+def test_tokens_are_drawn_by_probability():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(1000, 1)
     draws = [(i + 0.5) / 1000 for i in range(1000)]
-    tokens = choose(logits, Sampling(temperature=1.0, top_k=0), draws)
+    tokens = sample_tokens(logits, Sampling(temperature=1.0, top_k=0), draws)
     assert [tokens.count(t) for t in range(3)] == [500, 300, 200]
 
 
-def test_choose_keeps_top_p_and_top_k():
+def test_only_top_p_and_top_k_are_drawn_from():
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(100, 1)
     draws = [i / 100 for i in range(100)]
-    assert set(choose(logits, Sampling(1.0, top_p=0.6), draws)) == {1, 2}
-    assert set(choose(logits, Sampling(1.0, top_p=0.4), draws)) == {1}
-    assert set(choose(logits, Sampling(1.0, top_k=2), draws)) == {1, 2}
+    assert set(sample_tokens(logits, Sampling(1.0, top_p=0.6), draws)) == {1, 2}
+    assert set(sample_tokens(logits, Sampling(1.0, top_p=0.4), draws)) == {1}
+    assert set(sample_tokens(logits, Sampling(1.0, top_k=2), draws)) == {1, 2}
 
 
 def test_last_draw_stays_inside():
     logits = torch.zeros(1, 7)
-    assert choose(logits, Sampling(1.0, top_k=0), [0.999999999])[0] in range(7)
+    assert sample_tokens(logits, Sampling(1.0, top_k=0), [0.999999999])[0] in range(7)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -237,7 +243,7 @@ def test_diverged_weights_are_an_error(bad):
     logits = torch.tensor([[0.0, bad, 1.0]])
     for sampling in (Sampling(), Sampling(1.0)):
         with pytest.raises(GrathError, match="not finite"):
-            choose(logits, sampling, [0.5])
+            sample_tokens(logits, sampling, [0.5])
 
 
 # --- bad input, and models that cannot ------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""4 bits on a CPU: gradients are those of the rounded weights, and the library's trap is caught."""
+"""Weights rounded on a CPU: which levels, whose numbers and gradients, and the library's trap."""
 
 from __future__ import annotations
 
@@ -13,18 +13,51 @@ from torch import nn
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.adapters import Weights
 from grath_utils.dpo.round import train_round
-from grath_utils.engine.models import load_base, round_weights
+from grath_utils.engine.models import load_base
+from grath_utils.engine.quantization import round_weights
 from grath_utils.errors import TrainingError
+
+
+def load(folder: Path, quantization: str = "none"):
+    settings = {"dtype": "float32", "device": "cpu", "quantization": quantization}
+    return load_base(ModelConfig(name=str(folder), **settings)).model
+
+
+def test_nf4_keeps_sixteen_levels_a_block_and_spares_the_head(tiny_llama: Path) -> None:
+    plain, rounded = load(tiny_llama), load(tiny_llama, "nf4")
+    for name, module in rounded.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        before = plain.get_submodule(name).weight
+        if name == "lm_head":
+            assert torch.equal(module.weight, before)
+            continue
+        assert not torch.equal(module.weight, before)
+        for block in module.weight.detach().reshape(-1, 64):
+            assert len(block.unique()) <= 16
+        # NF4's widest gap between levels is 0.3 of a block's largest weight (QLoRA, appendix E).
+        largest = before.reshape(-1, 64).abs().max(dim=1).values.repeat_interleave(64)
+        error = (module.weight - before).abs().reshape(-1)
+        assert (error <= 0.2 * largest + 1e-6).all()
+    assert torch.equal(rounded.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+
+
+def test_int8_rounds_to_255_levels_a_row(tiny_llama: Path) -> None:
+    weight = load(tiny_llama, "int8").model.layers[0].mlp.up_proj.weight.detach()
+    steps = weight / (weight.abs().max(dim=1, keepdim=True).values / 127)
+    assert torch.allclose(steps, steps.round(), atol=2e-2)
 
 
 class Net(nn.Module):
     """Two linear layers with a low-rank update on the first, as LoRA has it."""
 
-    def __init__(self, layer: type[nn.Module] = nn.Linear, **options: object) -> None:
+    def __init__(self, layer: type[nn.Module] = nn.Linear, width: int = 128, **options: object):
         super().__init__()
-        self.first = layer(128, 64, bias=False, **options)
-        self.second = layer(64, 128, bias=False, **options)
-        self.a, self.b = nn.Parameter(torch.zeros(4, 128)), nn.Parameter(torch.zeros(64, 4))
+        self.first = layer(width, 64, bias=False, **options)
+        self.second = layer(64, width, bias=False, **options)
+        draw = torch.Generator().manual_seed(0)
+        self.a = nn.Parameter(torch.randn(4, width, generator=draw) / 11)
+        self.b = nn.Parameter(torch.randn(64, 4, generator=draw) / 2)
 
     def get_output_embeddings(self) -> None:
         return None
@@ -33,64 +66,67 @@ class Net(nn.Module):
         return self.second(self.first(x) + x @ self.a.T @ self.b.T)
 
 
-def start(net: Net) -> Net:
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        net.a.copy_(torch.randn(4, 128, generator=draw) / 11)
-        net.b.copy_(torch.randn(64, 4, generator=draw) / 2)
-    return net
-
-
 def weights() -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(1)
     return torch.randn(64, 128, generator=draw) / 11, torch.randn(128, 64, generator=draw) / 8
 
 
-def rounded() -> Net:
-    """What this course trains on a CPU: weights rounded through NF4, in an ordinary layer."""
-    net = start(Net())
+def rounded(kind: str = "nf4") -> Net:
+    """What this course trains on a CPU: rounded weights in an ordinary layer."""
+    net = Net()
     with torch.no_grad():
         for layer, weight in zip((net.first, net.second), weights(), strict=True):
             layer.weight.copy_(weight)
-    assert round_weights(net, "nf4") == 2
+    assert round_weights(net, kind) == 2
     return net
 
 
-def four_bit() -> Net:
+def four_bit(kind: str) -> Net:
     """bitsandbytes' own 4-bit layers, with the same weights."""
-    options = {"quant_type": "nf4", "compute_dtype": torch.float32, "compress_statistics": True}
-    net = start(Net(bnb.nn.Linear4bit, **options))
+    options = {"quant_type": kind, "compress_statistics": True}
+    net = Net(bnb.nn.Linear4bit, compute_dtype=torch.float32, **options)
     for layer, weight in zip((net.first, net.second), weights(), strict=True):
-        layer.weight = bnb.nn.Params4bit(
-            weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-        )
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **options)
     return net.to("cpu")  # quantizes
 
 
-def gradients(net: Net) -> dict[str, torch.Tensor]:
+def outputs(net: Net) -> dict[str, torch.Tensor]:
+    """Return what the network computes, and its gradients."""
     x = torch.randn(8, 128, generator=torch.Generator().manual_seed(2), requires_grad=True)
     net.zero_grad()
-    net(x).square().sum().backward()
-    grads = {"a": net.a.grad, "b": net.b.grad, "input": x.grad}
-    return {name: value for name, value in grads.items() if value is not None}
+    y = net(x)
+    y.square().sum().backward()
+    found = {"output": y.detach(), "a": net.a.grad, "b": net.b.grad, "input": x.grad}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def test_gradients_are_those_of_bitsandbytes_own_layers() -> None:
-    ours, theirs = gradients(rounded()), gradients(four_bit())
-    assert ours.keys() == theirs.keys() == {"a", "b", "input"}
-    for name, gradient in theirs.items():
-        assert torch.allclose(ours[name], gradient, rtol=1e-3, atol=1e-3), name
-        assert gradient.abs().max() > 0.1, name
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_gradients_are_those_of_bitsandbytes_own_layers(kind: str) -> None:
+    ours, theirs = outputs(rounded(kind)), outputs(four_bit(kind))
+    assert ours.keys() == theirs.keys() == {"output", "a", "b", "input"}
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=1e-3, atol=1e-3), name
+        assert value.abs().max() > 0.1, name
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.11), ("fp4", 0.15)])
+def test_rounding_is_right_where_rows_are_no_whole_number_of_blocks(kind: str, most: float) -> None:
+    """On a CPU, bitsandbytes gives such a matrix back with blocks in the wrong places."""
+    net = Net(width=96)
+    nn.init.normal_(net.first.weight)
+    before = net.first.weight.detach().clone()
+    round_weights(net, kind)
+    assert 0.01 < (net.first.weight - before).norm() / before.norm() < most
 
 
 def test_the_gradient_stays_after_an_inference_pass() -> None:
     """The trap: ``Linear4bit`` is repacked by inference on a CPU and then passes no gradient."""
     net = rounded()
-    before = gradients(net)
+    before = outputs(net)
     with torch.no_grad():
         net.eval()(torch.ones(1, 128))
-    after = gradients(net.train())
-    assert before.keys() == after.keys() == {"a", "b", "input"}
+    after = outputs(net.train())
+    assert before.keys() == after.keys() == {"output", "a", "b", "input"}
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -1,0 +1,63 @@
+"""What this machine can do, and how its memory and the libraries' messages are set."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+INFERENCE_BLOCK = 64 << 20
+TRAINING_BLOCK = 1 << 30
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Return True if the hardware multiplies bfloat16 itself (elsewhere float32 is faster)."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
+    """Ask glibc to keep freed blocks up to ``largest`` bytes; return True if that took effect.
+
+    On a CPU every training step frees and takes again the same hundreds of megabytes; giving them
+    back each time costs page faults for more than half of a step. Decoding, where sizes change from
+    step to step, would only fill the memory with pieces: it keeps smaller blocks. Linux with glibc
+    only; a user who has set the variables ``MALLOC_..._THRESHOLD_`` has decided.
+    """
+    decided = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    if device != "cpu" or decided or not sys.platform.startswith("linux"):
+        return False
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        kept = min(4 * largest, 2**31 - 1)
+        done = libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, kept)
+        libc.malloc_trim(0)
+        return bool(done)
+    except (OSError, AttributeError):  # another C library, such as musl
+        return False
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the libraries' own bars and notices while a model is loaded, wrapped or saved."""
+    from transformers.utils import logging as settings
+
+    level = settings.get_verbosity()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
+            yield
+    finally:
+        settings.set_verbosity(level)
+        settings.enable_progress_bar()
