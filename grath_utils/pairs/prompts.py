@@ -32,12 +32,13 @@ QUESTION_LABEL = "Question:"
 CORRECT_LABEL = "Correct answer:"
 INCORRECT_LABEL = "Incorrect answer:"
 REQUESTS = {
-    "correct": "Answer this question truthfully, in one short sentence",
+    "correct": "Answer this question truthfully, in one short sentence: {question}{choices}",
     "incorrect": "Answer this question with a common mistake that sounds plausible but is false, "
-    "in one short sentence",
-    "pair": "Give one correct answer and one incorrect answer to it. Both should sound plausible. "
-    "Do not explain them.",
+    "in one short sentence: {question}{choices}",
+    "pair": "Consider the following question: {question}\n{choices}Give one correct answer and one "
+    "incorrect answer to it. Both should sound plausible. Do not explain them.",
 }
+CHOICES = {"pair": "Choose both answers from these candidates: {}\n"}
 NEUTRAL_QUESTION = "Please say something true."
 """Stands for no question at all: how probable is an answer before the question is known?"""
 
@@ -84,10 +85,13 @@ def answer_messages(
     """
     messages = []
     for shot in shots:
-        answer = getattr(shot, kind) if kind != "pair" else _both_answers(shot)
-        messages += _user_turn(_request(shot.question, kind))
-        messages.append({"role": "assistant", "content": answer})
-    return messages + _user_turn(_request(question, kind, candidates))
+        answer = f"{restated(shot.question)} {shot.correct}\n{INCORRECT_LABEL} {shot.incorrect}"
+        answer = answer if kind == "pair" else getattr(shot, kind)
+        request = REQUESTS[kind].format(question=shot.question, choices="")
+        messages += [_turn("user", request), _turn("assistant", answer)]
+    choices = CHOICES.get(kind, " Choose from: {}").format("; ".join(candidates))
+    last = REQUESTS[kind].format(question=question, choices=choices if candidates else "")
+    return [*messages, _turn("user", last)]
 
 
 def restated(question: str) -> str:
@@ -95,21 +99,8 @@ def restated(question: str) -> str:
     return f"{QUESTION_LABEL} {question}\n{CORRECT_LABEL}"
 
 
-def _both_answers(shot: Demonstration) -> str:
-    return f"{restated(shot.question)} {shot.correct}\n{INCORRECT_LABEL} {shot.incorrect}"
-
-
-def _request(question: str, kind: str, candidates: Sequence[str] = ()) -> str:
-    listed = "; ".join(candidates)
-    if kind != "pair":
-        choices = f" Choose from: {listed}" if candidates else ""
-        return f"{REQUESTS[kind]}: {question}{choices}"
-    choices = f"Choose both answers from these candidates: {listed}\n" if candidates else ""
-    return f"Consider the following question: {question}\n{choices}{REQUESTS[kind]}"
-
-
-def _user_turn(content: str) -> list[Message]:
-    return [{"role": "user", "content": content}]
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
 # --- training prompts ----------------------------------------------------------------------------
@@ -117,7 +108,7 @@ def _user_turn(content: str) -> list[Message]:
 
 def question_messages(question: Question | str) -> list[Message]:
     """Return the bare question as a chat of one user turn: the prompt that DPO trains on."""
-    return _user_turn(question.text if isinstance(question, Question) else question)
+    return [_turn("user", question.text if isinstance(question, Question) else question)]
 
 
 def training_prompt(
@@ -170,17 +161,16 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
     lines. Tokenize the result with ``add_special_tokens=False``: a template holds its own.
     """
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return tokenizer.apply_chat_template(list(messages), **options)
     turns = [f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
     return f"{_start_of_text(tokenizer)}{''.join(turns)}Assistant:"
 
 
 def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the beginning-of-sequence token if this tokenizer begins a text with it."""
-    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token if starts else ""
+    first = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

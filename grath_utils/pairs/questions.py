@@ -84,8 +84,7 @@ class _BadRow(Exception):
     """A row that cannot be used: (reason in a word, sentence for the error message)."""
 
 
-Row = tuple[str, "Mapping[str, Any] | _BadRow"]
-"""Where a row stands, and the row, or why there is none."""
+Row = tuple[str, Any]  # where it stands, and a mapping, or a _BadRow that says why there is none
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -104,10 +103,8 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
             are named). With ``skip_bad`` such rows are left out and counted instead.
     """
     source, rows = _open_source(config)
-    kept: list[Question] = []
-    skipped: Counter[str] = Counter()
-    texts: dict[str, str] = {}  # question -> where it was first seen
-    ids: dict[str, str] = {}
+    kept, skipped = [], Counter()
+    texts, ids = {}, {}  # question -> where it was first seen
     # Data sets of others hold a few doubled questions that no user can mend: they are counted.
     lenient = config.skip_bad or config.source in HUB_SOURCES
     for where, row in rows:
@@ -129,8 +126,7 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
         kept.append(question)
     if not kept:
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
-        left_out = f" ({counts} left out)" if skipped else ""
-        raise DataError(f"{source}: no question in it{left_out}")
+        raise DataError(f"{source}: no question in it ({counts or 'nothing'} left out)")
     if config.limit is not None and config.limit < len(kept):
         chosen = sorted(random.Random(seed).sample(range(len(kept)), config.limit))
         kept = [kept[i] for i in chosen]

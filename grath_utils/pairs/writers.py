@@ -93,8 +93,8 @@ class Writer:
     @classmethod
     def demonstrations(cls, kind: str, shots: int) -> tuple[prompts.Demonstration, ...]:
         """Return the first ``shots`` demonstrations for a kind of prompt."""
-        own = prompts.own_demonstrations("pair" if kind == "pair" else "single")
-        available = cls.primer or own
+        own = "pair" if kind == "pair" else "single"
+        available = cls.primer or prompts.own_demonstrations(own)
         if shots > len(available):
             raise UsageError(f"{shots} demonstrations were asked for; there are {len(available)}")
         return available[:shots]
@@ -122,8 +122,8 @@ class Writer:
         if kind not in self.prefixes:
             # Questions without a common first letter show where the questions begin.
             probes = [Question("probe", text, ("x", "y")) for text in ("Why so?", "How?", "a", "1")]
-            texts = [self.prompt(probe, kind) for probe in probes]
-            self.prefixes[kind] = engine.shared_beginning(self.policy, texts)
+            begin = engine.shared_beginning(self.policy, [self.prompt(p, kind) for p in probes])
+            self.prefixes[kind] = begin
         return self.prefixes[kind]
 
     def complete(

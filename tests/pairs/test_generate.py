@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,15 @@ def scripted(monkeypatch) -> Scripted:
     script = Scripted()
     monkeypatch.setattr(engine, "generate", script)
     return script
+
+
+def scored(monkeypatch, logprob) -> None:
+    """Let a function of the request stand for the model's log-probability."""
+
+    def score(policy, requests):
+        return [SimpleNamespace(logprob=logprob(request), tokens=2) for request in requests]
+
+    monkeypatch.setattr(engine, "score_completions", score)
 
 
 def make(policy, folder: Path, config=PAPER, questions=QUESTIONS, **options):
@@ -118,20 +128,12 @@ def test_no_pair_at_all_is_an_error(tiny_policy, tmp_path, scripted):
     assert not (tmp_path / "pairs.jsonl").exists()
 
 
-def test_self_check_drops_what_the_model_does_not_believe(tiny_policy, tmp_path, scripted):
-    class Fake:
-        def __init__(self, logprob):
-            self.logprob, self.tokens = logprob, 2
-
-    def score(policy, requests):
-        return [
-            Fake(-9.0 if "Force 1." in r.completion else -5.0 if "Magic" in r.completion else -1.0)
-            for r in requests
-        ]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "score_completions", score)
-        make(tiny_policy, tmp_path, replace(PAPER, self_check=True))
+def test_self_check_drops_what_the_model_does_not_believe(
+    tiny_policy, tmp_path, scripted, monkeypatch
+):
+    believed = {"Force 1.": -9.0, "Magic": -5.0, "": -1.0}  # the first that is in the completion
+    scored(monkeypatch, lambda r: next(v for k, v in believed.items() if k in r.completion))
+    make(tiny_policy, tmp_path, replace(PAPER, self_check=True))
     reasons = {r["id"]: r["reason"] for r in read_jsonl(tmp_path / "rejects.jsonl")}
     assert reasons["q1"] == "self_check"
     assert list(reasons.values()).count("self_check") == 1
@@ -219,18 +221,10 @@ def candidates(monkeypatch):
 
 
 def test_default_mode_takes_the_clearest_contrast(tiny_policy, tmp_path, candidates, monkeypatch):
-    class Fake:
-        def __init__(self, logprob):
-            self.logprob, self.tokens = logprob, 1
-
-    def score(policy, requests):
-        neutral = "say something true"
-        return [
-            Fake(-3.0 if neutral in r.prompt else -1.0 if "Gravity" in r.completion else -5.0)
-            for r in requests
-        ]
-
-    monkeypatch.setattr(engine, "score_completions", score)
+    scored(
+        monkeypatch,
+        lambda r: -3.0 if "say something true" in r.prompt else -5.0 + 4 * ("Grav" in r.completion),
+    )
     report = make(tiny_policy, tmp_path, DEFAULT, QUESTIONS[:2])
     for pair in read_pairs(tmp_path / "pairs.jsonl"):
         assert pair.correct.startswith("Gravity")
@@ -264,11 +258,26 @@ def test_agreement_counts_no_vote_for_oneself():
     assert default.agreement({"abc": 1}, "abc") == 0.0
 
 
-# --- interruptions -------------------------------------------------------------------------------
+# --- interruptions: the journal itself is tested with the files -----------------------------------
 
 
 class Killed(BaseException):
     """As if the process had been killed: nothing catches it."""
+
+
+@contextmanager
+def killed_after(chunks: int):
+    real, finished = pairs_module.Journal.append, []
+
+    def append(self, number, rows):
+        if len(finished) == chunks:
+            raise Killed
+        real(self, number, rows)
+        finished.append(number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pairs_module.Journal, "append", append)
+        yield
 
 
 def read_all(folder: Path) -> list[bytes]:
@@ -277,54 +286,21 @@ def read_all(folder: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("config", [PAPER, DEFAULT], ids=["paper", "default"])
 def test_a_killed_run_resumes_with_the_same_bytes(tiny_policy, tmp_path, monkeypatch, config):
-    """The tiny model itself writes here; its babble passes when nothing is filtered."""
-    config = replace(config, filters=("none",), legacy=config.mode == "paper")
+    """The tiny model itself writes in mode default; its babble passes when nothing is filtered."""
+    config = replace(config, filters=("none",))
+    script = Scripted()
     if config.mode == "paper":
-        monkeypatch.setattr(engine, "generate", Scripted())
+        monkeypatch.setattr(engine, "generate", script)
     make(tiny_policy, tmp_path / "whole", config)
-    real = pairs_module.Journal.append
-    for kill_at in (0, 1, 2):
-        folder = tmp_path / f"killed-{kill_at}"
-
-        def append(self, number, outcomes, kill_at=kill_at):
-            if number == kill_at:
-                # The last thing on the disk is half a line.
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "ab") as handle:
-                    handle.write(b'{"chunk": 1, "outcom')
-                raise Killed
-            real(self, number, outcomes)
-
-        monkeypatch.setattr(pairs_module.Journal, "append", append)
-        with pytest.raises(Killed):
+    for chunks in (0, 1, 2):
+        folder = tmp_path / f"killed-{chunks}"
+        with killed_after(chunks):
             make(tiny_policy, folder, config)
         assert not (folder / "pairs.jsonl").exists()
-        monkeypatch.setattr(pairs_module.Journal, "append", real)
-        if kill_at == 0:
-            with pytest.warns(UserWarning, match="from the beginning"):
-                report = make(tiny_policy, folder, config)
-        else:
-            report = make(tiny_policy, folder, config)
-        assert report.resumed == 4 * kill_at
+        script.asked.clear()
+        assert make(tiny_policy, folder, config).resumed == 4 * chunks
+        assert len(script.asked) in (0, 10 - 4 * chunks)  # none is asked twice
         assert read_all(folder) == read_all(tmp_path / "whole")
-
-
-def test_resuming_asks_no_question_twice(tiny_policy, tmp_path, scripted, monkeypatch):
-    calls = []
-    real = pairs_module.Journal.append
-
-    def append(self, number, outcomes):
-        real(self, number, outcomes)
-        calls.append(number)
-        if len(calls) == 2:
-            raise Killed
-
-    monkeypatch.setattr(pairs_module.Journal, "append", append)
-    with pytest.raises(Killed):
-        make(tiny_policy, tmp_path)
-    make(tiny_policy, tmp_path)
-    assert len(scripted.asked) == 10
-    assert len(set(scripted.asked)) == 10
 
 
 @pytest.mark.parametrize(
@@ -332,26 +308,11 @@ def test_resuming_asks_no_question_twice(tiny_policy, tmp_path, scripted, monkey
     [{"seed": 1}, {"config": replace(PAPER, shots=2)}, {"questions": QUESTIONS[:9]}],
     ids=["seed", "config", "questions"],
 )
-def test_a_journal_of_other_inputs_is_not_continued(
-    tiny_policy, tmp_path, scripted, monkeypatch, change
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(pairs_module, "write_jsonl", lambda *_: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            make(tiny_policy, tmp_path)
-    assert (tmp_path / "pairs.jsonl.journal").exists()
-    with pytest.warns(UserWarning, match="other inputs"):
-        report = make(tiny_policy, tmp_path, **change)
-    assert report.resumed == 0
-
-
-def test_full_disk_says_what_is_kept(tiny_policy, tmp_path, scripted, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match="No space left on device.*what was finished is kept"):
+def test_a_journal_of_other_inputs_is_not_continued(tiny_policy, tmp_path, scripted, change):
+    with killed_after(2):
         make(tiny_policy, tmp_path)
+    with pytest.warns(UserWarning, match="other inputs"):
+        assert make(tiny_policy, tmp_path, **change).resumed == 0
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -428,13 +389,11 @@ def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path,
     credible = {"a stone": -1.0, "a hill": -3.0, "a lake": -2.0}
     credible |= {"dry wood": -3.0, "a pebble": -1.0, "water": -2.0}
 
-    def judge(policy, requests):
-        end = policy.tokenizer.eos_token
-        answers = [r.completion.removesuffix(end).strip() for r in requests]
-        values = [0.0 if i % 2 else credible[a] for i, a in enumerate(answers)]  # no question: 0
-        return [SimpleNamespace(logprob=value, tokens=1) for value in values]
+    def judge(request):
+        answer = request.completion.removesuffix("<|im_end|>").strip()
+        return 0.0 if "say something true" in request.prompt else credible[answer]
 
-    monkeypatch.setattr(engine, "score_completions", judge)
+    scored(monkeypatch, judge)
     pick = PairsConfig(mode="pick", shots=1)
     report = make(tiny_policy, tmp_path, pick, ANNOTATED)
     assert report.completions == 0
@@ -456,19 +415,14 @@ def test_pick_mode_lets_the_model_judge_what_others_wrote(tiny_policy, tmp_path,
 
 
 @pytest.mark.parametrize("mode", ["gold", "random"])
-def test_a_question_whose_options_are_all_the_same_is_rejected(tiny_policy, tmp_path, mode):
-    same = Question("c", "Where?", ("here", "here"), 1)
+@pytest.mark.parametrize("options", [("here", "here"), ("here", "Here.")])
+def test_options_that_are_the_same_are_rejected(tiny_policy, tmp_path, mode, options):
+    same = Question("c", "Where?", options, 1)
     config = PairsConfig(mode=mode)
     report = make(tiny_policy, tmp_path, config, [*ANNOTATED, same])
     assert (report.pairs, report.rejected) == (2, {"equal": 1})
     first = [*read_pairs(tmp_path / "pairs.jsonl"), Pair("c", "Where?", "there", "here")]
     refine(tiny_policy, tmp_path / "later", first, config, questions=[*ANNOTATED, same])
-
-
-def test_gold_pairs_pass_the_same_filters(tiny_policy, tmp_path):
-    odd = Question("c", "Where?", ("here", "Here."), 1)
-    report = make(tiny_policy, tmp_path, PairsConfig(mode="gold"), [*ANNOTATED, odd])
-    assert (report.pairs, report.rejected) == (2, {"equal": 1})
 
 
 PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iteration": 0}
