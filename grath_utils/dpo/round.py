@@ -125,13 +125,13 @@ def train_round(
     weights = full_adapter(policy.model)
     merged = start.adapters[:-1] if continue_adapter else start.adapters
 
-    def leave() -> None:
+    def save() -> None:
         write_jsonl(folder / "training_log.jsonl", log)
         # Last: its presence means "done".
         save_adapter(policy, weights, folder / "adapter", base=base, merged=merged)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-    processes.on_main(leave)
+    processes.on_main(save)
     return TrainingReport(
         pairs=len(data.examples),
         held_out=len(held.examples),
