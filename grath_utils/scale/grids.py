@@ -68,8 +68,7 @@ class Shared:
 class Point:
     """One point of the grid: a whole run."""
 
-    values: Mapping[str, Any]
-    """Its value of every key that the grid varies, ``seed`` always among them."""
+    values: Mapping[str, Any]  # of every key that the grid varies, and the seed
     config: Config
 
     @property
@@ -132,8 +131,7 @@ def read_grid(name: str) -> Grid:
     """Read a grid by the name of an example, or by the path of a YAML file.
 
     Raises:
-        ConfigError: no such grid, not a grid, an unknown key, or a key without a list of values;
-            the message names the key and the nearest valid one.
+        ConfigError: no such grid, not YAML, or see :func:`grid_from_dict`.
     """
     is_file = name.endswith((".yaml", ".yml"))
     if not is_file and name not in grid_names():
@@ -151,9 +149,8 @@ def read_grid(name: str) -> Grid:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         doubled = isinstance(error, yaml.constructor.ConstructorError)
-        raise ConfigError(
-            f"{path}{line}: {error.problem if doubled else 'not valid YAML'}"
-        ) from error
+        reason = error.problem if doubled else "not valid YAML"
+        raise ConfigError(f"{path}{line}: {reason}") from error
     return grid_from_dict(tree, where=str(path))
 
 
@@ -188,7 +185,7 @@ def grid_from_dict(tree: Any, *, where: str = "grid") -> Grid:
             refuse(f'unknown key "{key}"{did_you_mean(str(key), top)}')
     profiles, common, axes = tree.get("profile"), tree.get("set") or {}, tree.get("grid")
     names = [profiles] if isinstance(profiles, str) else profiles
-    if not _is_list(names) or not all(isinstance(name, str) and name for name in names):
+    if not _is_list(names) or not all(name and isinstance(name, str) for name in names):
         refuse(f'"profile" is {profiles!r}; expected the name of a profile, or a list of names')
     if not isinstance(axes, Mapping) or not axes:
         refuse(f'"grid" is {axes!r}; expected lines such as `seed: [0, 1]`')
@@ -254,10 +251,7 @@ def expand(grid: Grid) -> list[Point]:
 def plan_of(points: list[Point], grid: Grid, made_in: str) -> dict[str, Any]:
     """Return what the jobs of a sweep need to know, as plain JSON.
 
-    Args:
-        points: of :func:`expand`.
-        grid: where they come from.
-        made_in: the working directory that relative paths in the grid start from.
+    Relative paths in the grid start from the working directory ``made_in``.
     """
     stages = [point.shared(kind) for point in points for kind in SHARED_SECTIONS]
     return {

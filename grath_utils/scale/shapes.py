@@ -6,14 +6,12 @@ name; for others it is read from ``config.json``, without loading a weight.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from grath_utils.config import LoraConfig, ModelConfig
 from grath_utils.errors import ModelError
-from grath_utils.files import read_json
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantization (QLoRA, arXiv 2305.14314): 4 bits, an 8-bit scale for
@@ -33,10 +31,8 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int
-    tied: bool
-    """Input and output embeddings are one matrix."""
-    head_dim: int = 0
-    """0: hidden / heads."""
+    tied: bool  # input and output embeddings are one matrix
+    head_dim: int = 0  # 0: hidden / heads
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -88,7 +84,7 @@ class Shape:
         return round(2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype])
 
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary: from the models' config.json.
+# hidden, intermediate, layers, heads, key-value heads, vocabulary: from the models' config.json
 SMOLLM2_135M = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True)
 SMOLLM2_360M = Shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 49152, tied=True)
 SMOLLM2_1_7B = Shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 49152, tied=True)
@@ -125,7 +121,17 @@ def shape_of(model: ModelConfig) -> Shape:
     """
     if model.name in KNOWN:
         return KNOWN[model.name]
-    settings = read_json(_config_file(model))
+    from transformers import PreTrainedConfig
+
+    place = {"revision": model.revision, "local_files_only": True}
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(os.path.expanduser(model.name), **place)
+    except OSError as error:
+        raise ModelError(
+            f'the shape of the model "{model.name}" is not known here: it is none of '
+            f"{', '.join(sorted(KNOWN))}, not a folder, and not in the Hub cache. Download the "
+            "model (or its config.json alone) first"
+        ) from error
     missing = [key for key in FIELDS.values() if key not in settings]
     if missing:
         raise ModelError(
@@ -140,21 +146,3 @@ def shape_of(model: ModelConfig) -> Shape:
         head_dim=int(settings.get("head_dim") or 0),
         **sizes,
     )
-
-
-def _config_file(model: ModelConfig) -> Path:
-    path = Path(model.name).expanduser() / "config.json"
-    if path.is_file():
-        return path
-    found = None
-    with contextlib.suppress(ValueError):  # not of a Hub id's form
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    if not isinstance(found, (str, os.PathLike)):
-        raise ModelError(
-            f'the shape of the model "{model.name}" is not known here: it is none of '
-            f"{', '.join(sorted(KNOWN))}, not a folder, and not in the Hub cache. Download the "
-            "model (or its config.json alone) first"
-        )
-    return Path(found)

@@ -7,7 +7,7 @@ figure over the seeds (the same setting, trained again).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,12 +33,10 @@ class PointOutcome:
 
     name: str
     values: Mapping[str, Any]
-    status: str
-    """``done``, ``failed``, ``unfinished`` or ``not begun``."""
+    status: str  # done, failed, unfinished, or not begun
     metrics: Sequence[Mapping[str, Any]] = ()
     error: str = ""
-    log: str = ""
-    """Where to read more, from the sweep's folder."""
+    log: str = ""  # where to read more, from the sweep's folder
 
 
 def outcome_of(out: Path, point: Mapping[str, Any]) -> PointOutcome:
@@ -122,31 +120,29 @@ def summarize_cells(done: Sequence[PointOutcome]) -> list[dict[str, Any]]:
         done: finished points, those of a cell one after the other.
 
     Returns:
-        ``values``, ``n`` (finished seeds), and ``metrics``: NAME -> ``base``, ``last``, ``change``
-        -> ``mean``, ``ci95`` (None for one seed), ``seeds`` (the values).
+        ``values``, ``n`` (finished seeds), and ``metrics``: a name such as ``probe.mc1.change`` ->
+        ``mean``, ``ci95`` (None for one seed), ``seeds`` (the values).
     """
     cells = []
     for values, group in groupby(done, key=lambda outcome: cell_of(outcome.values)):
-        metrics: dict[str, dict[str, Any]] = {}
-        seeds = list(group)
-        for metric in (metric for outcome in seeds for metric in outcome.metrics):
-            name = f"{metric['benchmark']}.{metric['metric']}"
-            parts = metrics.setdefault(name, {part: {"seeds": []} for part in MEASURED})
+        points, seeds = list(group), defaultdict(list)
+        for metric in (metric for point in points for metric in point.metrics):
             for part in MEASURED:
-                parts[part]["seeds"].append(metric[part]["value"])
-        for part in (part for parts in metrics.values() for part in parts.values()):
-            part["mean"] = sum(part["seeds"]) / len(part["seeds"])
-            part["ci95"] = t_interval(part["seeds"])
-        cells.append({"values": values, "n": len(seeds), "metrics": metrics})
+                name = f"{metric['benchmark']}.{metric['metric']}.{part}"
+                seeds[name].append(metric[part]["value"])
+        metrics = {
+            name: {"mean": sum(found) / len(found), "ci95": t_interval(found), "seeds": found}
+            for name, found in seeds.items()
+        }
+        cells.append({"values": values, "n": len(points), "metrics": metrics})
     return cells
 
 
 def summary_row(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Return a cell as one row; intervals are over seeds, and empty for a single one."""
     row = {**cell["values"], "n": cell["n"]}
-    for metric, parts in cell["metrics"].items():
-        for part, found in parts.items():
-            row |= _with_bounds(f"{metric}.{part}", found["mean"], found["ci95"])
+    for name, found in cell["metrics"].items():
+        row |= _with_bounds(name, found["mean"], found["ci95"])
     return row
 
 
@@ -163,19 +159,22 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
 # --- figure and report ---------------------------------------------------------------------------
 
 
+def _changes(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a cell's changes from the base model by metric, such as ``probe.mc1``."""
+    found = cell["metrics"].items()
+    return {name.removesuffix(".change"): c for name, c in found if name.endswith(".change")}
+
+
 def panels(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the figure's panels: the change in the first metrics of each benchmark."""
-    names = list(dict.fromkeys(name for cell in cells for name in cell["metrics"]))
+    names = list(dict.fromkeys(name for cell in cells for name in _changes(cell)))
     of = [name.partition(".")[0] for name in names]
     kept = [n for i, n in enumerate(names) if of[:i].count(of[i]) < PANELS_OF_A_BENCHMARK]
-    nothing = {"change": {"mean": None, "ci95": None, "seeds": []}}  # without this benchmark
+    nothing = {"mean": None, "ci95": None, "seeds": []}  # without this benchmark
     return [
         (
             name.replace(".", ", "),
-            [
-                {"name": label(cell["values"]), **cell["metrics"].get(name, nothing)["change"]}
-                for cell in cells
-            ],
+            [{"name": label(c["values"]), **_changes(c).get(name, nothing)} for c in cells],
         )
         for name in kept
     ]
@@ -191,7 +190,7 @@ def report_text(
             {
                 "cell": label(cell["values"]),
                 "seeds": cell["n"],
-                **{name: _points(parts["change"]) for name, parts in cell["metrics"].items()},
+                **{name: _points(change) for name, change in _changes(cell).items()},
             }
             for cell in cells
         ]
@@ -203,22 +202,19 @@ def report_text(
             "intervals over the questions: [table.csv](table.csv); base and last model of every "
             "cell: [summary.csv](summary.csv).",
         ]
-    bad = [outcome for outcome in outcomes if outcome.status != "done"]
+    bad = [
+        f"- `{outcome.name}`: {outcome.status}"
+        + (f": {outcome.error}" if outcome.error else "")
+        + (f" (log: [{outcome.log}]({outcome.log}))" if outcome.log else "")
+        for outcome in outcomes
+        if outcome.status != "done"
+    ]
     if bad:
-        parts += [
-            "## Points that did not end well",
-            "\n".join(map(_bad_line, bad)),
-            "The same command tries them again, and keeps what is done.",
-        ]
+        parts += ["## Points that did not end well", "\n".join(bad)]
+        parts.append("The same command tries them again, and keeps what is done.")
     return "\n\n".join(parts) + "\n"
 
 
 def _points(change: Mapping[str, Any]) -> str:
     bounds = "" if change["ci95"] is None else " [{:+.1f}, {:+.1f}]"
     return f"{100 * change['mean']:+.1f}" + bounds.format(*(100 * b for b in change["ci95"] or ()))
-
-
-def _bad_line(outcome: PointOutcome) -> str:
-    error = f": {outcome.error}" if outcome.error else ""
-    log = f" (log: [{outcome.log}]({outcome.log}))" if outcome.log else ""
-    return f"- `{outcome.name}`: {outcome.status}{error}{log}"

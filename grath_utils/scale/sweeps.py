@@ -13,20 +13,19 @@ fails does not stop the others.
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from grath_utils.errors import ConfigError, GrathError, RunError, UsageError, did_you_mean
-from grath_utils.evaluation.benchmarks import BENCHMARKS
+from grath_utils.errors import ConfigError, GrathError, RunError, UsageError
+from grath_utils.evaluation.benchmarks import check_benchmarks
 from grath_utils.files import write_json, write_text
 from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import load_questions
@@ -36,7 +35,6 @@ from grath_utils.scale.grids import (
     expand,
     label,
     plan_of,
-    planned_config,
     read_grid,
     sweep_dir,
 )
@@ -62,10 +60,7 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     for point in points:
         try:
             check_pairs_config(point.config.pairs)
-            for benchmark in point.config.evaluation.benchmarks:
-                if benchmark not in BENCHMARKS:
-                    near = did_you_mean(benchmark, BENCHMARKS)
-                    raise ConfigError(f'"evaluation.benchmarks" names "{benchmark}"{near}')
+            check_benchmarks(point.config.evaluation.benchmarks)
         except ConfigError as error:
             raise ConfigError(f"{grid.where}, point {label(point.values)}: {error}") from error
     for source, seed in {p.config.questions: p.config.seed for p in points}.items():
@@ -104,7 +99,9 @@ def sweep(
         name: a grid's file, or the name of an example.
         out: the sweep's folder.
         here: without Snakemake, see :func:`run_here`.
-        jobs, extra: see :func:`run_jobs`.
+        jobs: points at a time on this machine; they divide its cores among them.
+        extra: further arguments for Snakemake. Where they say how many jobs run and where,
+            ``jobs`` is not used.
 
     Raises:
         ConfigError, DataError: the grid is refused; nothing has run.
@@ -115,9 +112,7 @@ def sweep(
         run_here(name, out)
         code = None
     else:
-        check_snakemake()
-        print(describe_plan(plan_sweep(name, out)), flush=True)
-        code = run_jobs(out, jobs=jobs, extra=extra)
+        code = _run_snakemake(name, out, jobs, extra)
     outcomes = collect(out)
     bad = [outcome for outcome in outcomes if outcome.status != "done"]
     # 0: all is done, or all that the user's own arguments ask for (a dry run, say).
@@ -134,15 +129,8 @@ def sweep(
     )
 
 
-# --- with Snakemake ------------------------------------------------------------------------------
-
-
-def check_snakemake() -> None:
-    """Check that Snakemake is there.
-
-    Raises:
-        UsageError: it is not installed; says how to install it.
-    """
+def _run_snakemake(name: str, out: Path, jobs: int, extra: Sequence[str]) -> int:
+    """Let Snakemake do what is not done yet; return its exit code."""
     if importlib.util.find_spec("snakemake") is None:
         raise UsageError(
             "a sweep needs Snakemake, which is not installed here: "
@@ -150,20 +138,7 @@ def check_snakemake() -> None:
             "requirements-dev.txt pins the version that is tested). Without it: --here, one point "
             "after the other"
         )
-
-
-def run_jobs(out: Path, *, jobs: int = 1, extra: Sequence[str] = ()) -> int:
-    """Let Snakemake do what is not done yet; return its exit code.
-
-    Args:
-        out: the sweep's folder, with ``points.json``.
-        jobs: points at a time on this machine; they divide its cores among them.
-        extra: further arguments for Snakemake. Where they say how many jobs run and where,
-            ``jobs`` is not used.
-
-    Raises:
-        RunError: another sweep uses the folder.
-    """
+    print(describe_plan(plan_sweep(name, out)), flush=True)
     # Also a checkout that is not installed can be imported, wherever the jobs start.
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -196,15 +171,11 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-# --- without Snakemake ---------------------------------------------------------------------------
-
-
 def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> list[PointOutcome]:
-    """Run a grid one job after the other in this process; return how its points ended.
+    """Run a grid without Snakemake, one job after the other in this process.
 
-    The folder is that of :func:`sweep` with Snakemake, and either resumes what the other began.
-    Grids with other keys may use the same folder: a point that has been done under another name is
-    taken over. Table and figure are :func:`.sweep_results.collect`'s.
+    The folder is that of :func:`sweep`, and either way resumes what the other began. Grids with
+    other keys may use the same folder: a point that has been done under another name is taken over.
 
     Args:
         name: a grid's file, or the name of an example.
@@ -215,48 +186,28 @@ def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> lis
         ConfigError, DataError: the grid is refused; nothing has run.
         RunError: another sweep uses the folder.
     """
-    plan = plan_sweep(name, out)
-    outcomes, tried = [], set()
+    from grath_utils.scale import sweep_jobs
+
+    plan, outcomes = plan_sweep(name, out), []
+
+    @cache  # a stage that has failed is not tried again for each point
+    def share(stage: str) -> bool:
+        done = out / "shared" / f"{stage}.done"
+        if not done.exists() and sweep_jobs.do_logged("shared", out, stage):
+            write_text(done, "")
+        return done.exists()
+
     with lock_sweep(out):
         for point in plan["points"]:
-            if not (out / "rows" / f"{point['name']}.json").exists():
-                _point_here(plan, point, out, tried)
+            row = out / "rows" / f"{point['name']}.json"
+            if not row.exists():
+                (out / "logs" / f"{point['name']}.log").unlink(missing_ok=True)  # of an earlier try
+                twin = sweep_jobs.row_of_twin(out, plan, point["name"])
+                if twin is not None:
+                    write_json(row, twin)
+                elif all(share(point[kind]) for kind in SHARED_SECTIONS):
+                    sweep_jobs.do_logged("point", out, point["name"])
             outcomes.append(outcome_of(out, point))
             reason = f": {outcomes[-1].error}" if outcomes[-1].error else ""
             say(f"{outcomes[-1].status:10} {label(point['values'])}{reason}")
     return outcomes
-
-
-def _point_here(
-    plan: Mapping[str, Any], point: Mapping[str, Any], out: Path, tried: set[str]
-) -> None:
-    """Do a point and what it shares; a stage that has failed is not tried again for each point."""
-    from grath_utils.scale.sweep_jobs import row_of_twin
-
-    log = out / "logs" / f"{point['name']}.log"
-    log.unlink(missing_ok=True)  # a failure of an earlier call
-    with redirect_stdout(io.StringIO()):
-        twin = row_of_twin(out, point["name"], planned_config(plan, point["name"]))
-    for stage in [point[kind] for kind in SHARED_SECTIONS] if twin is None else []:
-        done = out / "shared" / f"{stage}.done"
-        if not done.exists() and stage not in tried:
-            tried.add(stage)
-            if _job_here("shared", out, stage):
-                write_text(done, "")
-        if not done.exists():
-            return
-    _job_here("point", out, point["name"])
-
-
-def _job_here(kind: str, out: Path, name: str) -> bool:
-    """Do one job, its words in its log as under Snakemake; return whether it ended well."""
-    from grath_utils.scale import sweep_jobs
-
-    path = out / "logs" / f"{name}.log"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        try:
-            return sweep_jobs.main([kind, str(out), name]) == 0
-        except Exception:  # a point may fail in any way, and the others are still done
-            traceback.print_exc()
-            return False

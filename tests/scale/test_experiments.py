@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import yaml
 
 from grath_utils.config import load_config
 from grath_utils.errors import GrathError, UsageError
-from grath_utils.files import read_json, write_text
+from grath_utils.files import read_json
 from grath_utils.loop.run_dir import Run, open_run
 from grath_utils.scale.experiments import (
     SIZES,
@@ -28,28 +27,11 @@ from grath_utils.scale.grids import expand, read_grid
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def tiny_run(tiny_settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose experiments are as little as they can be."""
-    folder = tmp_path_factory.mktemp("experiments")
-    rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(6)]
-    write_text(folder / "questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model.name": str(tiny_llama),
-        "model.dtype": "float32",
-        "model.device": "cpu",
-        "questions.source": str(folder / "questions.jsonl"),
-        "questions.limit": None,
-        "pairs.filters": ["none"],
-        "pairs.shots": 0,
-        "pairs.candidates": 6,
-        "pairs.max_new_tokens": 8,
-        "dpo.learning_rate": 0.05,
-        "dpo.steps": 1,
-        "evaluation.benchmarks": ["probe"],
-        "evaluation.limit": 6,
-        "evaluation.bootstrap": 100,
-    }
-    return open_run(folder / "run", load_config("smoke", settings))
+    kept = ("dpo.warmup_steps", "loop.iterations")  # the experiments' size says these
+    settings = {key: value for key, value in tiny_settings.items() if key not in kept}
+    return open_run(tmp_path_factory.mktemp("experiments") / "run", load_config("smoke", settings))
 
 
 def silent(line: str) -> None:
