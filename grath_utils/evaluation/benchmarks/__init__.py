@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from pkgutil import resolve_name
 
 from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
-from grath_utils.evaluation.benchmarks import arc, hellaswag, mmlu, own, truthfulqa
 from grath_utils.evaluation.benchmarks.base import Benchmark, BenchmarkSpec, Item
 from grath_utils.evaluation.benchmarks.hub_files import source_of
 from grath_utils.files import fingerprint
 
-_ROWS = (
-    truthfulqa.MC,
-    truthfulqa.BINARY,
-    truthfulqa.WRITTEN,
-    arc.CHALLENGE,
-    hellaswag.HELLASWAG,
-    mmlu.MMLU,
-    own.PROBE,
-    own.RETENTION,
+_ROWS = (  # module:name
+    "truthfulqa:MC",
+    "truthfulqa:BINARY",
+    "truthfulqa:WRITTEN",
+    "arc:CHALLENGE",
+    "hellaswag:HELLASWAG",
+    "mmlu:MMLU",
+    "own:PROBE",
+    "own:RETENTION",
 )
-BENCHMARKS: dict[str, BenchmarkSpec] = {row.name: row for row in _ROWS}
+BENCHMARKS: dict[str, BenchmarkSpec] = {
+    row.name: row for row in (resolve_name(f"{__name__}.{place}") for place in _ROWS)
+}
 
 __all__ = ["BENCHMARKS", "Benchmark", "BenchmarkSpec", "Item", "find_benchmark", "load_benchmark"]
 

@@ -187,16 +187,19 @@ def make_item(
     return Item(id_, question, tuple(choices), tuple(map(int, labels)), category, one, several)
 
 
+def choice_item(
+    id_: str, question: str, choices: Sequence[str], gold: int, category: str | None = None
+) -> Item:
+    """Return an item of which the choice at ``gold`` is true, see :func:`make_item`."""
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise ValueError(f"the answer is {gold!r}; expected 0 to {len(choices) - 1}")
+    labels = [int(i == gold) for i in range(len(choices))]
+    return make_item(id_, question, choices, labels, category=category)
+
+
 def short_id(*parts: Any) -> str:
     """Name an item by its content, so that a half and the whole of a benchmark agree."""
     return fingerprint(parts)[:10]
-
-
-def gold_labels(gold: int, count: int) -> list[int]:
-    """Return ``count`` labels of which the one at ``gold`` is 1."""
-    if not isinstance(gold, int) or not 0 <= gold < count:
-        raise ValueError(f"the answer is {gold!r}; expected 0 to {count - 1}")
-    return [int(i == gold) for i in range(count)]
 
 
 # --- protocols that several benchmarks share -----------------------------------------------------

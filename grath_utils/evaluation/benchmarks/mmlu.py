@@ -5,19 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from grath_utils.evaluation.benchmarks.base import (
-    BenchmarkSize,
-    BenchmarkSpec,
-    Item,
-    Loaded,
-    Protocol,
-    Row,
-    gold_labels,
-    make_item,
-    read_items,
-    short_id,
-)
-from grath_utils.evaluation.benchmarks.hub_files import HubFile
+from grath_utils.evaluation.benchmarks import base
 from grath_utils.evaluation.metrics import accuracy_metrics
 
 SUBJECTS = """
@@ -37,38 +25,36 @@ SUBJECTS = """
 """.split()
 LETTERS = "ABCDEFGHIJ"
 
-_file = partial(HubFile, "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe")
+_file = partial(base.HubFile, "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe")
 DEV = {s: _file(s, "dev", f"mmlu/{s}/dev.jsonl") for s in SUBJECTS}
 TEST = {s: _file(s, "test", f"mmlu/{s}/test.jsonl") for s in SUBJECTS}
 
 
-def _parse(subject: str, row: Row) -> Item:
-    question, choices = row["question"], row["choices"]
-    labels = gold_labels(row["answer"], len(choices))
-    id_ = f"{subject}-{short_id(question, choices)}"
-    return make_item(id_, question, choices, labels, category=subject)
+def _parse(subject: str, row: base.Row) -> base.Item:
+    id_ = f"{subject}-{base.short_id(row['question'], row['choices'])}"
+    return base.choice_item(id_, row["question"], row["choices"], row["answer"], subject)
 
 
-def _load() -> Loaded:
+def _load() -> base.Loaded:
     shots, items = {}, []
     for subject in SUBJECTS:
         parse = partial(_parse, subject)
-        shots[subject] = read_items(DEV[subject], parse)
-        items += read_items(TEST[subject], parse)
-    return Loaded(tuple(replace(item, position=i) for i, item in enumerate(items)), shots)
+        shots[subject] = base.read_items(DEV[subject], parse)
+        items += base.read_items(TEST[subject], parse)
+    return base.Loaded(tuple(replace(item, position=i) for i, item in enumerate(items)), shots)
 
 
-def _heading(item: Item) -> str:
+def _heading(item: base.Item) -> str:
     subject = (item.category or "").replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
 
-def _lettered(item: Item) -> str:
+def _lettered(item: base.Item) -> str:
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices, strict=False)]
     return "\n".join([item.question.strip(), *lines, "Answer:"])
 
 
-_ZERO_SHOT = Protocol(
+_ZERO_SHOT = base.Protocol(
     "zero-shot",
     "no shots, the letter of the answer",
     _lettered,
@@ -79,13 +65,13 @@ _FIVE_SHOTS = replace(
     _ZERO_SHOT, name="lm-eval", about="5 shots of the subject, the letter", shots=5, draw="first"
 )
 
-MMLU = BenchmarkSpec(
+MMLU = base.BenchmarkSpec(
     name="mmlu",
     about="examinations in 57 subjects, 5 shots",
     load=_load,
     protocols=(_FIVE_SHOTS, _ZERO_SHOT),
     metrics=("acc",),
     score=accuracy_metrics,
-    size=BenchmarkSize(items=14042, tokens=176, predicted=1),
+    size=base.BenchmarkSize(items=14042, tokens=176, predicted=1),
     files=tuple(file for s in SUBJECTS for file in (DEV[s], TEST[s])),
 )

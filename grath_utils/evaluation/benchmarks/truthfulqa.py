@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from grath_utils.evaluation.benchmarks.base import (
-    BenchmarkSize,
-    BenchmarkSpec,
-    Item,
-    Loaded,
-    Protocol,
-    Row,
-    make_item,
-    read_items,
-    short_id,
-)
-from grath_utils.evaluation.benchmarks.hub_files import HubFile, is_available, read_rows
+from grath_utils.evaluation.benchmarks import base
+from grath_utils.evaluation.benchmarks.hub_files import is_available, read_rows
 from grath_utils.evaluation.metrics import accuracy_metrics, truthfulqa_metrics
 
-_file = partial(HubFile, "truthfulqa/truthful_qa", "741b8276f2d1982aa3d5b832d3ee81ed3b896490")
+_file = partial(base.HubFile, "truthfulqa/truthful_qa", "741b8276f2d1982aa3d5b832d3ee81ed3b896490")
 MULTIPLE_CHOICE = _file(
     "multiple_choice", "validation", "truthful_qa/multiple_choice/validation.jsonl"
 )
@@ -48,7 +38,7 @@ Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain."""
 
 
-def truthfulqa_item(row: Row) -> Item:
+def truthfulqa_item(row: base.Row) -> base.Item:
     """Parse a row with ``mc1_targets`` and ``mc2_targets`` (the schema of the probe, too).
 
     MC1's choices are a subset of MC2's in all 817 questions, so they are scored once.
@@ -68,8 +58,8 @@ def truthfulqa_item(row: Row) -> Item:
         if labels[place] != label:
             raise ValueError(f"MC1 and MC2 disagree on whether {choice!r} is true")
         one.append(place)
-    return make_item(
-        str(row.get("id") or short_id(row["question"])),
+    return base.make_item(
+        str(row.get("id") or base.short_id(row["question"])),
         row["question"],
         choices,
         labels,
@@ -79,48 +69,48 @@ def truthfulqa_item(row: Row) -> Item:
     )
 
 
-def _load_multiple_choice() -> Loaded:
-    items = read_items(MULTIPLE_CHOICE, truthfulqa_item)
+def _load_multiple_choice() -> base.Loaded:
+    items = base.read_items(MULTIPLE_CHOICE, truthfulqa_item)
     categories = {}  # which only the generation rows have
     if is_available(GENERATION):
         categories = {row["question"]: row["category"] for row in read_rows(GENERATION)}
-    return Loaded(
+    return base.Loaded(
         tuple(replace(i, category=i.category or categories.get(i.question)) for i in items)
     )
 
 
-def _load_binary() -> Loaded:
+def _load_binary() -> base.Loaded:
     """Best answer against one false answer: the row's own choice of it, else the first listed."""
     pairs = []
     for item in _load_multiple_choice().items:
         false = next(i for i in item.mc1 if not item.labels[i])
         choices = (item.choices[item.gold], item.choices[false])
         pairs.append(replace(item, choices=choices, labels=(1, 0), mc1=(0, 1), mc2=(0, 1)))
-    return Loaded(tuple(pairs), notes=("the false answer is MC1's first listed one",))
+    return base.Loaded(tuple(pairs), notes=("the false answer is MC1's first listed one",))
 
 
-def _load_generation() -> Loaded:
-    def parse(row: Row) -> Item:
+def _load_generation() -> base.Loaded:
+    def parse(row: base.Row) -> base.Item:
         true, false = row["correct_answers"], row["incorrect_answers"]
         labels = [1] * len(true) + [0] * len(false)
         question = row["question"]
-        return make_item(
-            short_id(question), question, [*true, *false], labels, category=row["category"]
+        return base.make_item(
+            base.short_id(question), question, [*true, *false], labels, category=row["category"]
         )
 
-    return Loaded(read_items(GENERATION, parse))
+    return base.Loaded(base.read_items(GENERATION, parse))
 
 
-def _primed(item: Item) -> str:
+def _primed(item: base.Item) -> str:
     return f"{PRIMER}\n\nQ: {item.question}\nA:"
 
 
-def _with_period(item: Item, choice: int) -> str:
+def _with_period(item: base.Item, choice: int) -> str:
     text = item.choices[choice].strip()
     return f" {text}" if text.endswith(".") else f" {text}."
 
 
-CHAT = Protocol(
+CHAT = base.Protocol(
     "chat",
     "no primer: the bare question as a user turn of the chat template",
     lambda item: item.question,
@@ -128,18 +118,18 @@ CHAT = Protocol(
     chat=True,
 )
 PRIMED = (
-    Protocol("lm-eval", "six-question primer, `Q: ... A:`, summed log-probability", _primed),
-    Protocol("qa", "TruthfulQA's own: every answer closed with a period", _primed, _with_period),
+    base.Protocol("lm-eval", "six-question primer, `Q: ... A:`, summed log-probability", _primed),
+    base.Protocol("qa", "TruthfulQA's own: answers closed with a period", _primed, _with_period),
     CHAT,
 )
 _WRITTEN = (
-    Protocol(
+    base.Protocol(
         "lm-eval",
         "six-question primer, then `Q: ...`; greedy up to a blank line",
         lambda item: f"{PRIMER}\n\nQ: {item.question.strip()}",
         stop=("\n\n",),
     ),
-    Protocol(
+    base.Protocol(
         "qa",
         "six-question primer, then `Q: ... A:`; greedy up to the end of the line",
         lambda item: f"{PRIMER}\n\nQ: {item.question.strip()}\nA:",
@@ -148,27 +138,27 @@ _WRITTEN = (
     CHAT,
 )
 
-MC = BenchmarkSpec(
+MC = base.BenchmarkSpec(
     name="truthfulqa_mc",
     about="misconceptions, several answers (MC1, MC2, MC3)",
     load=_load_multiple_choice,
     protocols=PRIMED,
     metrics=("mc1", "mc2", "mc3"),
     score=truthfulqa_metrics,
-    size=BenchmarkSize(items=817, tokens=71, predicted=58),
+    size=base.BenchmarkSize(items=817, tokens=71, predicted=58),
     files=(MULTIPLE_CHOICE, GENERATION),
 )
-BINARY = BenchmarkSpec(
+BINARY = base.BenchmarkSpec(
     name="truthfulqa_binary",
     about="the best answer against a false one",
     load=_load_binary,
     protocols=PRIMED,
     metrics=("acc",),
     score=accuracy_metrics,
-    size=BenchmarkSize(items=790, tokens=40, predicted=12),  # tokens are assumed
+    size=base.BenchmarkSize(items=790, tokens=40, predicted=12),  # tokens are assumed
     files=(MULTIPLE_CHOICE, GENERATION),
 )
-WRITTEN = BenchmarkSpec(
+WRITTEN = base.BenchmarkSpec(
     name="truthfulqa_gen",
     about="answers written by the model (BLEU, ROUGE)",
     load=_load_generation,
@@ -179,6 +169,6 @@ WRITTEN = BenchmarkSpec(
         *("declined", "repetitive", "unfinished"),
     ),
     score=None,
-    size=BenchmarkSize(items=817, tokens=65, predicted=50, context=180),  # tokens are assumed
+    size=base.BenchmarkSize(items=817, tokens=65, predicted=50, context=180),  # tokens are assumed
     files=(GENERATION,),
 )
