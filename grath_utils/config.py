@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
+    choices: Sequence[str] = (),
+    ge: float = -math.inf,
+    gt: float = -math.inf,
+    le: float = math.inf,
 ) -> Any:
-    """Declare a field with its documentation and the values that it may take."""
-    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    """Declare a field with its documentation and the values that it may take (>=, > and <=)."""
+    limits = {"choices": choices, "ge": ge, "gt": gt, "le": le}
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -65,12 +66,9 @@ class QuestionsConfig:
     )
     column: str = option("question", "the column that holds the question")
     split: str = option("train", "split of a Hub data set")
-    limit: int | None = option(None, "use this many questions, drawn by the seed", minimum=2)
+    limit: int | None = option(None, "use this many questions, drawn by the seed", ge=2)
     held_out: float = option(
-        0.1,
-        "share of the questions kept from training, to measure the margin on",
-        above=0,
-        maximum=0.5,
+        0.1, "share of the questions kept from training, to measure the margin on", gt=0, le=0.5
     )
     skip_bad: bool = option(False, "skip and count unusable questions instead of stopping")
 
@@ -82,29 +80,22 @@ class PairsConfig:
     mode: str = option(
         "default", "how the pairs come about; `python -m grath_utils options` lists the modes"
     )
-    shots: int = option(6, "demonstrations before each question", minimum=0, maximum=6)
+    shots: int = option(6, "demonstrations before each question", ge=0, le=6)
     annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
-    max_new_tokens: int = option(100, "longest completion, in tokens", minimum=8)
-    batch_size: int = option(64, "completions decoded together", minimum=1)
+    max_new_tokens: int = option(100, "longest completion, in tokens", ge=8)
+    batch_size: int = option(64, "completions decoded together", ge=1)
     backend: str = option("own", "what computes the completions", choices=("own",))
     retry_failed: bool = option(True, "later iterations try again the questions that failed")
     candidates: int = option(
-        4, "mode default: completions for each of the two answers", minimum=1, maximum=64
+        4, "mode default: completions for each of the two answers", ge=1, le=64
     )
     temperature: float = option(
-        0.9, "mode default: of the candidates after the first, which is greedy", above=0, maximum=5
+        0.9, "mode default: of the candidates after the first, which is greedy", gt=0, le=5
     )
     filters: tuple[str, ...] = option(
-        (
-            "cut_off",
-            "empty",
-            "equal",
-            "near_equal",
-            "question_copy",
-            "other_question",
-            "length_ratio",
-            "non_answer",
-            "repetition",
+        tuple(
+            "cut_off empty equal near_equal question_copy other_question length_ratio non_answer "
+            "repetition".split()
         ),
         "what a pair must not be; [none] switches all filters off",
     )
@@ -120,30 +111,17 @@ class PairsConfig:
 class LoraConfig:
     """The adapter (LoRA, arXiv 2106.09685)."""
 
-    r: int = option(8, "rank of the update to each layer", minimum=1)
-    alpha: int = option(16, "scale: the update is multiplied by alpha / r", minimum=1)
-    dropout: float = option(0.0, "dropout on the adapter's input", minimum=0, maximum=0.9)
+    r: int = option(8, "rank of the update to each layer", ge=1)
+    alpha: int = option(16, "scale: the update is multiplied by alpha / r", ge=1)
+    dropout: float = option(0.0, "dropout on the adapter's input", ge=0, le=0.9)
     targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj"), "layers to adapt, by name, or [all-linear]"
     )
 
 
-DPO_LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
+DPO_LOSSES = tuple(
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero "
+    "apo_down discopop sft sigmoid_norm".split()
 )
 """What TRL's DPOTrainer computes by name; a test holds the list to the installed version."""
 
@@ -155,24 +133,22 @@ PROMPT_FORMATS = ("chat", "qa")
 class DPOConfig:
     """One round of direct preference optimisation (DPO, arXiv 2305.18290)."""
 
-    beta: float = option(0.1, "strength of the pull to the reference (equation 7)", above=0)
+    beta: float = option(0.1, "strength of the pull to the reference (equation 7)", gt=0)
     loss: str = option("sigmoid", "a loss type of TRL's DPOTrainer", choices=DPO_LOSSES)
-    label_smoothing: float = option(
-        0.0, "cDPO: share of labels taken as flipped", minimum=0, maximum=0.5
-    )
-    learning_rate: float = option(5e-4, "peak learning rate", above=0)
+    label_smoothing: float = option(0.0, "cDPO: share of labels taken as flipped", ge=0, le=0.5)
+    learning_rate: float = option(5e-4, "peak learning rate", gt=0)
     schedule: str = option(
         "cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup")
     )
-    warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
-    weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
-    max_grad_norm: float = option(0.3, "gradients are clipped to this norm", above=0)
+    warmup_steps: int = option(100, "steps of linear warm-up", ge=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", ge=0)
+    max_grad_norm: float = option(0.3, "gradients are clipped to this norm", gt=0)
     optimizer: str = option("adamw_torch", "an optimiser name of transformers' Trainer")
-    batch_size: int = option(16, "pairs a step, over all devices (the global batch)", minimum=1)
-    micro_batch_size: int = option(4, "pairs in memory at a time on one device", minimum=1)
-    steps: int = option(1000, "optimiser steps in one round", minimum=1)
-    max_prompt_length: int = option(512, "longest prompt, in tokens", minimum=8)
-    max_length: int = option(1024, "longest prompt + completion, in tokens", minimum=16)
+    batch_size: int = option(16, "pairs a step, over all devices (the global batch)", ge=1)
+    micro_batch_size: int = option(4, "pairs in memory at a time on one device", ge=1)
+    steps: int = option(1000, "optimiser steps in one round", ge=1)
+    max_prompt_length: int = option(512, "longest prompt, in tokens", ge=8)
+    max_length: int = option(1024, "longest prompt + completion, in tokens", ge=16)
     prompt_format: str = option(
         "chat",
         "how a training prompt is written: the chat template, or `Q: ... A:` as the test asks",
@@ -193,26 +169,22 @@ class DPOConfig:
         300.0,
         "stop where the chosen answers have lost this many nats against the reference: they are "
         "gone, whatever the margin says",
-        above=0,
+        gt=0,
     )
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
-    log_every: int = option(5, "steps between two lines of the training log", minimum=1)
+    log_every: int = option(5, "steps between two lines of the training log", ge=1)
     report_to: tuple[str, ...] = option(
         ("none",), "trackers that get the logs too: [tensorboard], or others that accelerate knows"
     )
-    evaluate_every: int = option(
-        20, "steps between two measurements on the held-out pairs", minimum=1
-    )
-    save_every: int = option(20, "steps between two checkpoints to resume from", minimum=1)
+    evaluate_every: int = option(20, "steps between two measurements on the held-out pairs", ge=1)
+    save_every: int = option(20, "steps between two checkpoints to resume from", ge=1)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """The gradual part."""
 
-    iterations: int = option(
-        2, "DPO rounds, at most; 2 is the paper's headline", minimum=1, maximum=100
-    )
+    iterations: int = option(2, "DPO rounds, at most; 2 is the paper's headline", ge=1, le=100)
     keep: str = option(
         "best",
         "`best`: the round that held-out pairs and collapse signals choose; `last`: the last one",
@@ -227,9 +199,7 @@ class LoopConfig:
         "without",
     )
     max_kl: float = option(
-        1.0,
-        "drift from the base, in nats a token on held-out pairs, that is an alarm",
-        above=0,
+        1.0, "drift from the base, in nats a token on held-out pairs, that is an alarm", gt=0
     )
 
 
@@ -240,10 +210,10 @@ class EvaluationConfig:
     benchmarks: tuple[str, ...] = option(
         ("probe", "retention"), "benchmark names; see `python -m grath_utils evaluate --help`"
     )
-    limit: int | None = option(None, "items of each benchmark, drawn by the seed", minimum=2)
+    limit: int | None = option(None, "items of each benchmark, drawn by the seed", ge=2)
     every_iteration: bool = option(True, "evaluate each iteration, not only base and last")
-    batch_tokens: int = option(4096, "tokens scored together", minimum=64)
-    bootstrap: int = option(2000, "resamples behind each 95 % interval", minimum=100)
+    batch_tokens: int = option(4096, "tokens scored together", ge=64)
+    bootstrap: int = option(2000, "resamples behind each 95 % interval", ge=100)
 
 
 @dataclass(frozen=True)
@@ -251,7 +221,7 @@ class Config:
     """Everything that a run depends on."""
 
     profile: str = option("cpu", "name of the profile that this came from")
-    seed: int = option(0, "reaches every stochastic step", minimum=0, maximum=2**31 - 1)
+    seed: int = option(0, "reaches every stochastic step", ge=0, le=2**31 - 1)
     model: ModelConfig = field(default_factory=ModelConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
@@ -262,19 +232,11 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dicts and lists, as JSON and YAML hold them."""
-        return {
-            key: _plain(getattr(self, key)) for key in (f.name for f in dataclasses.fields(self))
-        }
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def flat(self) -> dict[str, Any]:
         """Return ``{'dpo.beta': 0.1, ...}``."""
         return dict(_flatten(self.to_dict()))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -285,16 +247,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
-# --- reading ------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
+
+PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
 def profile_names() -> list[str]:
     """Return the names of the profiles that come with the package."""
-    return sorted(path.stem for path in _profiles_dir().glob("*.yaml"))
-
-
-def _profiles_dir() -> Path:
-    return Path(__file__).resolve().parent / "profiles"
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
 def load_config(
@@ -314,18 +274,14 @@ def load_config(
     Raises:
         ConfigError: unknown profile or key, wrong type, or a value that cannot be.
     """
-    tree = _read_profile(profile)
-    known = {key for key, _ in _flatten(Config().to_dict())}
+    tree, known = _read_profile(profile), Config().flat()
     for key, value in parse_overrides(overrides).items():
         if key not in known:
             raise ConfigError(f'unknown key "{key}" in the overrides{did_you_mean(key, known)}')
         if key == "profile":
             raise ConfigError('"profile" cannot be overridden: choose the profile itself')
-        node = tree
-        *parents, leaf = key.split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = value
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
     if seed is not None:
         tree["seed"] = seed
     return config_from_dict(tree, where=f'profile "{profile}"')
@@ -333,7 +289,7 @@ def load_config(
 
 def _read_profile(profile: str) -> dict[str, Any]:
     is_file = profile.endswith((".yaml", ".yml"))
-    path = Path(profile) if is_file else _profiles_dir() / f"{profile}.yaml"
+    path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
     if not is_file and profile not in profile_names():
         raise ConfigError(f'unknown profile "{profile}"{did_you_mean(profile, profile_names())}')
     try:
@@ -346,21 +302,18 @@ def _read_profile(profile: str) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not valid YAML") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
-    tree["profile"] = str(path.resolve()) if is_file else profile
-    for key, value in tree.items():
-        if value is None and dataclasses.is_dataclass(getattr(Config(), key, None)):
-            tree[key] = {}  # a section header with nothing below it
-    return tree
+    for section in Config().to_dict().keys() - {"profile", "seed"}:
+        if section in tree and tree[section] is None:
+            tree[section] = {}  # a section header with nothing below it
+    return {**tree, "profile": str(path.resolve()) if is_file else profile}
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
     """Return the settings in which a configuration differs from its profile, the seed apart."""
     plain = load_config(config.profile).flat()
-    return {
-        key: value
-        for key, value in config.flat().items()
-        if value != plain[key] and key not in ("seed", "profile")
-    }
+    changed = {key: value for key, value in config.flat().items() if value != plain[key]}
+    changed.pop("seed", None)
+    return changed
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
@@ -372,7 +325,7 @@ def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[
     if isinstance(overrides, Mapping):
         return dict(overrides)
     try:
-        parts = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+        parts = shlex.split(overrides) if isinstance(overrides, str) else overrides
     except ValueError as error:
         raise ConfigError(f"cannot read the overrides {overrides!r}: {error}") from error
     parsed: dict[str, Any] = {}
@@ -395,83 +348,81 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
     Raises:
         ConfigError: names ``where``, the dotted key, what was found and what is valid.
     """
-    config = _build(Config, tree, where, "")
+    config = _build(Config, tree, where)
     _check_together(config, where)
     return config
 
 
-def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
+def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(f'{where}: "{prefix[:-1]}" holds {tree!r}; expected keys below it')
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kinds = typing.get_type_hints(cls)
+    limits = {spec.name: spec.metadata for spec in dataclasses.fields(cls)}
     values = {}
     for key, value in tree.items():
-        if key not in fields:
-            near = did_you_mean(str(key), fields)
+        if key not in kinds:
+            near = did_you_mean(str(key), kinds)
             raise ConfigError(f'{where}: unknown key "{prefix}{key}"{near}')
-        if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], value, where, f"{prefix}{key}.")
-        else:
-            values[key] = _check(value, hints[key], fields[key], f'{where}: "{prefix}{key}"')
+        if dataclasses.is_dataclass(kinds[key]):
+            values[key] = _build(kinds[key], value, where, f"{prefix}{key}.")
+            continue
+        name = f'{where}: "{prefix}{key}"'
+        values[key] = _typed(value, kinds[key], name)
+        if values[key] is not None:
+            _check_limits(values[key], limits[key], name)
     return cls(**values)
 
 
-def _check(value: Any, hint: Any, spec: dataclasses.Field, name: str) -> Any:
-    optional = isinstance(hint, types.UnionType)
-    kind = next(a for a in typing.get_args(hint) if a is not type(None)) if optional else hint
-    if value is None:
-        if optional:
+KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """Return a value as its field holds it."""
+    if isinstance(kind, types.UnionType):  # ``int | None``
+        if value is None:
             return None
-        raise ConfigError(f"{name} has no value; expected {_kind_name(kind)}")
-    if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if (
-            not isinstance(items, (list, tuple))
-            or not items
-            or not all(isinstance(i, str) and i for i in items)
-        ):
+        kind = typing.get_args(kind)[0]
+    expected = KIND_NAMES.get(kind, "a list of names")
+    if value is None:
+        raise ConfigError(f"{name} has no value; expected {expected}")
+    if kind not in KIND_NAMES:
+        names = [value] if isinstance(value, str) else value
+        good = isinstance(names, (list, tuple)) and all(isinstance(i, str) and i for i in names)
+        if not good or not names:
             raise ConfigError(f"{name} is {value!r}; expected a list of names such as [a, b]")
-        if len(set(items)) != len(items):
+        if len(set(names)) != len(names):
             raise ConfigError(f"{name} names the same thing twice: {value!r}")
-        return tuple(items)
-    if kind is float:
+        return tuple(names)
+    if kind is float and not isinstance(value, bool):
         # YAML 1.1 reads 5e-4 as text: a number without a dot is still a number to people.
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        if isinstance(value, int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, TypeError):
             value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} is {value!r}; expected {_kind_name(kind)}")
-    _check_limits(value, spec.metadata, name)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
     return value
-
-
-def _kind_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, "a list of names")
 
 
 def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
     if limits["choices"] and value not in limits["choices"]:
         near = did_you_mean(str(value), limits["choices"])
         raise ConfigError(f'{name} cannot be "{value}"{near}')
-    if isinstance(value, float) and value != value:
+    if not isinstance(value, (int, float)):
+        return
+    if math.isnan(value):
         raise ConfigError(f"{name} is not a number (NaN)")
-    if isinstance(value, float) and math.isinf(value):
+    if math.isinf(value):
         raise ConfigError(f"{name} is {value}; it must be finite")
-    if limits["minimum"] is not None and value < limits["minimum"]:
-        raise ConfigError(f"{name} is {value}; the least is {limits['minimum']}")
-    if limits["above"] is not None and value <= limits["above"]:
-        raise ConfigError(f"{name} is {value}; it must be above {limits['above']}")
-    if limits["maximum"] is not None and value > limits["maximum"]:
-        raise ConfigError(f"{name} is {value}; the most is {limits['maximum']}")
+    if value < limits["ge"]:
+        raise ConfigError(f"{name} is {value}; the least is {limits['ge']}")
+    if value <= limits["gt"]:
+        raise ConfigError(f"{name} is {value}; it must be above {limits['gt']}")
+    if value > limits["le"]:
+        raise ConfigError(f"{name} is {value}; the most is {limits['le']}")
 
 
 def _check_together(config: Config, where: str) -> None:
     """Check what only several values together can get wrong."""
-    dpo = config.dpo
+    dpo, loop, targets = config.dpo, config.loop, config.lora.targets
     if dpo.batch_size % dpo.micro_batch_size:
         raise ConfigError(
             f'{where}: "dpo.batch_size" ({dpo.batch_size}) must be a multiple of '
@@ -482,14 +433,13 @@ def _check_together(config: Config, where: str) -> None:
             f'{where}: "dpo.max_prompt_length" ({dpo.max_prompt_length}) leaves no room for an '
             f'answer below "dpo.max_length" ({dpo.max_length})'
         )
-    loop = config.loop
     if not loop.signals and (loop.keep == "best" or loop.early_stop):
         key, value = ("keep", "last") if loop.keep == "best" else ("early_stop", "false")
         raise ConfigError(
             f'{where}: "loop.signals" is false, and "loop.{key}" goes by them; set '
             f"loop.{key}={value}, or leave the signals on"
         )
-    if "all-linear" in config.lora.targets and len(config.lora.targets) > 1:
+    if "all-linear" in targets and len(targets) > 1:
         raise ConfigError(
             f'{where}: "lora.targets" mixes all-linear with names; use one or the other'
         )
@@ -498,25 +448,19 @@ def _check_together(config: Config, where: str) -> None:
 def describe_options() -> list[tuple[str, Any, str]]:
     """Return (dotted key, default, help) for every option, in order: the reference for users."""
     rows = []
-
-    def visit(cls: type, prefix: str) -> None:
-        for spec in dataclasses.fields(cls):
-            if spec.default is MISSING:
-                visit(spec.default_factory, f"{prefix}{spec.name}.")
-            else:
-                choices = spec.metadata["choices"]
-                text = spec.metadata["help"] + (f" [{' | '.join(choices)}]" if choices else "")
-                rows.append((prefix + spec.name, _plain(spec.default), text))
-
-    visit(Config, "")
+    for key, default in Config().flat().items():
+        section, _, name = key.rpartition(".")
+        cls = typing.get_type_hints(Config)[section] if section else Config
+        facts = cls.__dataclass_fields__[name].metadata
+        choices = f" [{' | '.join(facts['choices'])}]" if facts["choices"] else ""
+        rows.append((key, default, facts["help"] + choices))
     return rows
 
 
 def differing_keys(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
     """Return lines such as ``dpo.beta: 0.1 here, 0.05 there`` for every differing key."""
     here, there = ours.flat(), dict(_flatten(theirs))
-    return [
-        f"{key}: {here.get(key, '(absent)')} here, {there.get(key, '(absent)')} there"
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key, "(absent)") != there.get(key, "(absent)")
+    both = [
+        (key, here.get(key, "(absent)"), there.get(key, "(absent)")) for key in sorted(here | there)
     ]
+    return [f"{key}: {a} here, {b} there" for key, a, b in both if a != b]
