@@ -45,7 +45,7 @@ def _arrow(axes: Axes, start: tuple, end: tuple, bend: float = 0.0) -> None:
     axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **look))
 
 
-def _note(axes: Axes, x: float, y: float, text: str, va: str = "center") -> None:
+def _caption(axes: Axes, x: float, y: float, text: str, va: str = "center") -> None:
     axes.text(x, y, text, ha="center", va=va, fontsize=9.5, style="italic")
 
 
@@ -61,8 +61,8 @@ def draw_loop() -> Figure:
         _arrow(axes, (left, 2.95), (left + 0.75, 2.95))
     _arrow(axes, (9.0, 2.35), (7.3, 0.85), bend=-0.25)
     _arrow(axes, (5.4, 0.85), (3.7, 2.35), bend=-0.25)
-    _note(axes, 3.05, 1.0, "next round:\nbetter correct answers,\nsame incorrect ones")
-    _note(axes, 9.0, 0.3, "measured on TruthfulQA-style\nquestions it never saw")
+    _caption(axes, 3.05, 1.0, "next round:\nbetter correct answers,\nsame incorrect ones")
+    _caption(axes, 9.0, 0.3, "measured on TruthfulQA-style\nquestions it never saw")
     return figure
 
 
@@ -102,7 +102,7 @@ def draw_dpo_step() -> Figure:
         _arrow(axes, (4.9, y), (5.9, 2.2 if y > 2 else 1.8))
     _arrow(axes, (8.2, 2.0), (9.1, 2.0))
     _arrow(axes, (9.9, 2.5), (4.0, 3.4), bend=0.3)
-    _note(axes, 7.0, 3.1, "gradient, to the adapter only", va="baseline")
+    _caption(axes, 7.0, 3.1, "gradient, to the adapter only", va="baseline")
     return figure
 
 
@@ -125,14 +125,7 @@ def draw_qlora() -> Figure:
 def draw_tokens(
     tokens: Sequence[str], mask: Sequence[int], *, colour: str = BLUE, title: str = ""
 ) -> Figure:
-    """Draw a tokenized sequence as boxes; those that the loss sees are coloured and underlined.
-
-    Args:
-        tokens: the text of each token.
-        mask: 1 where the loss sees the token.
-        colour: of those tokens.
-        title: above the drawing.
-    """
+    """Draw the texts of tokens as boxes; where the mask is 1, coloured and underlined."""
     lines = _wrap(tokens, mask, 88)
     height = 0.5 + 0.36 * len(lines)
     figure, axes = _canvas(9.0, height, x=(0, 88), y=(-len(lines), 0.1))
@@ -142,14 +135,9 @@ def draw_tokens(
 
 
 def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequence[str]) -> Figure:
-    """Draw the anatomy of a pair: which tokens its two sides share, and which tell them apart.
+    """Draw the anatomy of a pair, given as words or tokens: what its two sides do not share.
 
     Only the coloured tokens differ; in the incorrect answer they are hatched as well.
-
-    Args:
-        question: its words or tokens.
-        correct: those of the correct answer, which DPO will call chosen.
-        incorrect: those of the incorrect answer, rejected.
     """
     differs = [1] * len(correct), [1] * len(incorrect)
     for match in SequenceMatcher(None, correct, incorrect, autojunk=False).get_matching_blocks():

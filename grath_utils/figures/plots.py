@@ -56,10 +56,7 @@ def use_style() -> None:
 def new_axes(
     rows: int = 1, columns: int = 1, *, width: float = 7.2, height: float = 3.4, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a figure in the course's style with its axes; sizes in inches.
-
-    Further options are those of ``plt.subplots``.
-    """
+    """Return ``plt.subplots`` in the course's style; sizes in inches."""
     _load_backend()
     with plt.rc_context(STYLE):
         return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
@@ -80,7 +77,7 @@ def _errors(value: float, ci95: Sequence[float] | None) -> list[list[float]] | N
     return None if ci95 is None else [[max(value - ci95[0], 0)], [max(ci95[1] - value, 0)]]
 
 
-def _change(
+def _draw_change(
     axes: Axes, row: float, value: float, ci95: Sequence[float] | None, unclear: str = GREY
 ) -> None:
     """Draw a change across a row: a diamond where its interval excludes 0, else a circle.
@@ -142,7 +139,7 @@ def _model_name(label: str) -> str:
     return f"round {_model_order(label)}" if _model_order(label) else "base"
 
 
-def _percent(result: Mapping[str, Any], metric: str) -> tuple[float, float, float]:
+def _in_percent(result: Mapping[str, Any], metric: str) -> tuple[float, float, float]:
     """Return a metric of an evaluation as value, low and high, in percent."""
     found = result["metrics"][metric]
     return tuple(100 * value for value in (found["value"], *found["ci95"]))
@@ -197,9 +194,8 @@ def plot_dpo_loss(beta: float = 0.1) -> Figure:
 def plot_dpo_point(beta: float, contrast: float) -> Figure:
     """Show the DPO loss against the contrast that it is made from, and where one pair stands.
 
-    Args:
-        beta: scales the contrast to the margin.
-        contrast: log-ratio of the chosen answer minus that of the rejected one, in nats.
+    The contrast is the log-ratio of the chosen answer minus that of the rejected one, in nats;
+    beta scales it to the margin.
     """
     figure, axes = new_axes(height=3.2)
     places, beside = np.linspace(-40, 40, 401), np.array([-12, 12])
@@ -255,10 +251,9 @@ def _curve(
 
 
 def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
-    """Show chosen and rejected log-probabilities and the margin over all rounds, one after another.
+    """Show log-probabilities and the margin over all rounds, from the training log of each.
 
-    Args:
-        logs: the training log of each round; held-out rows are shown where there are any.
+    Held-out rows are shown where there are any.
     """
     figure, axes = new_axes(1, 2, width=9.6, height=3.3)
     answers, margin = axes
@@ -286,11 +281,7 @@ def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def plot_dashboard(panels: Sequence[Any]) -> Figure:
-    """Show each number over the rounds in a small panel of its own, with 95 % intervals.
-
-    Args:
-        panels: as :func:`.dashboard.dashboard_panels` makes them.
-    """
+    """Show each of :func:`.dashboard.dashboard_panels` in a small panel, over the rounds."""
     rows = math.ceil(len(panels) / 4)
     figure, axes = new_axes(rows, 4, width=10.0, height=2.05 * rows)
     labels = sorted({label for panel in panels for label, *_ in panel.points}, key=_model_order)
@@ -318,12 +309,12 @@ def plot_dashboard(panels: Sequence[Any]) -> Figure:
 def plot_levels(
     levels: Sequence[float], weights: Sequence[float], codes: Sequence[int], shown: int = 16
 ) -> Figure:
-    """Show the levels of a 4-bit type over the weights of blocks, and one block's rounding.
+    """Show the levels of a 4-bit type over the weights of blocks, and how weights are rounded.
 
     Args:
         levels: the type's levels, in [-1, 1], ascending.
         weights: weights divided by the largest of their block.
-        codes: for the first ``shown`` weights, the index of the level that each is rounded to.
+        codes: the index of the level that each of the first ``shown`` weights is rounded to.
         shown: how many weights to show being rounded.
     """
     figure, (left, right) = new_axes(1, 2, width=10.0, height=3.3)
@@ -359,11 +350,7 @@ METRIC_NAMES = {
 
 
 def plot_metrics(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
-    """Show every metric of every model with its 95 % interval.
-
-    Args:
-        results: ``{benchmark: {model label: result}}`` as :func:`.comparison.results` returns.
-    """
+    """Show every metric of every model of :func:`.state.results`, with its 95 % interval."""
     panels = [
         (benchmark, metric)
         for benchmark, models in results.items()
@@ -373,7 +360,7 @@ def plot_metrics(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figu
     width = 2.1 * len(panels) + 1.4
     figure, axes = new_axes(1, len(panels), width=width, height=3.6, squeeze=False)
     for axis, (benchmark, metric) in zip(axes.flat, panels, strict=True):
-        points = [(label, *_percent(r, metric)) for label, r in results[benchmark].items()]
+        points = [(label, *_in_percent(r, metric)) for label, r in results[benchmark].items()]
         _models(axis, list(results[benchmark]), points, capsize=4, markersize=7)
         for i, (_, value, _, _) in enumerate(points):
             beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
@@ -392,14 +379,7 @@ def plot_choices(
     *,
     unit: str = "summed log-probability (nats)",
 ) -> Figure:
-    """Show the score of each answer to one question; true and false ones look different.
-
-    Args:
-        choices: answer texts.
-        scores: one number for each.
-        labels: 1 for a true answer, 0 for a false one.
-        unit: what the scores are.
-    """
+    """Show the score of each answer to one question; false ones (label 0) are hatched."""
     figure, axes = new_axes(width=8.6, height=0.9 + 0.42 * len(choices))
     kinds = ["true" if label else "false" for label in labels]
     names = [f"{choice}  ({kind})" for choice, kind in zip(choices, kinds, strict=True)]
@@ -413,16 +393,14 @@ def plot_choices(
 def plot_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
     """Show paired changes with their 95 % intervals around the line of no change.
 
-    Args:
-        rows: (name, difference) with ``value``, ``ci95`` and ``smallest_detectable``, as
-            :func:`.measure.compare` returns them.
+    A row is a name and a difference as :func:`.measure.compare` returns it.
     """
     figure, axes = new_axes(width=7.6, height=1.0 + 0.42 * len(rows))
     for i, (_, difference) in enumerate(rows):
         least = 100 * difference["smallest_detectable"]
         axes.barh([i], [2 * least], left=[-least], height=0.5, color=GREY, alpha=0.15)
         low, high = difference["ci95"]
-        _change(axes, i, 100 * difference["value"], (100 * low, 100 * high))
+        _draw_change(axes, i, 100 * difference["value"], (100 * low, 100 * high))
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     _centre_on_zero(axes)
@@ -450,7 +428,7 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Fig
             axis.plot(seeds, [i + 0.22] * len(seeds), "|", color=ORANGE, markersize=9)
             if seeds:
                 ci95 = cell["ci95"] and [100 * end for end in cell["ci95"]]
-                _change(axis, i, 100 * cell["mean"], ci95)
+                _draw_change(axis, i, 100 * cell["mean"], ci95)
         axis.set_yticks(range(n), ["" if place % columns else cell["name"] for cell in cells])
         axis.set_ylim(n - 0.4, -0.6)
         _centre_on_zero(axis)
@@ -466,17 +444,13 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Fig
 
 
 def plot_controls(results: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Show every model's MC1 beside what question-blind rules reach on the same items.
-
-    Args:
-        results: model label -> result of one benchmark.
-    """
+    """Show every model's MC1 on a benchmark beside what question-blind rules reach on it."""
     controls = next(iter(results.values()))["controls"]
     rules = {rule: 100 * value for rule, value in controls.items() if rule != "uniform_mc2"}
     rows, n = range(len(results) + len(rules)), len(results)
     figure, axes = new_axes(width=7.8, height=1.0 + 0.36 * len(rows))
     for i, result in enumerate(results.values()):
-        value, *ci95 = _percent(result, "mc1")
+        value, *ci95 = _in_percent(result, "mc1")
         axes.errorbar([value], [i], xerr=_errors(value, ci95), capsize=4, **_model_look(i))
     look = {"height": 0.55, "color": "#dddddd", "hatch": "///", "edgecolor": "white"}
     bars = axes.barh(rows[n:], rules.values(), **look)
@@ -491,9 +465,7 @@ def plot_controls(results: Mapping[str, Mapping[str, Any]]) -> Figure:
 def plot_category_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure:
     """Show MC2 in each category before and after, and the paired change with its interval.
 
-    Args:
-        before: result of one benchmark, with ``items`` (as :func:`.measure.evaluate` returns it).
-        after: of the other model, on the same items.
+    Both are results of :func:`.measure.evaluate` on the same items.
     """
     values: dict[str, list[tuple[float, float]]] = {}
     for first, second in zip(before["items"], after["items"], strict=True):
@@ -510,7 +482,7 @@ def plot_category_change(before: Mapping[str, Any], after: Mapping[str, Any]) ->
         left.plot([was], [i], "o", color=GREY, label="" if i else "before")
         left.plot([now], [i], "D", color=BLUE, label="" if i else "after")
         changes = np.diff(both)[:, 0]
-        _change(right, i, changes.mean(), t_interval(changes), unclear="white")
+        _draw_change(right, i, changes.mean(), t_interval(changes), unclear="white")
     names = [f"{name} (n = {len(both)})" for name, both in rows]
     left.set_yticks(range(len(rows)), names, fontsize=9)
     left.set_xlabel("MC2, percent")
@@ -547,7 +519,7 @@ def plot_memory(
     """Show where the memory of training goes: a panel for each model, a bar for each way.
 
     Args:
-        models: model -> way of training -> part -> bytes; parts as in ``MEMORY_LOOKS``.
+        models: model -> way of training -> part (see ``MEMORY_LOOKS``) -> bytes.
         limits: what each of two devices holds, in bytes, by its name.
     """
     rows = math.ceil(len(models) / 2)
