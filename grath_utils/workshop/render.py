@@ -3,8 +3,7 @@
 ``make render`` takes the outputs from the executed copies in ``RUN/notebooks/``, executes what is
 missing there, and writes them into the notebooks of the repository. What must not be published or
 would change with every run is left out: papermill's own cells and metadata, paths of this machine,
-progress bars, the state of widgets. A stamp in the notebook's metadata (``grath``) says what the
-outputs come from::
+progress bars. A stamp in the notebook's metadata (``grath``) says what the outputs come from::
 
     source_sha256, code_sha256   of the cells, so that a test notices when the outputs are stale
     profile, versions, device    what it was run with; no profile for side trips
@@ -49,7 +48,6 @@ COST = ("seconds", "peak_memory_gib", "stages", "files", "date")
 DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
 
 _PROGRESS = re.compile(r"\d+%\|.*\| *\d[\d.,kM]*/\d|\d+it \[\d")
-_WIDGET_TEXT = re.compile(r"(\w*Box|interactive|Output|Tab|Accordion|\w*Progress)\(")
 _PATH = re.compile(
     r"(?<![\w.~:/-])(/(home|Users|root|work|tmp|var|mnt|opt|srv|private)/\w|[A-Z]:\\\w).{,36}"
 )
@@ -114,12 +112,12 @@ def _injected(cell: nbformat.NotebookNode) -> bool:
     return "injected-parameters" in cell.metadata.get("tags", [])
 
 
-def _wrong_output(output: Mapping[str, Any]) -> str | None:
+def _wrong_output(output: nbformat.NotebookNode) -> str | None:
     data = output.get("data", {})
-    texts = [v for kind, v in data.items() if kind.startswith("text/")] + [output.get("text", "")]
-    text = "\n".join(map("".join, texts))
-    if output["output_type"] == "error":
-        return f"ended with {output['ename']}"
+    shown = [value for kind, value in data.items() if kind.startswith("text/")]
+    text = "\n".join([*shown, output.get("text", "")])
+    if output.output_type == "error":
+        return f"ended with {output.ename}"
     if WIDGET in data:
         return "shows a widget, which is nothing without its kernel"
     if match := _PATH.search(text):
@@ -256,8 +254,7 @@ def take_over(
     # An execution that found the stages done says nothing about their cost.
     costs = [last, last.get("earlier"), old.get("cost") if old.get("profile") == profile else None]
     most = max(filter(None, costs), key=work_done, default={})
-    for left in ("papermill", "widgets"):
-        result.metadata.pop(left, None)
+    result.metadata.pop("papermill", None)
     result.metadata[STAMP] = {
         "source_sha256": source_digest(source.cells),
         "code_sha256": source_digest(source.cells, code_only=True),
@@ -274,41 +271,33 @@ def clean_outputs(
 ) -> list[nbformat.NotebookNode]:
     """Return a cell's outputs as they are published.
 
-    Left out: progress bars, widgets (their static pictures stay), memory addresses. Changed: this
-    machine's paths, figures (to few colours). Parts of one stream become one output.
+    Left out: progress bars, memory addresses. Changed: this machine's paths, figures (to few
+    colours). Parts of one stream become one output.
     """
     cleaned: list[nbformat.NotebookNode] = []
     for output in map(nbformat.from_dict, copy.deepcopy(list(outputs))):
         output.get("metadata", {}).pop("papermill", None)
         if output.output_type == "stream":
             # A progress bar rewrites its line with carriage returns.
-            lines = (
-                line.rstrip("\r").rsplit("\r", 1)[-1] for line in "".join(output.text).split("\n")
-            )
+            lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
             shown = "\n".join(line for line in lines if not _PROGRESS.search(line))
             output.text = _neutral(shown, places)
             if cleaned and cleaned[-1].get("name") == output.name:
                 cleaned[-1].text += output.text
             elif output.text.strip():
                 cleaned.append(output)
-        elif output.output_type == "error" or _clean_data(output.data, places):
-            cleaned.append(output)
+            continue
+        data = output.get("data", {})
+        if len(data) == 1 and _PROGRESS.search(data.get("text/plain", "")):
+            continue
+        for kind, value in data.items():
+            if kind.startswith("text/"):
+                data[kind] = _neutral(value, places)
+            elif kind == "image/png":
+                picture = smaller_png(base64.b64decode(value))
+                data[kind] = base64.b64encode(picture).decode("ascii")
+        cleaned.append(output)
     return cleaned
-
-
-def _clean_data(data: dict[str, Any], places: Sequence[tuple[str, str]]) -> bool:
-    """Clean what a cell displays, in place; return False if nothing worth showing is left."""
-    widget = data.pop(WIDGET, None) is not None
-    plain = "".join(data.get("text/plain", ""))
-    if len(data) <= 1 and (widget or _PROGRESS.search(plain) or _WIDGET_TEXT.match(plain)):
-        return False
-    for kind, value in data.items():
-        if kind.startswith("text/"):
-            data[kind] = _neutral("".join(value), places)
-        elif kind == "image/png":
-            picture = smaller_png(base64.b64decode("".join(value)))
-            data[kind] = base64.b64encode(picture).decode("ascii")
-    return True
 
 
 def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
