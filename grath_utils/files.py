@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,8 @@ def cache_dir() -> Path:
     ``GRATH_CACHE`` if set, else the platform's cache folder. It may not exist yet.
     """
     override = os.environ.get("GRATH_CACHE")
-    if override:
-        return Path(override).expanduser().resolve()
-    return Path(platformdirs.user_cache_dir("grath"))
+    default = Path(platformdirs.user_cache_dir("grath"))
+    return Path(override).expanduser().resolve() if override else default
 
 
 def mirror_dir() -> Path | None:
@@ -114,8 +114,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def explained_write_errors(target: Path) -> Iterator[None]:
     """Turn an error of writing ``target`` into one that says what to do.
 
-    Libraries that save models raise errors of many kinds when the disk is full, so besides
-    ``OSError`` any error counts that comes while no space is left.
+    Libraries that save models raise errors of many kinds when the disk is full, so any error that
+    comes while no space is left is explained, not ``OSError`` alone.
 
     Raises:
         RunError: the disk is full or the place cannot be written to.
@@ -158,7 +158,7 @@ def sweep_partials(folder: Path) -> int:
 
 
 def _is_scratch(path: Path) -> bool:
-    """Tell a folder made by :func:`atomic_path`: ``.NAME.RANDOM``, holding at most NAME."""
+    """Return True for a folder of :func:`atomic_path`: ``.NAME.RANDOM``, with at most NAME."""
     name = path.name[1:].rsplit(".", 1)[0]
     return all(child.name in (name, "replaced") for child in path.iterdir())
 
@@ -190,9 +190,8 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: the file is missing, not UTF-8 or not JSON; the message says where.
     """
-    text = _read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
 
@@ -257,6 +256,7 @@ def fingerprint_folder(folder: Path, patterns: Iterable[str] = ("*",)) -> str:
 # --- the journal ---------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Journal:
     """The finished parts of long work, one JSON line each; the first line says whose they are.
 
@@ -264,15 +264,10 @@ class Journal:
     it was working on. Only one process may append.
     """
 
-    def __init__(self, path: Path | None, identity: str):
-        """Keep the parts in ``path``, or nowhere if it is None.
-
-        Args:
-            path: the journal's file, beside the output.
-            identity: whatever must be equal for the parts to be used again, as a fingerprint.
-        """
-        self.path = path
-        self.identity = identity
+    path: Path | None
+    """None: nothing is kept."""
+    identity: str
+    """A fingerprint of whatever must be equal for the parts to be used again."""
 
     @staticmethod
     def beside(out: Path | None, identity: str) -> Journal:
@@ -325,7 +320,7 @@ class Journal:
         """
         if self.path is None:
             return
-        try:
+        with explained_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as handle:
                 if handle.tell() == 0:
@@ -333,11 +328,6 @@ class Journal:
                 handle.write(jsonl_line({"part": part, "rows": list(rows)}).encode())
                 handle.flush()
                 os.fsync(handle.fileno())
-        except OSError as error:
-            raise RunError(
-                f"cannot write {self.path}: {error.strerror or error}; free some space or fix the "
-                "permissions, then run the same command again (what was finished is kept)"
-            ) from error
 
     def remove(self) -> None:
         """Delete the journal once the output is whole."""
