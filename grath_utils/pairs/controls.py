@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from grath_utils.errors import DataError
 from grath_utils.pairs.parsing import Parsed, check_pair
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.writers import GRATH, PairMode, Rejected, Task, Writer, WrittenPair
+from grath_utils.pairs.writers import GRATH, PairMode, Task, Writer, WrittenPair
 
 
 class RandomWriter(Writer):
@@ -27,10 +27,9 @@ class RandomWriter(Writer):
         draw = random.Random(f"{self.seed} {question.id}")
         right = self.preferred(question, _others(question, task.incorrect), draw)
         wrong = task.incorrect or draw.choice(_others(question, right))
-        reason = check_pair(question.text, Parsed(right, wrong), filters=self.filters)
-        if reason is None:
-            return WrittenPair(right, wrong)
-        return WrittenPair(rejected=(Rejected(self.config.mode, f"{right}\n{wrong}", reason),))
+        sides = Parsed(right, wrong)
+        reason = check_pair(question.text, sides, filters=self.filters)
+        return WrittenPair.checked(sides, reason, self.config.mode, f"{right}\n{wrong}")
 
     def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
         """Return the answer to prefer."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from grath_utils import engine
 from grath_utils.pairs.parsing import Parsed, Reason, check_pair, parse_legacy
 from grath_utils.pairs.prompts import Demonstration, training_request
-from grath_utils.pairs.writers import Asked, PairMode, Rejected, Task, Writer, WrittenPair
+from grath_utils.pairs.writers import Asked, PairMode, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion
@@ -54,7 +54,12 @@ class PaperWriter(Writer):
             passed = [i for i, reason in enumerate(reasons) if reason is None]
             for i, believed in zip(passed, self._believed(tasks, parsed, passed), strict=True):
                 reasons[i] = None if believed else Reason.SELF_CHECK
-        return list(map(self._written, completions, parsed, reasons))
+        return [
+            WrittenPair.checked(
+                sides, why, "pair", done.text, completions=1, tokens=len(done.token_ids)
+            )
+            for sides, why, done in zip(parsed, reasons, completions, strict=True)
+        ]
 
     def _parse(self, task: Task, completion: Completion) -> Parsed:
         """Read a completion; in refinement the first incorrect answer takes the new one's place."""
@@ -71,12 +76,6 @@ class PaperWriter(Writer):
             return parsed.reason
         shown = self.shown_answers("pair")
         return check_pair(task.question.text, parsed, filters=self.filters, shown_answers=shown)
-
-    def _written(self, completion: Completion, sides: Parsed, reason: Reason | None) -> WrittenPair:
-        cost = {"completions": 1, "tokens": len(completion.token_ids)}
-        if reason is None:
-            return WrittenPair(sides.correct, sides.incorrect, **cost)
-        return WrittenPair(rejected=(Rejected("pair", completion.text, reason),), **cost)
 
     def _believed(
         self, tasks: Sequence[Task], parsed: Sequence[Parsed], which: Sequence[int]

@@ -187,6 +187,7 @@ def _other_question(asked: str, restated: str | None) -> bool:
     )
 
 
+# Each filter gets the question, the pair, and the words of each answer that was shown.
 FILTERS: dict[Reason, Callable[[str, Parsed, list[list[str]]], bool]] = {
     Reason.CUT_OFF: lambda asked, pair, shown: pair.cut_off,
     Reason.EMPTY: lambda asked, pair, shown: not all(pair.words),
@@ -200,8 +201,7 @@ FILTERS: dict[Reason, Callable[[str, Parsed, list[list[str]]], bool]] = {
     Reason.NON_ANSWER: lambda asked, pair, shown: any(map(_NON_ANSWER.match, pair.sides)),
     Reason.REPETITION: lambda asked, pair, shown: any(map(_REPETITION.search, pair.sides)),
 }
-"""The filters that can be switched, in the order in which they are applied: question, pair and the
-words of each answer that was shown -> is it rejected?"""
+"""The filters that can be switched, in the order in which they are applied."""
 
 
 def check_pair(

@@ -66,6 +66,15 @@ class WrittenPair:
     tokens: int = 0  # tokens generated
 
     @classmethod
+    def checked(
+        cls, sides: Parsed, reason: Reason | None, prompt: str, completion: str, **cost: int
+    ) -> WrittenPair:
+        """Return both sides, or if there is a reason against them, what was rejected."""
+        if reason is None:
+            return cls(sides.correct, sides.incorrect, **cost)
+        return cls(rejected=(Rejected(prompt, completion, reason),), **cost)
+
+    @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> WrittenPair:
         """Read what :func:`dataclasses.asdict` made of one."""
         return cls(**{**row, "rejected": tuple(Rejected(**each) for each in row["rejected"])})
