@@ -170,7 +170,7 @@ def _evaluate_choices(
 
         scores = run_plan(policy, flat, plan, done=done, on_batch=on_batch, split=True)
     seconds = time.perf_counter() - started
-    rest, items = iter(scores), []
+    rest, items, confidence = iter(scores), [], []
     for item in benchmark.items:
         own = [next(rest) for _ in item.choices]
         logprobs = [score.logprob for score in own]
@@ -185,6 +185,8 @@ def _evaluate_choices(
                 "metrics": {name: values[name] for name in spec.metrics},
             }
         )
+        confidence.append(max(choice_probabilities(item, logprobs)))
+    correct = [item["metrics"].get("mc1", item["metrics"].get("acc")) for item in items]
     notes = list(benchmark.notes)
     if straddling := sum(score.straddles for score in scores):
         notes.append(
@@ -194,7 +196,7 @@ def _evaluate_choices(
     if plan.method == "plain":
         notes.append("scored one sequence at a time: this model takes no tree-shaped masks")
     return {
-        "calibration": calibration(benchmark.items, items),
+        "calibration": statistics.calibration(confidence, correct),
         "notes": notes,
         "cost": {
             "seconds": round(seconds, 3),
@@ -205,20 +207,6 @@ def _evaluate_choices(
             "peak_memory_mib": _peak_memory_mib(policy),
         },
         "items": items,
-    }
-
-
-def calibration(items: Sequence[Item], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how far the choices' probabilities (MC1 form, normalised) can be believed."""
-    confidence = [
-        max(choice_probabilities(item, result["scores"]))
-        for item, result in zip(items, results, strict=True)
-    ]
-    correct = [r["metrics"].get("mc1", r["metrics"].get("acc")) for r in results]
-    return {
-        "ece": statistics.expected_calibration_error(confidence, correct),
-        "bins": statistics.reliability(confidence, correct),
-        "selective_accuracy": statistics.selective_accuracy(confidence, correct),
     }
 
 

@@ -190,19 +190,29 @@ def items_needed(effect: float, spread: float, *, alpha: float = 0.05, power: fl
 # --- calibration ---------------------------------------------------------------------------------
 
 
-def reliability(
-    confidence: Sequence[float], correct: Sequence[int], bins: int = 10
-) -> list[dict[str, Any]]:
-    """Return the reliability diagram: equal-width bins of confidence with their accuracy.
+def calibration(
+    confidence: Sequence[float],
+    correct: Sequence[int],
+    *,
+    bins: int = 10,
+    coverages: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+) -> dict[str, Any]:
+    """Return how far confidence can be believed.
 
     Args:
         confidence: (items,) probability given to the chosen answer.
         correct: (items,) whether it was right.
-        bins: number of bins on [0, 1]; empty ones are left out.
+        bins: number of equal-width bins on [0, 1]; empty ones are left out.
+        coverages: shares of the items, the most confident ones first. Items of equal confidence
+            at the cut count with their mean accuracy, so the order of the data does not matter.
+
+    Returns:
+        ``bins`` (the reliability diagram), ``ece`` (mean distance of accuracy from confidence over
+        them, weighted by items; Naeini et al. 2015) and ``selective_accuracy`` by coverage.
     """
     conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     place = np.clip((conf * bins).astype(int), 0, bins - 1)
-    return [
+    rows = [
         {
             "low": b / bins,
             "high": (b + 1) / bins,
@@ -212,34 +222,12 @@ def reliability(
         }
         for b in np.unique(place).tolist()
     ]
-
-
-def expected_calibration_error(
-    confidence: Sequence[float], correct: Sequence[int], bins: int = 10
-) -> float:
-    """Return the ECE: mean distance of accuracy from confidence over bins, weighted by items
-    (Naeini et al. 2015)."""
-    rows = reliability(confidence, correct, bins)
     distances = (row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
-    return sum(distances) / len(confidence)
-
-
-def selective_accuracy(
-    confidence: Sequence[float],
-    correct: Sequence[int],
-    coverages: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-) -> list[dict[str, float]]:
-    """Return the accuracy on the most confident share of items, for several shares.
-
-    Items of equal confidence at the cut count with their mean accuracy, so the order of the data
-    does not matter.
-    """
-    conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    rows = []
+    selective = []
     for coverage in coverages:
         count = max(round(coverage * len(conf)), 1)
-        cut = np.sort(conf)[::-1][count - 1]
+        cut = np.sort(conf)[-count]
         sure, tied = conf > cut, conf == cut
         hits = right[sure].sum() + (count - sure.sum()) * right[tied].mean()
-        rows.append({"coverage": float(coverage), "accuracy": float(hits / count), "n": count})
-    return rows
+        selective.append({"coverage": coverage, "accuracy": float(hits / count), "n": count})
+    return {"ece": sum(distances) / len(conf), "bins": rows, "selective_accuracy": selective}

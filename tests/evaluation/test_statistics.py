@@ -1,4 +1,4 @@
-"""Intervals, tests, power and calibration against closed forms and scipy-free references."""
+"""Intervals, tests, power and calibration against closed forms and simulations."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.statistics import (
     bootstrap_means,
-    expected_calibration_error,
+    calibration,
     holm,
     interval,
     items_needed,
     mcnemar_exact,
     paired_difference,
-    reliability,
-    selective_accuracy,
     sign_flip_test,
     smallest_detectable_effect,
     summarize,
@@ -174,9 +172,10 @@ def test_calibration_of_a_calibrated_and_of_a_boastful_model() -> None:
     rng = np.random.default_rng(1)
     confidence = rng.random(20000)
     honest = rng.random(20000) < confidence
-    assert expected_calibration_error(confidence, honest) < 0.02
-    assert expected_calibration_error(np.ones(50), np.zeros(50)) == 1.0
-    rows = reliability(confidence, honest)
+    found = calibration(confidence, honest)
+    assert found["ece"] < 0.02
+    assert calibration(np.ones(50), np.zeros(50))["ece"] == 1.0
+    rows = found["bins"]
     assert sum(row["n"] for row in rows) == 20000
     for row in rows:
         assert row["low"] <= row["confidence"] <= row["high"]
@@ -184,19 +183,20 @@ def test_calibration_of_a_calibrated_and_of_a_boastful_model() -> None:
 
 
 def test_bins_hold_their_edges() -> None:
-    (low, high) = reliability([0.0, 1.0], [0, 1], bins=2)
+    low, high = calibration([0.0, 1.0], [0, 1], bins=2)["bins"]
     assert (low["n"], high["n"]) == (1, 1)
 
 
 def test_selective_accuracy() -> None:
-    rows = selective_accuracy([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 0], coverages=(0.5, 1.0))
-    assert rows == [
+    found = calibration([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 0], coverages=(0.5, 1.0))
+    assert found["selective_accuracy"] == [
         {"coverage": 0.5, "accuracy": 1.0, "n": 2},
         {"coverage": 1.0, "accuracy": 0.5, "n": 4},
     ]
     # Equal confidence: the order of the data does not decide.
     for right in ([1, 0, 0, 0], [0, 0, 0, 1]):
-        assert selective_accuracy([0.5] * 4, right, coverages=(0.25,))[0]["accuracy"] == 0.25
+        (row,) = calibration([0.5] * 4, right, coverages=(0.25,))["selective_accuracy"]
+        assert row["accuracy"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,11 @@ class Item:
     id: str
     question: str
     choices: tuple[str, ...]
-    labels: tuple[int, ...]
-    """1 for a true choice, 0 for a false one; shape (choices,)."""
+    labels: tuple[int, ...]  # (choices,): 1 for a true choice, 0 for a false one
     category: str | None
-    mc1: tuple[int, ...]
-    """Which choices make up the form with one true answer (MC1, accuracy)."""
-    mc2: tuple[int, ...]
-    """Which choices make up the form with several true answers (MC2, MC3)."""
-    position: int = 0
-    """Place in the whole benchmark, whatever part of it was asked for."""
+    mc1: tuple[int, ...]  # the choices of the form with one true answer (MC1, accuracy)
+    mc2: tuple[int, ...]  # the choices of the form with several true answers (MC2, MC3)
+    position: int = 0  # in the whole benchmark, whatever part of it was asked for
 
     @property
     def gold(self) -> int:
@@ -43,17 +39,13 @@ class Benchmark:
     """A benchmark, or a part of it drawn by the seed."""
 
     name: str
-    source: str
-    """``own data``, ``mirror FOLDER`` or ``Hub ID@REVISION``."""
+    source: str  # "own data", "mirror FOLDER" or "Hub ID@REVISION"
     items: tuple[Item, ...]
-    shots: Mapping[str, tuple[Item, ...]]
-    """Solved examples to choose few-shot prompts from, by category (``""`` for all)."""
-    total: int
-    """Items in the whole benchmark."""
+    shots: Mapping[str, tuple[Item, ...]]  # solved examples by category, "" for all
+    total: int  # items in the whole benchmark
     limit: int | None
     seed: int
-    fingerprint: str
-    """Changes whenever an item, its order or a solved example does."""
+    fingerprint: str  # changes whenever an item, its order or a solved example does
     notes: tuple[str, ...] = ()
 
 
@@ -63,22 +55,17 @@ class Protocol:
 
     name: str
     about: str
-    question: Callable[[Item], str]
-    """The item's text up to where the answer begins."""
+    question: Callable[[Item], str]  # the item's text up to where the answer begins
+    # What is scored for a choice:
     answer: Callable[[Item, int], str] = lambda item, choice: " " + item.choices[choice]
-    """What is scored for a choice."""
-    before: Callable[[Item], str] = lambda item: ""
-    """Text before the shots."""
+    before: Callable[[Item], str] = lambda item: ""  # text before the shots
     shots: int = 0
     draw: str = "none"
     """``item`` (new shots for each item, as lm-eval draws them), ``once`` (the same shots for all:
     one shared prefix, many times faster) or ``first`` (the first ones of the item's category)."""
-    spare: int = 0
-    """Examples drawn beyond ``shots``, so that one which is the item itself can be left out."""
-    chat: bool = False
-    """The question is a user turn of the chat template."""
-    stop: tuple[str, ...] = ()
-    """For generation: the answer ends before the first of these."""
+    spare: int = 0  # examples drawn beyond ``shots``, so that the item itself can be left out
+    chat: bool = False  # the question is a user turn of the chat template
+    stop: tuple[str, ...] = ()  # a free answer ends before the first of these
 
 
 @dataclass(frozen=True)
@@ -95,12 +82,9 @@ class BenchmarkSize:
     """What the cost model needs, in SmolLM2's tokens and with the default protocol."""
 
     items: int
-    tokens: int
-    """Distinct tokens that an item adds to what others share: mean."""
-    predicted: int
-    """Places of an item that predict an answer's token, or tokens of a free answer: mean."""
-    context: int = 256
-    """Tokens before the question: a primer, or demonstrations."""
+    tokens: int  # distinct ones that an item adds to what all share: mean
+    predicted: int  # places that predict a token of an item's answers, free or not: mean
+    context: int = 256  # tokens before the question: a primer, or demonstrations
 
 
 @dataclass(frozen=True)
@@ -108,19 +92,14 @@ class BenchmarkSpec:
     """All that the package knows about one benchmark: a row of ``BENCHMARKS``."""
 
     name: str
-    about: str
-    """What it asks, for ``evaluate --help``."""
+    about: str  # what it asks, for `evaluate --help`
     load: Callable[[], Loaded]
-    protocols: tuple[Protocol, ...]
-    """The default first."""
-    metrics: tuple[str, ...]
-    """The headline first."""
+    protocols: tuple[Protocol, ...]  # the default first
+    metrics: tuple[str, ...]  # the headline first
+    # (item, summed log-probabilities of its choices) -> metrics; None: free answers
     score: Callable[[Item, Sequence[float]], dict[str, float]] | None
-    """(item, summed log-probabilities of its choices) -> metrics; None if the model writes its
-    answers freely (:mod:`grath_utils.evaluation.free_answers`)."""
     size: BenchmarkSize
-    files: tuple[HubFile, ...] = ()
-    """What is read from a mirror or the Hub; nothing for our own data."""
+    files: tuple[HubFile, ...] = ()  # read from a mirror or the Hub; none for our own data
 
 
 # --- rows to items -------------------------------------------------------------------------------
