@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from grath_utils.config import DPOConfig
-from grath_utils.dpo.data import PreferenceExample, tokenize_pairs
+from grath_utils.dpo.data import tokenize_pairs
 from grath_utils.dpo.drift import can_measure_drift, kl_per_token
 from grath_utils.dpo.round import reference_log_probs
 from grath_utils.engine.generation import generate
@@ -77,24 +77,27 @@ def measure_signals(
     Raises:
         ScoringError: a log-probability is not finite.
     """
-    examples = _tokenized(policy, pairs, dpo)
-    chosen, rejected, kl = [], [], []
+    try:
+        examples = tokenize_pairs(
+            policy.tokenizer,
+            pairs,
+            prompt_format=dpo.prompt_format,
+            max_prompt_length=dpo.max_prompt_length,
+            max_length=dpo.max_length,
+        ).examples
+    except DataError:  # none was held out, or all of them are too long
+        examples = ()
+    chosen, rejected, kl = [], [], [0.0] * len(examples)
     if examples:
         chosen, rejected = reference_log_probs(policy, examples, progress=progress)
         if not can_measure_drift(policy, base, examples):
             kl = None
-        elif policy is base:
-            kl = [0.0] * len(examples)
-        else:
+        elif policy is not base:
             kl = kl_per_token(policy, base, examples)
     asked = list(questions)[:ASKED]
     prompts = [render_chat(policy.tokenizer, question_messages(q.text)) for q in asked]
-    answers = [
-        completion.text.strip()
-        for completion in generate(
-            policy, prompts, max_new_tokens=FREE_ANSWER_TOKENS, progress=progress
-        )
-    ]
+    written = generate(policy, prompts, max_new_tokens=FREE_ANSWER_TOKENS, progress=progress)
+    answers = [completion.text.strip() for completion in written]
     return {
         "schema_version": SIGNALS_SCHEMA,
         "model": policy.fingerprint,
@@ -108,32 +111,12 @@ def measure_signals(
     }
 
 
-def _tokenized(
-    policy: Policy, pairs: Sequence[Pair], dpo: DPOConfig
-) -> tuple[PreferenceExample, ...]:
-    try:
-        return tokenize_pairs(
-            policy.tokenizer,
-            pairs,
-            prompt_format=dpo.prompt_format,
-            max_prompt_length=dpo.max_prompt_length,
-            max_length=dpo.max_length,
-        ).examples
-    except DataError:  # none was held out, or all of them are too long
-        return ()
-
-
 def text_health(questions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """Return cheap numbers in which a collapse of free answers shows.
+    """Return cheap numbers in which a collapse of free answers to questions shows.
 
-    Args:
-        questions: what was asked.
-        answers: one answer to each.
-
-    Returns:
-        ``words`` (mean number), ``distinct`` (different two-word sequences over all of them),
-        ``repetition`` (an answer turns in circles), ``non_answers`` (empty, refusing, "I
-        have no comment"): shares of the answers.
+    ``words`` is the mean number; ``distinct`` the share of different two-word sequences among all;
+    ``repetition`` (an answer turns in circles) and ``non_answers`` (empty, refusing, "I have no
+    comment") are shares of the answers.
     """
     texts = [split_words(answer) for answer in answers]
     two_words = [pair for text in texts for pair in pairwise(text)]
@@ -168,8 +151,8 @@ def margins(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
     """
     if base["pairs"] != after["pairs"]:
         raise DataError("the signals of two rounds stand on different held-out pairs")
-    gains = [np.subtract(after[side], base[side]) for side in ("chosen", "rejected")]
-    return np.asarray(gains[0] - gains[1], dtype=np.float64)
+    chosen, rejected = (np.subtract(after[side], base[side]) for side in ("chosen", "rejected"))
+    return np.asarray(chosen - rejected, dtype=np.float64)
 
 
 def displacement(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
@@ -178,18 +161,14 @@ def displacement(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarra
 
 
 def alarms(base: Mapping[str, Any], after: Mapping[str, Any], *, max_kl: float) -> list[str]:
-    """Return the signs of collapse in a round, in words; none is the good case.
+    """Return the signs of collapse in a round's signals, in words; none is the good case.
 
-    Args:
-        base: the signals of the base model.
-        after: the signals of the round.
-        max_kl: mean KL(policy || base) in nats a token that is too far.
+    ``max_kl`` is the mean KL(policy || base), in nats a token, from which drift is an alarm.
     """
     found = []
-    if after["kl"] and np.mean(after["kl"]) > max_kl:
+    if after["kl"] and (drift := np.mean(after["kl"])) > max_kl:
         found.append(
-            f"it has drifted {np.mean(after['kl']):.2f} nats a token from the base "
-            f"(loop.max_kl is {max_kl:g})"
+            f"it has drifted {drift:.2f} nats a token from the base (loop.max_kl is {max_kl:g})"
         )
     before, now = base["health"], after["health"]
     factor = max(now["words"], 1e-9) / max(before["words"], 1e-9)
@@ -222,7 +201,7 @@ class Choice:
 def choose_round(
     base: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], *, max_kl: float, seed: int
 ) -> Choice:
-    """Choose a round by held-out pairs and alarms, and say whether to go on.
+    """Choose a round by held-out pairs and alarms, and say whether another should follow.
 
     Of the rounds without alarm the best is that with the largest mean held-out margin over the
     base; the one that is kept is the *earliest* within one standard error of it (the rule of
@@ -250,7 +229,10 @@ def choose_round(
         return Choice(fit[-1], why, stop, warned)
     means = [float(g.mean()) for g in gains]
     best = max(fit, key=lambda t: means[t])
-    kept = next(t for t in fit if means[best] - means[t] <= _standard_error(gains[best], gains[t]))
+    kept = next(t for t in fit if means[best] - means[t] <= _standard_error(gains[best] - gains[t]))
+    if means[kept] <= 0:
+        why = f"no round raised the held-out margin (best: {means[best]:+.2f} nats)"
+        return Choice(None, f"{why}, so the base model is kept", stop, warned)
     low, high = interval(bootstrap_means(gains[kept], RESAMPLES, seed))
     why = (
         f"round {kept + 1}: held-out margin {means[kept]:+.2f} nats over the base "
@@ -262,18 +244,15 @@ def choose_round(
         why += (
             f"; round {best + 1} has {means[best]:+.2f}, which is within one standard error of it"
         )
-    if means[kept] <= 0:
-        why = f"no round raised the held-out margin (best: {means[best]:+.2f} nats)"
-        return Choice(None, f"{why}, so the base model is kept", stop, warned)
-    if stop is None and last and means[last] <= max(means[:last]):
+    if stop is None and last and means[last] <= (before := max(means[:last])):
         stop = (
-            f"round {last + 1} did not raise the held-out margin ({means[last]:+.2f} nats, "
-            f"{max(means[:last]):+.2f} before)"
+            f"round {last + 1} did not raise the held-out margin "
+            f"({means[last]:+.2f} nats, {before:+.2f} before)"
         )
     return Choice(kept, why, stop, warned)
 
 
-def _standard_error(one: np.ndarray, other: np.ndarray) -> float:
-    """Standard error of the mean paired difference; 0 for a single pair."""
-    difference = one - other
-    return float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
+def _standard_error(differences: np.ndarray) -> float:
+    """Standard error of the mean of paired differences; 0 for a single pair."""
+    n = len(differences)
+    return float(differences.std(ddof=1) / n**0.5) if n > 1 else 0.0

@@ -29,6 +29,9 @@ def load_policy(
 ) -> Policy:
     """Load a model by the name that users give.
 
+    What is left out is as the run recorded it for ``RUN_DIR@ITERATION``, and otherwise as
+    :class:`.config.ModelConfig` has it.
+
     Args:
         name: ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
             ``RUN_DIR@ITERATION`` (``runs/cpu@1`` is the model after the second DPO round,
@@ -41,23 +44,14 @@ def load_policy(
         revision: commit or tag of a Hub model.
         trainable: leave the adapter trainable (for continuing a round).
 
-        What is left out is as the run recorded it for ``RUN_DIR@ITERATION``, and otherwise as
-        :class:`.config.ModelConfig` has it.
-
     Raises:
         ModelError: no such model, or the adapter belongs to another base model.
         FetchError: the default model is neither in the cache nor downloadable.
-        UsageError: the device or the quantization is not to be had here.
+        UsageError: the device or the quantization is not available here.
     """
     base, adapters = resolve_name(name)
-    given = {
-        "quantization": quantization,
-        "dtype": dtype,
-        "device": device,
-        "revision": revision,
-    }
-    asked = replace(base, **{key: value for key, value in given.items() if value is not None})
-    policy = load_base(asked)
+    given = {"quantization": quantization, "dtype": dtype, "device": device, "revision": revision}
+    policy = load_base(replace(base, **{k: v for k, v in given.items() if v is not None}))
     if adapters:
         policy = apply_adapters(policy, adapters, trainable=trainable)
     return replace(policy, name=name)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ RUN_SCHEMA = 1
 BASE = "base"
 
 WITHOUT_EFFECT = ("dpo.report_to",)
-"""Settings that change no result: a run goes on with other ones."""
+"""Settings that change no result: a run may be continued with other ones."""
 
 
 def model_label(iteration: int | None) -> str:
@@ -123,7 +125,7 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     run = Run(Path(path).expanduser().resolve(), config)
     record = run.path / "run.json"
     if record.exists():
-        _check_same(run, _read_record(record)["config"])
+        _check_same(run, _recorded_config(record))
         check_untouched(run)
         return run
     if run.path.is_file():
@@ -134,17 +136,13 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
             raise ConfigError(
                 f"{run.path} is not empty and holds no run.json; choose another folder"
             )
-    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    write_json(
-        record,
-        {
-            "schema_version": RUN_SCHEMA,
-            "created": made,
-            "seed": config.seed,
-            "config": config.to_dict(),
-            **(facts or {}),
-        },
-    )
+    made = {
+        "schema_version": RUN_SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "config": config.to_dict(),
+    }
+    write_json(record, {**made, **(facts or {})})
     return run
 
 
@@ -156,38 +154,33 @@ def load_run(path: str | Path) -> Run:
         RunError: its record is damaged, or something in it was changed by hand.
     """
     folder = Path(path).expanduser().resolve()
-    if not (folder / "run.json").exists():
+    record = folder / "run.json"
+    if not record.exists():
         raise DataError(
             f"{folder} holds no run (no run.json); make one with "
             "`python -m grath_utils run --profile cpu --run-dir DIR`"
         )
-    run = Run(
-        folder, config_from_dict(_read_record(folder / "run.json")["config"], where=str(folder))
-    )
+    run = Run(folder, config_from_dict(_recorded_config(record), where=str(folder)))
     check_untouched(run)
     return run
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _recorded_config(record: Path) -> dict[str, Any]:
     try:
-        record = read_json(path)
-        if not isinstance(record["config"], dict):
+        config = read_json(record)["config"]
+        if not isinstance(config, dict):
             raise TypeError
     except (DataError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} is damaged or was edited by hand ({error}); restore it, or start again in a "
+            f"{record} is damaged or was edited by hand ({error}); restore it, or start again in a "
             "new folder"
         ) from error
-    return record
+    return config
 
 
 def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
-    lines = [
-        line
-        for line in differing_keys(run.config, recorded)
-        if line.partition(":")[0] not in WITHOUT_EFFECT
-    ]
-    if lines:
+    differing = differing_keys(run.config, recorded)
+    if lines := [line for line in differing if line.partition(":")[0] not in WITHOUT_EFFECT]:
         raise ConfigError(
             f"{run.path} was made by another configuration:\n  "
             + "\n  ".join(lines)
@@ -199,7 +192,7 @@ def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
 
 
 def record_made(run: Run, output: Path) -> bool:
-    """Note the hash of a stage's output; tell whether another one was noted there before."""
+    """Note the hash of a stage's output; return whether it takes the place of another one."""
     return processes.on_main(lambda: _note(run, output))
 
 
@@ -213,10 +206,10 @@ def _note(run: Run, output: Path) -> bool:
 
 
 def check_untouched(run: Run) -> None:
-    """Make sure that what the stages left is still as they left it; what is missing is made again.
+    """Check that what the stages left is still as they left it; what is missing is made again.
 
     Raises:
-        RunError: a file or folder was changed; which, and the ways on.
+        RunError: a file or folder was changed; which one, and what can be done.
     """
     for name, value in _manifest(run).items():
         path = run.path / name
@@ -245,6 +238,8 @@ def _manifest(run: Run) -> dict[str, str]:
 def _hash(path: Path) -> str:
     return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
 
+
+# --- one process at a time -----------------------------------------------------------------------
 
 LOCK_HOLDER = "GRATH_RUN_LOCK"
 """Environment variable: the run directory that this process, or one that started it, has locked."""
@@ -284,32 +279,17 @@ def _take(lock: FileLock, run: Run) -> None:
     sweep_partials(run.path)
 
 
+# --- where it was made ---------------------------------------------------------------------------
+
+
 def environment_facts() -> dict[str, Any]:
-    """Return versions and device for ``run.json`` and bug reports."""
-    import importlib.metadata as metadata
-    import platform
-
-    packages = "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib"
-    versions = {"python": platform.python_version()}
-    for name in [*packages.split(), "papermill", "jupyterlab", "numpy"]:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "versions": versions,
-        "device": device_facts(),
-    }
-
-
-def device_facts() -> dict[str, Any]:
-    """Return what the work runs on: processor count, memory, accelerator."""
-    import platform
-
+    """Return package versions, and what the work runs on, for ``run.json`` and bug reports."""
     import psutil
     import torch
 
-    facts = {
+    packages = "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib"
+    packages += " papermill jupyterlab numpy"
+    device = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -318,10 +298,17 @@ def device_facts() -> dict[str, Any]:
         "accelerator": "none",
     }
     if torch.cuda.is_available():
-        facts["accelerator"] = torch.cuda.get_device_name()
-        facts["accelerator_memory_gib"] = round(
-            torch.cuda.get_device_properties(0).total_memory / 2**30, 1
-        )
+        memory = torch.cuda.get_device_properties(0).total_memory
+        device["accelerator"] = torch.cuda.get_device_name()
+        device["accelerator_memory_gib"] = round(memory / 2**30, 1)
     elif torch.backends.mps.is_available():
-        facts["accelerator"] = "Apple MPS"
-    return facts
+        device["accelerator"] = "Apple MPS"
+    versions = {name: _version(name) for name in packages.split()}
+    return {"versions": {"python": platform.python_version(), **versions}, "device": device}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
