@@ -25,6 +25,7 @@ from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import label, read_grid
 from grath_utils.scale.sweep_results import PointOutcome
 from grath_utils.scale.sweeps import run_here
+from grath_utils.text import interval
 
 _CPU: Mapping[str, Any] = {
     "questions.limit": 32,
@@ -220,7 +221,7 @@ def verdicts(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[Any, .
     table = []
     for name, found in rows:
         low, high = (100 * bound for bound in found["ci95"])
-        shown = f"{100 * found['value']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        shown = interval(100 * found["value"], (low, high), "+.1f")
         if not found["gained"] + found["lost"]:  # no spread, so nothing to estimate it from
             least, verdict = "unknown", "no item moved"
         else:

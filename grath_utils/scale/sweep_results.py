@@ -21,6 +21,7 @@ from grath_utils.evaluation.statistics import t_interval
 from grath_utils.figures.plots import plot_sweep, plt
 from grath_utils.files import atomic_path, read_json, write_text
 from grath_utils.scale.grids import SHARED_SECTIONS, cell_of, label
+from grath_utils.text import interval
 
 PANELS_OF_A_BENCHMARK = 2  # metrics of each benchmark in the figure; the headline stands first
 LONGEST_ERROR = 300
@@ -216,5 +217,5 @@ def report_text(
 
 
 def _points(change: Mapping[str, Any]) -> str:
-    bounds = "" if change["ci95"] is None else " [{:+.1f}, {:+.1f}]"
-    return f"{100 * change['mean']:+.1f}" + bounds.format(*(100 * b for b in change["ci95"] or ()))
+    mean, bounds = 100 * change["mean"], [100 * bound for bound in change["ci95"] or ()]
+    return interval(mean, bounds, "+.1f") if bounds else f"{mean:+.1f}"
