@@ -85,9 +85,8 @@ def read_pairs(path: Path) -> list[Pair]:
         where = f"{path}, pair {number}"
         pair = Pair.from_row(row, where=where)
         if pair.id in pairs:
-            raise DataError(
-                f'{where}: id "{pair.id}" is that of pair {[*pairs].index(pair.id) + 1}'
-            )
+            first = [*pairs].index(pair.id) + 1
+            raise DataError(f'{where}: id "{pair.id}" is that of pair {first}')
         if pair.correct.strip() == pair.incorrect.strip():
             raise DataError(f'{where}: both answers are "{pair.correct}"')
         pairs[pair.id] = pair
@@ -188,9 +187,7 @@ def generate_pairs(
     todo = [number for number in range(len(chunks)) if number not in done]
 
     def write(number: int) -> list[dict[str, Any]]:
-        return [
-            dataclasses.asdict(each) for each in writer.write([tasks[i] for i in chunks[number]])
-        ]
+        return list(map(dataclasses.asdict, writer.write([tasks[i] for i in chunks[number]])))
 
     bar = {"desc": "pairs", "unit": "question", "file": sys.stderr}
     hidden = not (progress and processes.is_main())
@@ -200,9 +197,12 @@ def generate_pairs(
             done[number] = rows
             shown.update(len(rows))
 
+    too_long = WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))
+    written = [(task.question, too_long) for task in tasks]
     rows = [row for number in range(len(chunks)) for row in done[number]]
-    written = dict(zip(order, map(WrittenPair.from_row, rows), strict=True))
-    pairs, rejected = _sorted_out(tasks, written, old, iteration)
+    for i, row in zip(order, rows, strict=True):
+        written[i] = (tasks[i].question, WrittenPair.from_row(row))
+    pairs, rejected = _sorted_out(written, old, iteration)
     counts = dict(Counter(row["reason"] for row in rejected).most_common())
     if not pairs:
         raise RunError(
@@ -218,7 +218,7 @@ def generate_pairs(
         pairs=len(pairs),
         kept=sum(pair is old.get(pair.id) for pair in pairs),
         rejected=counts,
-        completions=sum(each.completions for each in written.values()),
+        completions=sum(each.completions for _, each in written),
         seconds=round(time.perf_counter() - started, 2),
         resumed=resumed,
     )
@@ -266,16 +266,11 @@ def _fitting(tasks: Sequence[Task], writer: Writer, skip_long: bool) -> list[int
 
 
 def _sorted_out(
-    tasks: Sequence[Task],
-    written: Mapping[int, WrittenPair],
-    old: Mapping[str, Pair],
-    iteration: int,
+    written: Sequence[tuple[Question, WrittenPair]], old: Mapping[str, Pair], iteration: int
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
     """Return the pairs, new and kept, and the rows of ``rejects.jsonl``."""
-    too_long = WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))
     pairs, rejected = [], []
-    for i, task in enumerate(tasks):
-        question, new = task.question, written.get(i, too_long)
+    for question, new in written:
         asked = {"id": question.id, "question": question.text, "iteration": iteration}
         rejected += [
             {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
