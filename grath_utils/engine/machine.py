@@ -19,9 +19,8 @@ def has_fast_bfloat16(device: str) -> bool:
     """Return True if the hardware multiplies bfloat16 itself (elsewhere float32 is faster)."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device == "cpu" and native
 
 
 def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
@@ -35,11 +34,11 @@ def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
     decided = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     if device != "cpu" or decided or not sys.platform.startswith("linux"):
         return False
-    m_trim_threshold, m_mmap_threshold = -1, -3
+    trim_threshold, mmap_threshold = -1, -3
     try:
         libc = ctypes.CDLL("libc.so.6")
-        kept = min(4 * largest, 2**31 - 1)
-        done = libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, kept)
+        done = libc.mallopt(mmap_threshold, largest)
+        done = done and libc.mallopt(trim_threshold, min(4 * largest, 2**31 - 1))
         libc.malloc_trim(0)
         return bool(done)
     except (OSError, AttributeError):  # another C library, such as musl
@@ -49,15 +48,15 @@ def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the libraries' own bars and notices while a model is loaded, wrapped or saved."""
-    from transformers.utils import logging as settings
+    from transformers.utils import logging
 
-    level = settings.get_verbosity()
-    settings.set_verbosity_error()
-    settings.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
             yield
     finally:
-        settings.set_verbosity(level)
-        settings.enable_progress_bar()
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

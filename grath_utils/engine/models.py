@@ -33,14 +33,10 @@ class Policy:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str
-    """What was asked for: ``default``, a Hub id, a folder, or ``RUN_DIR@ITERATION``."""
-    config: ModelConfig
-    """The base model and its quantization, dtype and device, resolved (no ``auto``)."""
-    fingerprint: str
-    """Changes whenever weights, quantization, dtype or adapter do."""
-    adapters: tuple[Path, ...] = ()
-    """The adapters applied to the base, in order: all but the last are merged into it."""
+    name: str  # what was asked for: `default`, a Hub id, a folder, or RUN_DIR@ITERATION
+    config: ModelConfig  # the base model, its quantization, dtype and device (no `auto`)
+    fingerprint: str  # changes whenever weights, quantization, dtype or adapter do
+    adapters: tuple[Path, ...] = ()  # on the base, in order: all but the last are merged into it
 
     @property
     def device(self) -> torch.device:
@@ -83,28 +79,19 @@ def load_base(config: ModelConfig) -> Policy:
         round_weights(model, config.quantization)
     if "device_map" not in options:
         model = model.to(config.device)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.use_cache = True
     # Some chat models ship sampling settings: here, each call says what it wants.
     settings = model.generation_config
-    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = (
-        False,
-        None,
-        None,
-        None,
-    )
+    settings.do_sample = False
+    settings.temperature = settings.top_p = settings.top_k = None
     model.eval()
     identity = [_weights_fingerprint(config, location), config.quantization, config.dtype]
     return Policy(model, tokenizer, config.name, config, fingerprint(identity))
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
-    """Replace ``auto`` by what this machine has.
-
-    Raises:
-        UsageError: a device that is not here.
-    """
+    """Replace ``auto`` by what this machine has; a device that is not here is a ``UsageError``."""
     device, dtype = config.device, config.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() and not processes.cpu_only() else "cpu"
@@ -123,11 +110,7 @@ def base_weights_fingerprint(config: ModelConfig) -> str:
 
 
 def _location(name: str) -> str:
-    """Return what ``from_pretrained`` takes for a base-model name: a folder, or the Hub id itself.
-
-    Raises:
-        ModelError: the name is neither a model folder nor the form of a Hub id.
-    """
+    """Return what ``from_pretrained`` takes for a base-model name: a folder, or the Hub id."""
     if name == DEFAULT_MODEL:
         return str(default_model_dir())
     folder = Path(name).expanduser()
@@ -177,7 +160,6 @@ def apply_adapters(
     beside the weights, frozen: the same function, without the rounding.
 
     Args:
-        policy: the base.
         adapters: folders, in the order in which they were trained.
         trainable: leave the last one trainable.
         fold_last: fold the last one, too.

@@ -27,11 +27,10 @@ import torch
 from grath_utils.engine.scoring import CPU_ROW_TOKENS, LOGIT_ROWS, row_logits, tree_row
 from grath_utils.engine.trie import build_trie
 
+# The longest row on a GPU: it fills the device, and masked-out attention stays below a tenth.
 GPU_ROW_TOKENS = 2048
-"""Longest row on a GPU: it fills the device, and masked-out attention stays below a tenth."""
 
-Example = dict[str, Any]
-"""``prompt_ids``, ``chosen_ids``, ``rejected_ids``: lists of token ids."""
+Example = dict[str, Any]  # prompt_ids, chosen_ids, rejected_ids: lists of token ids
 
 
 def row_limit(device: torch.device) -> int:
@@ -40,11 +39,7 @@ def row_limit(device: torch.device) -> int:
 
 
 def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.Tensor]]:
-    """Merge pairs into rows of at most ``row_tokens`` distinct tokens (a pair is never cut).
-
-    Args:
-        examples: the pairs of a batch.
-        row_tokens: tokens in a row; only a pair that is longer by itself passes it.
+    """Merge pairs into rows of at most ``row_tokens`` tokens, or of one pair that is longer.
 
     Returns:
         One dict a row, with ``P`` places that predict ``E`` answer tokens: what
@@ -88,8 +83,7 @@ def _row(examples: Sequence[Example], chunk: Sequence[int]) -> dict[str, torch.T
 class PackedCollator:
     """TRL's padded batch, with the same batch packed beside it as ``rows``."""
 
-    padded: Callable[[list[Example]], dict[str, Any]]
-    """TRL's ``DataCollatorForPreference``."""
+    padded: Callable[[list[Example]], dict[str, Any]]  # TRL's DataCollatorForPreference
     row_tokens: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -98,12 +92,10 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class PerToken:
-    """What TRL's loss and log read of each answer token, in the layout of the padded batch."""
+    """What TRL's loss and log read of each answer token: all (2 B, T - 1), 0 elsewhere."""
 
-    log_probs: torch.Tensor
-    """(2 B, T - 1) float32: log-probability of the token at the next position; 0 elsewhere."""
-    entropy: torch.Tensor
-    """(2 B, T - 1) of the distribution that the token was drawn from, in nats."""
+    log_probs: torch.Tensor  # float32: log-probability of the token at the next position
+    entropy: torch.Tensor  # of the distribution that the token was drawn from, in nats
     mean_logits: torch.Tensor
     is_top1: torch.Tensor
 
@@ -135,10 +127,7 @@ def packed_forward(
 def _target_outputs(
     logits: torch.Tensor, which: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probability, entropy, mean logit and "is the most probable" of a row's targets.
-
-    Each of shape (E,); only the first carries a gradient.
-    """
+    """Return the fields of :class:`PerToken`, each (E,); only the first carries a gradient."""
     totals, statistics = [], []
     for rows in logits.split(LOGIT_ROWS):  # a float32 copy of some rows stays in the cache
         rows = rows.float()

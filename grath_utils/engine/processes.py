@@ -1,12 +1,9 @@
 """Several processes of one launch that work on the same run, and how they agree.
 
-``accelerate launch``, ``torchrun`` and ``accelerate.notebook_launcher`` start the same program
-several times and tell each copy its rank. Here is all that the rest needs to know of it: who is
-the *main* process (rank 0), which alone writes, locks and reports; how work is dealt out; and how
-every process learns what another one found. Started as one process, all of this does nothing.
-
-Objects travel over gloo, whatever the tensors of training travel over: waiting for a process that
-computes for an hour is no error.
+``accelerate launch`` and ``torchrun`` start the same program several times and tell each copy its
+rank. Rank 0 is the *main* process, which alone writes, locks and reports. Started as one process,
+all of this does nothing. Objects travel over gloo, whatever the tensors of training travel over:
+waiting for a process that computes for an hour is no error.
 """
 
 from __future__ import annotations
@@ -24,8 +21,7 @@ from grath_utils.errors import RunError, UsageError
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = datetime.timedelta(days=2)
-"""How long a process waits for the others before it takes them for dead."""
+PATIENCE = datetime.timedelta(days=2)  # after it, the others are taken for dead
 
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
@@ -117,11 +113,7 @@ def from_main(value: T) -> T:
 
 
 def on_main(work: Callable[[], R]) -> R:
-    """Let the main process do ``work`` while the others wait; all return what it returned.
-
-    Raises:
-        Exception: what ``work`` raised, in every process, so that none waits for ever.
-    """
+    """Let the main process do ``work`` while the others wait; all return, or raise, what it did."""
     [(_, result)] = in_turns([work], lambda piece: piece())
     return result
 
@@ -130,10 +122,7 @@ def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R
     """Do independent pieces of work, each in one process, and yield all (piece, result) in order.
 
     A piece is done just as one process would do it, so results do not depend on how many there
-    are. Pieces that follow one another should take about as long as one another.
-
-    Raises:
-        Exception: what ``work`` raised in any process, in every process.
+    are. What ``work`` raises in any process is raised in all, so that none waits for ever.
     """
     count = size()
     if count == 1:
@@ -150,10 +139,7 @@ def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R
 
 
 def own_share(pieces: Sequence[T]) -> tuple[Sequence[T], int]:
-    """Return this process's run of neighbouring pieces, and the length of the longest such run.
-
-    For pieces that stand on the same earlier work as their neighbours.
-    """
+    """Return this process's run of neighbouring pieces, and the length of the longest such run."""
     each, more = divmod(len(pieces), size())
     own = rank() if size() > 1 else 0
     first = own * each + min(own, more)

@@ -1,10 +1,9 @@
 """Summed log-probabilities of completions: every distinct prefix is computed once.
 
-The requests' tokens form a trie (drawn in :mod:`.trie`). It is computed in a few hundred forward
-passes of some hundred tokens each. One pass holds many questions with all their answers in one
-row; a mask lets every token see its own prefix only, and its position is its depth. The keys and
-values of a long common prefix (the few-shot primer) are computed once and put before each row. The
-language-model head runs only where an answer's token is predicted.
+The requests' tokens form a trie (drawn in :mod:`.trie`). A forward pass holds many questions with
+all their answers in one row; a mask lets every token see its own prefix only, and its position is
+its depth. The keys and values of a long common prefix (the few-shot primer) are computed once and
+put before each row. The language-model head runs only where an answer's token is predicted.
 
 A model that does not honour such masks (found out by trying it on a small trie) is scored one whole
 sequence at a time instead: slower, the same numbers.
@@ -15,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,61 +37,46 @@ if TYPE_CHECKING:
 
     from grath_utils.engine.models import Policy
 
+# The longest row on a CPU, the fastest measured. Beyond it, masked-out attention costs more than
+# larger matrix products save.
 CPU_ROW_TOKENS = 512
-"""Longest row on a CPU: the fastest measured. Beyond it, masked-out attention costs more than
-larger matrix products save."""
-
-LOGIT_ROWS = 32
-"""Rows of logits turned to float32 at a time, so that they stay in the processor's cache."""
+LOGIT_ROWS = 32  # rows of logits turned to float32 at a time: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Score:
     """What a completion got."""
 
-    logprob: float
-    """Sum over the completion's tokens, in nats."""
-    tokens: int
-    """Number of tokens of the completion."""
-    straddles: bool
-    """A token spans the boundary between prompt and completion."""
+    logprob: float  # sum over the completion's tokens, in nats
+    tokens: int  # number of tokens of the completion
+    straddles: bool  # a token spans the boundary between prompt and completion
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """How much there was to compute, in tokens fed to the model."""
 
-    naive: int
-    """One sequence for each request."""
-    distinct: int
-    """One token for each distinct prefix: the floor."""
-    computed: int
-    """What the plan really feeds."""
+    naive: int  # one sequence for each request
+    distinct: int  # one token for each distinct prefix: the floor
+    computed: int  # what the plan really feeds
 
 
 @dataclass(frozen=True)
 class Plan:
     """Requests, encoded and cut into forward passes. The same requests give the same plan."""
 
-    method: str
-    """``tree`` or ``plain``."""
+    method: str  # tree or plain
     encoded: list[Encoded]
     trie: Trie
     blocks: list[Block]
-    edge_node: np.ndarray
-    """(edges,) ascending: the node that predicts, for each distinct (prefix, next token)."""
-    edge_token: np.ndarray
-    """(edges,) the token predicted there."""
-    edges: list[np.ndarray]
-    """For each request, the indices of its completion's edges."""
+    # An edge is a distinct (prefix, next token): the node that predicts, and what it predicts.
+    edge_node: np.ndarray  # (edges,) ascending
+    edge_token: np.ndarray  # (edges,)
+    edges: list[np.ndarray]  # for each request, the indices of its completion's edges
 
     @property
     def work(self) -> Work:
-        return Work(
-            naive=sum(e.length for e in self.encoded),
-            distinct=len(self.trie),
-            computed=sum(len(block.nodes) for block in self.blocks),
-        )
+        computed = sum(len(block.nodes) for block in self.blocks)
+        return Work(sum(e.length for e in self.encoded), len(self.trie), computed)
 
     def own_edges(self, block: Block) -> slice:
         """Return the edges whose node belongs to ``block``."""
@@ -105,8 +89,6 @@ def score_completions(
     *,
     batch_tokens: int = 4096,
     method: str = "auto",
-    done: Mapping[int, Sequence[float]] | None = None,
-    on_batch: Callable[[int, list[float], int], None] | None = None,
 ) -> list[Score]:
     """Return the summed log-probability of each request's completion given its prompt.
 
@@ -115,13 +97,12 @@ def score_completions(
         requests: duplicates cost nothing.
         batch_tokens: tokens in one forward pass; on a CPU at most ``CPU_ROW_TOKENS`` are taken.
         method: ``tree``, ``plain``, or ``auto`` (tree where the model can).
-        done, on_batch: as in :func:`run_plan`.
 
     Raises:
         ScoringError: an item cannot be encoded, or a score is not finite; the item is named.
     """
     plan = plan_requests(policy, requests, batch_tokens=batch_tokens, method=method)
-    return run_plan(policy, requests, plan, done=done, on_batch=on_batch)
+    return run_plan(policy, requests, plan)
 
 
 def plan_requests(
@@ -150,9 +131,9 @@ def plan_encoded(
     nodes = [path[len(path) - count :] for path, count in zip(paths, counts, strict=True)]
     tokens = [np.array(e.completion, dtype=np.int64) for e in encoded]
     pairs = np.stack([np.concatenate([none, *nodes]), np.concatenate([none, *tokens])])
-    (edge_node, edge_token), inverse = np.unique(pairs, axis=1, return_inverse=True)
-    edges = np.split(inverse.ravel(), np.cumsum(counts)[:-1]) if counts else []
-    return Plan(method, encoded, trie, blocks, edge_node, edge_token, edges)
+    edges, inverse = np.unique(pairs, axis=1, return_inverse=True)
+    own = np.split(inverse.ravel(), np.cumsum(counts)[:-1]) if counts else []
+    return Plan(method, encoded, trie, blocks, edge_node=edges[0], edge_token=edges[1], edges=own)
 
 
 @torch.inference_mode()
@@ -171,8 +152,8 @@ def run_plan(
         policy, requests, plan: what to score, and how.
         done: log-probabilities of passes computed before, by their number, to resume from.
         on_batch: called after each pass with its number, its log-probabilities and its tokens.
-        split: divide the passes among the processes of this launch. Each runs passes that one
-            process would run, and all return all scores; ``on_batch`` is called in all.
+        split: divide the passes among the processes of this launch; all return all scores, and
+            ``on_batch`` is called in all.
 
     Raises:
         ScoringError: a score is not finite; names the item.
@@ -184,7 +165,7 @@ def run_plan(
     todo = [number for number in range(len(plan.blocks)) if number not in done]
     own, turns = processes.own_share(todo) if split else (todo, len(todo))
     with _without_dropout(policy.model):
-        found = _passes(policy, plan, own)
+        found = _passes(policy, plan, set(own))
         for _ in range(turns):
             mine = next(found, None)
             for number, values in filter(None, processes.gather(mine) if split else [mine]):
@@ -192,7 +173,7 @@ def run_plan(
                 logprobs[edges] = values
                 bad = np.flatnonzero(~np.isfinite(values)) + edges.start
                 if len(bad):
-                    hit = next(i for i, own in enumerate(plan.edges) if np.isin(bad, own).any())
+                    hit = next(i for i, its in enumerate(plan.edges) if np.isin(bad, its).any())
                     raise ScoringError(
                         f"item {requests[hit].item}: the log-probability of "
                         f"{requests[hit].completion!r} is not finite; the model's weights are "
@@ -218,14 +199,14 @@ def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _passes(policy: Policy, plan: Plan, wanted: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+def _passes(policy: Policy, plan: Plan, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the number and log-probabilities of each wanted pass; run the prefixes they need."""
     from transformers import DynamicCache
 
     model = policy.model
     selects = accepts(model, "logits_to_keep")
     kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by block: keys, values so far
-    for number in sorted({*wanted}.union(*(plan.blocks[n].prefix for n in wanted))):
+    for number in sorted(wanted.union(*(plan.blocks[n].prefix for n in wanted))):
         block = plan.blocks[number]
         kept = {n: layers for n, layers in kept.items() if n in block.prefix}
         edges = plan.own_edges(block)
@@ -275,30 +256,27 @@ def row_logits(
     Args:
         model: the causal language model, wrapped or not.
         row: made by :func:`tree_row`, on the model's device.
-        dtype: of the hidden states.
+        dtype: of the hidden states, and so of the mask.
         selects: the model's forward takes ``logits_to_keep``, so the head runs where it is needed.
         cache: keys and values of a prefix that the whole row sees; the row's own are added.
     """
     places, visible = row["predictors"], row["visible"]
     past = cache.get_seq_length() if cache is not None else 0
-    # What is added to the attention scores, (1, 1, T, past + T). Each layer would make it of a
-    # boolean mask.
+    # Added to the attention scores, (1, 1, T, past + T); each layer would make it of a boolean one.
     mask = torch.zeros(len(visible), past + len(visible), dtype=dtype, device=visible.device)
     mask[:, past:].masked_fill_(~visible, torch.finfo(dtype).min)
-    options: dict[str, Any] = {"use_cache": cache is not None}
-    if cache is not None:
-        options["past_key_values"] = cache
+    options: dict[str, Any] = {}
     if selects:  # 1 stands for "the last only": there is no way to ask for none
         options["logits_to_keep"] = places if len(places) else 1
     logits = model(
         input_ids=row["ids"],
         position_ids=row["positions"],
         attention_mask=mask[None, None],
+        past_key_values=cache,
+        use_cache=cache is not None,
         **options,
     ).logits[0]
-    if selects and len(places):
-        return logits
-    return logits[places] if len(places) else logits[:0]
+    return logits[: len(places)] if selects else logits[places]
 
 
 def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -306,11 +284,7 @@ def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tens
 
     Args:
         logits: (rows, vocabulary), any floating dtype.
-        which: (edges,) the row of each wanted value.
-        targets: (edges,) its token.
-
-    Returns:
-        (edges,) float32.
+        which, targets: (edges,) the row and the token of each wanted value.
     """
     if not len(which):
         return torch.empty(0)
@@ -323,10 +297,10 @@ def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tens
 # --- can this model do it? -----------------------------------------------------------------------
 
 
+# What a token's log-probability may differ by in a 16-bit type, computed in two orders. It says
+# little about masks: rounding gave up to 0.16 on a model that training had drifted, and letting the
+# branches see each other 0.08 on its base. Hence _heeds_mask_and_positions.
 HALF_PRECISION_NATS = 0.5
-"""What a token's log-probability may differ by in a 16-bit type, computed in two orders. It says
-little about masks: rounding gave up to 0.16 on a model that training had drifted, and letting the
-branches see each other 0.08 on its base. Hence :func:`_heeds_mask_and_positions`."""
 
 
 def can_run_trees(policy: Policy, longest: int) -> bool:
@@ -336,59 +310,56 @@ def can_run_trees(policy: Policy, longest: int) -> bool:
     what it says must depend on mask and positions. Attention over a sliding window shorter than the
     longest sequence is refused, since the mask says nothing of windows.
     """
-    window = attention_window(policy.model)
+    model = policy.model
+    window = attention_window(model)
     needed = ("position_ids", "attention_mask", "past_key_values")
-    if (window and longest > window) or not all(accepts(policy.model, name) for name in needed):
+    if (window and longest > window) or not all(accepts(model, name) for name in needed):
         return False
+    # A primer and three branches, in rows so short that they are cut.
+    token = [(7 + 13 * i) % model.get_input_embeddings().num_embeddings for i in range(48)]
+    encoded = [
+        Encoded(np.array(token[:20] + first, dtype=np.int32), tuple(rest), straddles=False)
+        for first, rest in (
+            (token[20:22], token[22:27]),
+            (token[20:22], token[22:23] + token[30:36]),
+            (token[36:38], token[38:48]),
+        )
+    ]
+    requests = [Request("", "", "trial")] * len(encoded)
+    tree, plain = (
+        plan_encoded(policy, encoded, batch_tokens=10, method=method)
+        for method in ("tree", "plain")
+    )
     try:
-        return _heeds_mask_and_positions(policy) and _scores_alike(policy)
+        if not _heeds_mask_and_positions(policy, tree.trie):
+            return False
+        scores = [run_plan(policy, requests, plan) for plan in (tree, plain)]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # the ways in which models refuse a mask, a cache or a position
+    per_token = 1e-3 if model.dtype == torch.float32 else HALF_PRECISION_NATS
+    return all(
+        abs(a.logprob - b.logprob) <= per_token * a.tokens for a, b in zip(*scores, strict=True)
+    )
 
 
 @torch.inference_mode()
-def _heeds_mask_and_positions(policy: Policy) -> bool:
+def _heeds_mask_and_positions(policy: Policy, trie: Trie) -> bool:
     """Return True if another mask, and other positions, change the logits at all.
 
     A model that ignores either computes the very same numbers without it, in any precision.
     """
     from transformers import DynamicCache
 
-    model = policy.model
-    causal = torch.ones(12, 12, dtype=torch.bool).tril()
-    apart = causal.clone()
-    apart[8:, 4:8] = False  # the second branch does not see the first
-    in_order, branches = [*range(12)], [*range(8), *range(4, 8)]
+    model, nodes = policy.model, np.arange(len(trie))
+    row = tree_row(trie, nodes, nodes[-1:])
 
-    def logits(positions: list[int], visible: torch.Tensor) -> torch.Tensor:
-        ids = torch.arange(7, 163, 13) % model.get_input_embeddings().num_embeddings
-        row = {"ids": ids[None], "positions": torch.tensor([positions])}
-        row |= {"visible": visible, "predictors": torch.tensor([11])}
-        row = {name: tensor.to(policy.device) for name, tensor in row.items()}
+    def logits(**other: torch.Tensor) -> torch.Tensor:
+        here = {name: tensor.to(policy.device) for name, tensor in (row | other).items()}
         selects = accepts(model, "logits_to_keep")
-        return row_logits(model, row, model.dtype, selects=selects, cache=DynamicCache())
+        return row_logits(model, here, model.dtype, selects=selects, cache=DynamicCache())
 
     with _without_dropout(model):
-        right = logits(branches, apart)
-        others = logits(branches, causal), logits(in_order, apart)
-    return not any(torch.equal(right, other) for other in others)
-
-
-def _scores_alike(policy: Policy) -> bool:
-    """Score a primer and three branches both ways, in rows so short that they are cut."""
-    size = policy.model.get_input_embeddings().num_embeddings
-    token = [(7 + 13 * i) % size for i in range(48)]
-    branches = [token[20:27], token[20:23] + token[30:36], token[36:48]]
-    encoded = [
-        Encoded(np.array(token[:20] + first, dtype=np.int32), tuple(rest), straddles=False)
-        for first, rest in ((branch[:2], branch[2:]) for branch in branches)
-    ]
-    requests = [Request("", "", "trial")] * len(encoded)
-    tree, plain = (
-        run_plan(policy, requests, plan_encoded(policy, encoded, batch_tokens=10, method=method))
-        for method in ("tree", "plain")
-    )
-    per_token = 1e-3 if policy.model.dtype == torch.float32 else HALF_PRECISION_NATS
-    return all(
-        abs(a.logprob - b.logprob) <= per_token * a.tokens for a, b in zip(tree, plain, strict=True)
-    )
+        right = logits()
+        branches_see_each_other = logits(visible=torch.ones_like(row["visible"]).tril())
+        in_order = logits(positions=torch.from_numpy(nodes)[None])
+    return not (torch.equal(right, branches_see_each_other) or torch.equal(right, in_order))

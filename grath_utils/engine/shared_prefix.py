@@ -25,15 +25,15 @@ from grath_utils.engine.models import attention_window, unwrapped
 
 NAME = "grath_shared_prefix"
 
+# For each layer, keys and values of shape (1, kv heads, tokens, dim).
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
-"""For each layer, keys and values of shape (1, kv heads, tokens, dim)."""
 
 
 class SharedPrefixCache(Cache):
     """Keys and values: of the prefix once, and of ``slots`` sequences with ``room`` tokens each.
 
-    Slot ``s`` holds ``lengths[s]`` tokens after the prefix. A forward pass works on the slots
-    ``start … start + batch`` of :meth:`select`, which are views: nothing is gathered.
+    Slot ``s`` holds ``lengths[s]`` tokens after the prefix. A forward pass works on neighbouring
+    slots, which are views: nothing is gathered.
     """
 
     def __init__(self, prefix: Layers, slots: int, room: int):
@@ -47,14 +47,27 @@ class SharedPrefixCache(Cache):
             for layer in self.prefix
         ]
 
-    def select(self, start: int, batch: int, width: int, reach: int) -> None:
-        """Choose the slots of the next forward pass.
+    def forward(
+        self,
+        model: PreTrainedModel,
+        ids: torch.Tensor,
+        *,
+        reach: int,
+        start: int = 0,
+        keep: int = 1,
+    ) -> torch.Tensor:
+        """Feed new tokens to the slots from ``start`` on; :meth:`advance` makes them stay.
 
         Args:
-            start, batch: the slots.
-            width: new tokens a sequence, padding included.
-            reach: longest own part afterwards.
+            model: attends through this cache (:func:`attend_through`).
+            ids: (batch, width), padding included.
+            reach: length of the longest own part afterwards.
+            keep: the logits after how many of the last input tokens are wanted.
+
+        Returns:
+            Logits (batch, keep, vocabulary).
         """
+        batch, width = ids.shape
         self._rows, self._reach = slice(start, start + batch), reach
         # (batch, width): where in its slot each new token goes, and so its distance to the prefix
         self._places = self.lengths[self._rows, None] + torch.arange(width, device=self.device)
@@ -63,6 +76,13 @@ class SharedPrefixCache(Cache):
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         self.mask = torch.where(visible, zero, float("-inf"))[:, None]
         self._batch_index = torch.arange(start, start + batch, device=self.device)[:, None]
+        return model(
+            input_ids=ids,
+            position_ids=self.position_ids,
+            past_key_values=self,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -107,12 +127,8 @@ def shared_prefix_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend to the shared prefix and to the own tokens, merged by log-sum-exp.
 
-    Args:
-        query: (batch, heads, width, dim).
-        key, value: (batch, kv heads, reach, dim), the own part as the cache returned it.
-
-    Returns:
-        (batch, width, heads, dim), and None in the place of attention weights.
+    From the query (batch, heads, width, dim) and the own keys and values as the cache returned
+    them (batch, kv heads, reach, dim) to (batch, width, heads, dim) and no attention weights.
     """
     cache = _active
     if cache is None:
@@ -174,23 +190,6 @@ def attend_through(model: PreTrainedModel, cache: SharedPrefixCache) -> Iterator
         inner.set_attn_implementation(before)
 
 
-def cached_forward(
-    model: PreTrainedModel, cache: SharedPrefixCache, ids: torch.Tensor, *, keep: int = 1
-) -> torch.Tensor:
-    """Feed ``ids`` (batch, width) to the selected slots; return (batch, keep, vocabulary) logits.
-
-    Args:
-        keep: the logits after how many of the last input tokens are wanted.
-    """
-    return model(
-        input_ids=ids,
-        position_ids=cache.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=keep,
-    ).logits
-
-
 @torch.inference_mode()
 def compute_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Layers:
     """Return the (keys, values) of a prefix, for each layer."""
@@ -206,10 +205,9 @@ _trials: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 def why_not_shared(model: PreTrainedModel, longest: int) -> str:
-    """Return why a model cannot share a prefix up to ``longest`` tokens, or '' where it can.
+    """Return why a model cannot share a prefix in ``longest`` tokens, or '' where it can.
 
-    What attends in windows shorter than ``longest`` is left out by its configuration; for the
-    rest a few tokens are computed in both ways once for each model, and must agree.
+    Apart from windows, a few tokens are computed in both ways, once for each model.
     """
     window = attention_window(model)
     if window and window < longest:
@@ -234,8 +232,7 @@ def _trial(model: PreTrainedModel) -> str:
         cache = SharedPrefixCache(compute_prefix(model, ids[0, :8].tolist()), slots=2, room=4)
         with attend_through(model, cache):
             for start, stop in ((8, 11), (11, 12)):
-                cache.select(0, 2, stop - start, stop - 8)
-                logits = cached_forward(model, cache, ids[:, start:stop])
+                logits = cache.forward(model, ids[:, start:stop], reach=stop - 8)
                 cache.advance(stop - start)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         return f"its forward pass fails with a shared prefix ({error})"

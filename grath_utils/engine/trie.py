@@ -1,9 +1,9 @@
 """Token sequences as a trie, and the plan of forward passes that computes each of its nodes once.
 
-Evaluation asks one model about thousands of sequences that begin alike: all share the few-shot
-primer, all answers to a question share the question, and answers share their first words. A node
-of the trie is one distinct prefix, so no scorer that looks at every distinct prefix can run fewer
-tokens than there are nodes. Two answers to one question, and what each token sees::
+Evaluation asks one model about thousands of sequences that begin alike: the few-shot primer, then
+the question, then the first words of an answer. A node of the trie is one distinct prefix, so no
+scorer that looks at every distinct prefix can run fewer tokens than there are nodes. Two answers
+to one question, and what each token sees::
 
     P1 P2 Q1 +- A1 A2 (A3)        fed, in one row:     P1 P2 Q1 A1 A2 B1
              +- B1 (B2)           depth = position:     0  1  2  3  4  3
@@ -37,12 +37,9 @@ class Trie:
     """Distinct prefixes of token sequences, in preorder. All arrays have shape (nodes,)."""
 
     token: np.ndarray
-    depth: np.ndarray
-    """Position of the node's token in its sequence, from 0."""
-    end: np.ndarray
-    """One past the last node of the subtree."""
-    parent: np.ndarray
-    """-1 for the first token of a sequence."""
+    depth: np.ndarray  # position of the node's token in its sequence, from 0
+    end: np.ndarray  # one past the last node of the subtree
+    parent: np.ndarray  # -1 for the first token of a sequence
 
     def __len__(self) -> int:
         return len(self.token)
@@ -56,14 +53,7 @@ class Trie:
 
 
 def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[Trie, list[np.ndarray]]:
-    """Merge token sequences into a trie.
-
-    Args:
-        sequences: token ids; none may be empty. Duplicates are fine.
-
-    Returns:
-        The trie, and for each sequence, in the order given, the nodes of its tokens.
-    """
+    """Merge token sequences (none empty) into a trie; return it and each sequence's nodes."""
     # Big-endian bytes sort as the numbers do, and much faster than lists of them.
     keys = [np.asarray(ids, dtype=">u4").tobytes() for ids in sequences]
     none = np.empty(0, dtype=np.int64)
@@ -94,15 +84,13 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[Trie, list[np.ndarra
 class Block:
     """One forward pass: some nodes of the trie, over the cached keys and values of their prefix."""
 
-    nodes: np.ndarray
-    """What is fed in, ascending: uncached ancestors, fed again, then ``first .. last``."""
-    first: int
+    nodes: np.ndarray  # what is fed in, ascending: uncached ancestors, then first .. last
+    first: (
+        int  # the block's own nodes are first .. last (exclusive); each node belongs to one block
+    )
     last: int
-    """The block's own nodes are ``first .. last`` (exclusive); each node belongs to one block."""
-    prefix: tuple[int, ...] = ()
-    """Indices of the blocks whose keys and values come before, outermost first."""
-    keep: bool = False
-    """Whether later blocks need this one's keys and values."""
+    prefix: tuple[int, ...] = ()  # blocks whose keys and values come before, outermost first
+    keep: bool = False  # later blocks need this one's keys and values
 
 
 def plan_blocks(trie: Trie, budget: int) -> list[Block]:
@@ -110,11 +98,7 @@ def plan_blocks(trie: Trie, budget: int) -> list[Block]:
 
     A long unbranched run with much below it (a few-shot primer) becomes a kept block of its own;
     the rest is cut in preorder, preferably between questions, and what few ancestors a cut divides
-    are fed twice. Blocks come in an order in which every prefix is computed before its use.
-
-    Args:
-        trie: what to compute.
-        budget: tokens in one forward pass; a block passes it only by its repeated ancestors.
+    are fed twice: only these may take a block over the budget. Every prefix comes before its use.
     """
     planner = _Planner(trie, budget)
     planner.plan(0, len(trie), ())

@@ -11,8 +11,9 @@ import torch
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import generation, shared_prefix
-from grath_utils.engine.generation import Sampling, Stop, common_prefix, generate, sample_tokens
+from grath_utils.engine.generation import Stop, common_prefix, generate, sample_tokens
 from grath_utils.engine.models import load_base
+from grath_utils.engine.shared_prefix import SharedPrefixCache
 from grath_utils.errors import GrathError, UsageError
 
 PREFIX = "<|im_start|>user\nthe other thing in the end<|im_end|>\n" * 3
@@ -35,8 +36,8 @@ def reference(policy, prompt: str, count: int) -> list[int]:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
     )
     new = out[0, ids.shape[1] :].tolist()
-    ends = generation.end_token_ids(policy)
-    return new[: next((i for i, token in enumerate(new) if token in ends), len(new))]
+    end = policy.tokenizer.eos_token_id
+    return new[: new.index(end)] if end in new else new
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +55,10 @@ def test_greedy_equals_generate(tiny_policy, expected_tokens, method, batch_size
         assert completion.text == tiny_policy.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_prompts_without_a_common_beginning(tiny_policy):
-    prompts = ["the sky", "a stone", "who is there?"]
+@pytest.mark.parametrize("prompts", [["the sky", "a stone", "who is there?"], PROMPTS[:1], []])
+def test_prompts_without_a_common_beginning_one_and_none(tiny_policy, prompts):
     done = generate(tiny_policy, prompts, max_new_tokens=8, method="shared")
     assert [list(c.token_ids) for c in done] == [reference(tiny_policy, p, 8) for p in prompts]
-
-
-def test_one_prompt_and_none(tiny_policy):
-    (alone,) = generate(tiny_policy, PROMPTS[:1], max_new_tokens=8)
-    assert list(alone.token_ids) == reference(tiny_policy, PROMPTS[0], 8)
-    assert generate(tiny_policy, []) == []
 
 
 def test_text_and_token_ids_are_the_same_prompt(tiny_policy):
@@ -83,7 +78,7 @@ def test_a_given_prefix_is_used_and_checked(tiny_policy):
 
 def test_the_prefix_is_neither_copied_nor_grown(tiny_policy):
     prefix = generation.shared_beginning(tiny_policy, PROMPTS)
-    cache = shared_prefix.SharedPrefixCache(prefix.layers, slots=7, room=20)
+    cache = SharedPrefixCache(prefix.layers, slots=7, room=20)
     for (keys, values), (kept_keys, kept_values) in zip(prefix.layers, cache.prefix, strict=True):
         assert kept_keys.data_ptr() == keys.data_ptr()
         assert kept_values.data_ptr() == values.data_ptr()
@@ -187,13 +182,13 @@ def test_drafts_change_nothing_but_the_time(tiny_policy, expected_tokens, batch_
     prompts, drafts = PROMPTS + PROMPTS[:3], [*guesses, *guesses[:2], expected_tokens[2]]
     expected = expected_tokens + expected_tokens[:3]
     passes = []
-    forward = generation.cached_forward
+    forward = SharedPrefixCache.forward
 
     def counted(*arguments: Any, **options: Any) -> torch.Tensor:
         passes.append(1)
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(generation, "cached_forward", counted)
+    monkeypatch.setattr(SharedPrefixCache, "forward", counted)
     options = {"max_new_tokens": 12, "batch_size": batch_size}
     done = generate(tiny_policy, prompts, drafts=drafts, **options)
     assert [list(c.token_ids) for c in done] == expected
@@ -213,51 +208,49 @@ def test_drafts_stop_where_decoding_would(tiny_policy, expected_tokens):
     assert generate(tiny_policy, PROMPTS[:2], max_new_tokens=12, stop=stop, drafts=drafts) == plain
 
 
-def test_drafts_are_for_greedy_decoding(tiny_policy):
-    with pytest.raises(UsageError, match="greedy"):
-        sampled(tiny_policy, PROMPTS[:1], drafts=["x"])
-
-
 def test_tokens_are_drawn_by_probability():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(1000, 1)
     draws = [(i + 0.5) / 1000 for i in range(1000)]
-    tokens = sample_tokens(logits, Sampling(temperature=1.0, top_k=0), draws)
+    tokens = sample_tokens(logits, draws, temperature=1.0, top_k=0)
     assert [tokens.count(t) for t in range(3)] == [500, 300, 200]
 
 
-def test_only_top_p_and_top_k_are_drawn_from():
+@pytest.mark.parametrize(
+    ("options", "kept"), [({"top_p": 0.6}, {1, 2}), ({"top_p": 0.4}, {1}), ({"top_k": 2}, {1, 2})]
+)
+def test_only_top_p_and_top_k_are_drawn_from(options, kept):
     logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]])).repeat(100, 1)
     draws = [i / 100 for i in range(100)]
-    assert set(sample_tokens(logits, Sampling(1.0, top_p=0.6), draws)) == {1, 2}
-    assert set(sample_tokens(logits, Sampling(1.0, top_p=0.4), draws)) == {1}
-    assert set(sample_tokens(logits, Sampling(1.0, top_k=2), draws)) == {1, 2}
+    assert set(sample_tokens(logits, draws, temperature=1.0, **options)) == kept
 
 
 def test_last_draw_stays_inside():
-    logits = torch.zeros(1, 7)
-    assert sample_tokens(logits, Sampling(1.0, top_k=0), [0.999999999])[0] in range(7)
+    assert sample_tokens(torch.zeros(1, 7), [0.999999999], temperature=1.0, top_k=0)[0] in range(7)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_diverged_weights_are_an_error(bad):
-    logits = torch.tensor([[0.0, bad, 1.0]])
-    for sampling in (Sampling(), Sampling(1.0)):
-        with pytest.raises(GrathError, match="not finite"):
-            sample_tokens(logits, sampling, [0.5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_diverged_weights_are_an_error(bad, temperature):
+    with pytest.raises(GrathError, match="not finite"):
+        sample_tokens(torch.tensor([[0.0, bad, 1.0]]), [0.5], temperature=temperature)
 
 
 # --- bad input, and models that cannot ------------------------------------------------------------
 
 
-def test_bad_input(tiny_policy):
-    with pytest.raises(UsageError, match="prompt 1 is empty"):
-        generate(tiny_policy, ["a", ""])
-    with pytest.raises(UsageError, match="context of 2048 tokens"):
-        generate(tiny_policy, ["a b c"], max_new_tokens=2047)
-    with pytest.raises(UsageError, match="unknown method"):
-        generate(tiny_policy, ["a"], method="fast")
-    with pytest.raises(UsageError, match="impossible sampling"):
-        generate(tiny_policy, ["a"], do_sample=True, temperature=-1.0)
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (["a", ""], {}, "prompt 1 is empty"),
+        (["a b c"], {"max_new_tokens": 2047}, "context of 2048 tokens"),
+        (["a"], {"method": "fast"}, "unknown method"),
+        (["a"], {"do_sample": True, "temperature": -1.0}, "impossible sampling"),
+        (["a"], {"do_sample": True, "drafts": ["x"]}, "greedy"),
+    ],
+)
+def test_bad_input(tiny_policy, prompts, options, message):
+    with pytest.raises(UsageError, match=message):
+        generate(tiny_policy, prompts, **options)
 
 
 def test_sliding_window_falls_back_and_says_so(tiny_policy):
@@ -270,9 +263,7 @@ def test_sliding_window_falls_back_and_says_so(tiny_policy):
 
 
 def test_a_model_that_is_wrong_with_a_shared_prefix_is_found_out(tiny_policy, monkeypatch):
-    monkeypatch.setattr(
-        shared_prefix.SharedPrefixCache, "position_ids", property(lambda self: self._places)
-    )
+    monkeypatch.setattr(SharedPrefixCache, "position_ids", property(lambda self: self._places))
     reason = shared_prefix.why_not_shared(tiny_policy.model, 100)
     assert reason.startswith("its logits change when the prefix is shared")
 
@@ -282,22 +273,22 @@ def test_other_architectures_share_too():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, tie_word_embeddings=True)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert shared_prefix.why_not_shared(Qwen2ForCausalLM(config).eval(), 100) == ""
+        assert shared_prefix.why_not_shared(model, 100) == ""
 
 
-def test_common_prefix():
-    assert common_prefix([[1, 2, 3], [1, 2, 4, 5]]) == [1, 2]
-    assert common_prefix([[1, 2], [1, 2, 3]]) == [1]  # each keeps a token of its own
-    assert common_prefix([[1, 2, 3]]) == [1, 2]
-    assert common_prefix([[1], [2]]) == []
+@pytest.mark.parametrize(
+    ("sequences", "shared"),
+    [
+        ([[1, 2, 3], [1, 2, 4, 5]], [1, 2]),
+        ([[1, 2], [1, 2, 3]], [1]),  # each keeps a token of its own
+        ([[1, 2, 3]], [1, 2]),
+        ([[1], [2]], []),
+    ],
+)
+def test_common_prefix(sequences, shared):
+    assert common_prefix(sequences) == shared

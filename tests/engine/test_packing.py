@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from trl import DPOConfig as TRLConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from grath_utils.config import ModelConfig
 from grath_utils.dpo.adapters import add_adapter
 from grath_utils.dpo.data import collate, tokenize_pairs
 from grath_utils.dpo.loss import completion_log_probs
 from grath_utils.dpo.round import reference_log_probs
 from grath_utils.dpo.trainer import ReadyDataTrainer
-from grath_utils.engine.models import Policy
+from grath_utils.engine.models import Policy, load_base
 from grath_utils.engine.packing import PackedCollator, pack
 
 
@@ -120,9 +121,6 @@ def loss_and_gradients(policy: Policy, folder: Path, collator, **options):
 def test_loss_gradients_and_log_are_those_of_the_padded_batch(
     tiny_llama: Path, tmp_path: Path, limit: int, loss_type: str
 ) -> None:
-    from grath_utils.config import ModelConfig
-    from grath_utils.engine.models import load_base
-
     config = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
     padded = DataCollatorForPreference(2)
     kind = {"loss_type": [loss_type]}
@@ -140,9 +138,6 @@ def test_loss_gradients_and_log_are_those_of_the_padded_batch(
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
-    from grath_utils.config import ModelConfig
-    from grath_utils.engine.models import load_base
-
     config = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
     collator = PackedCollator(DataCollatorForPreference(2), 10**6)
     results = [

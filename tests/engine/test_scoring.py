@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grath_utils.config import ModelConfig
 from grath_utils.engine import scoring
 from grath_utils.engine.encoding import Request, encode_requests
-from grath_utils.engine.models import Policy
+from grath_utils.engine.models import Policy, load_base
 from grath_utils.engine.scoring import (
     can_run_trees,
     edge_logprobs,
@@ -138,9 +139,6 @@ def test_only_distinct_tokens_are_fed(tiny_policy: Policy, monkeypatch: pytest.M
 
 
 def test_in_bfloat16_the_sum_is_close(tiny_llama: Any) -> None:
-    from grath_utils.config import ModelConfig
-    from grath_utils.engine.models import load_base
-
     policy = load_base(ModelConfig(name=str(tiny_llama), dtype="bfloat16", device="cpu"))
     scores = score_completions(policy, REQUESTS, method="tree")
     for score, request in zip(scores, REQUESTS, strict=True):
@@ -243,22 +241,12 @@ def test_other_architectures(tiny_policy: Policy, kind: str) -> None:
     """Rotary, learned and ALiBi positions; whatever a model can do, the numbers are right."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    small = {
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 2048},
-        "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
-        "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 2048},
-    }
-    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    common |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    if kind == "gpt_neox":
-        common.pop("head_dim")
-    options = small.get(kind, {})
-    if kind not in ("gpt2", "bloom"):
-        options = {**common, **options}
-    size = len(tiny_policy.tokenizer)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    more = {"gemma2": {"head_dim": 16}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
+    sizes |= {"vocab_size": len(tiny_policy.tokenizer), "pad_token_id": 2, **more.get(kind, {})}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=size, pad_token_id=2, **options)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     policy = replace(tiny_policy, model=model)
     scores = score_completions(policy, REQUESTS)
     expected = [by_hand(policy, request) for request in REQUESTS]
@@ -268,16 +256,12 @@ def test_other_architectures(tiny_policy: Policy, kind: str) -> None:
 # --- numbers -------------------------------------------------------------------------------------
 
 
-def test_log_probabilities_are_computed_in_float32() -> None:
-    logits = torch.randn(40, 300, dtype=torch.float64) * 5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_computed_in_float32(dtype: torch.dtype) -> None:
+    logits = (torch.randn(40, 300) * 5).to(dtype)
     which, targets = torch.tensor([0, 0, 39]), torch.tensor([5, 6, 299])
-    expected = logits.log_softmax(-1)[which, targets]
-    assert torch.allclose(
-        edge_logprobs(logits.float(), which, targets).double(), expected, atol=1e-5
-    )
-    rough = logits.bfloat16()
-    exact = rough.double().log_softmax(-1)[which, targets]
-    assert torch.allclose(edge_logprobs(rough, which, targets).double(), exact, atol=1e-5)
+    expected = logits.double().log_softmax(-1)[which, targets]
+    assert torch.allclose(edge_logprobs(logits, which, targets).double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -289,16 +273,17 @@ def test_a_score_that_is_not_finite_names_the_item(tiny_policy: Policy, value: f
 
 
 def test_resuming_gives_the_same_numbers_and_runs_only_what_is_missing(tiny_policy: Policy) -> None:
+    plan = plan_requests(tiny_policy, REQUESTS, batch_tokens=40)
     passes: dict[int, list[float]] = {}
-    whole = score_completions(
-        tiny_policy, REQUESTS, batch_tokens=40, on_batch=lambda n, v, t: passes.update({n: v})
+    whole = scoring.run_plan(
+        tiny_policy, REQUESTS, plan, on_batch=lambda n, v, t: passes.update({n: v})
     )
     assert len(passes) > 4
     last = max(passes)
     kept = {n: v for n, v in passes.items() if n != last}
     again: list[int] = []
-    resumed = score_completions(
-        tiny_policy, REQUESTS, batch_tokens=40, done=kept, on_batch=lambda n, v, t: again.append(n)
+    resumed = scoring.run_plan(
+        tiny_policy, REQUESTS, plan, done=kept, on_batch=lambda n, v, t: again.append(n)
     )
     assert resumed == whole
     assert again == [last]
