@@ -309,5 +309,5 @@ def test_shared_shots_are_shared(make: Any) -> None:
     benchmark = load_benchmark("arc_challenge")
     shared = build_prompts(benchmark, find_protocol("arc_challenge", "shared"), None)
     assert len({prompt.rpartition("\n\n")[0] for prompt in shared}) == 1
-    anew = build_prompts(benchmark, find_protocol("arc_challenge", "lm-eval"), None)
-    assert len({prompt.rpartition("\n\n")[0] for prompt in anew}) == 2
+    each = build_prompts(benchmark, find_protocol("arc_challenge", "lm-eval"), None)
+    assert len({prompt.rpartition("\n\n")[0] for prompt in each}) == 2

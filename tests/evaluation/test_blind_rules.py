@@ -18,11 +18,7 @@ from grath_utils.evaluation.blind_rules import (
     UNIFORM_MC2,
     answer_words,
     blind_rule_scores,
-    contains_negation,
     has_negation,
-    longest_answer,
-    negation_then_odd_one_out,
-    odd_one_out,
     rule_accuracy,
     word_overlap,
 )
@@ -31,14 +27,8 @@ HALF, THIRD = 1 / 2, 1 / 3
 
 
 def test_words_keep_contractions_whole() -> None:
-    assert answer_words("It isn't so; THEY\u2019VE 2 cats.") == [
-        "it",
-        "isn't",
-        "so",
-        "they've",
-        "2",
-        "cats",
-    ]
+    words = ["it", "isn't", "so", "they've", "2", "cats"]
+    assert answer_words("It isn't so; THEY\u2019VE 2 cats.") == words
     assert answer_words("...") == []
 
 
@@ -75,46 +65,39 @@ def test_word_overlap_by_hand() -> None:
     assert word_overlap("", "...") == 0.0
 
 
-def test_longest_answer_counts_characters_and_shares_ties() -> None:
-    assert longest_answer(["ab", "abcd", "a b"]) == [0, 1, 0]
-    assert longest_answer(["abc", "a", "a c"]) == [HALF, 0, HALF]
+NEGATED = ["not a b", "not a c", "a b d", "x y"]
 
 
-def test_contains_negation_by_hand() -> None:
-    assert contains_negation(["It is not.", "It is.", "It may be."]) == [1, 0, 0]
-    assert contains_negation(["It is not.", "It is.", "No."]) == [HALF, 0, HALF]
-    # Where the rule cannot tell the choices apart, it guesses.
-    assert contains_negation(["It is.", "It was.", "It may be."]) == [THIRD] * 3
-    assert contains_negation(["No.", "Not now.", "Never."]) == [THIRD] * 3
-
-
-def test_odd_one_out_by_hand() -> None:
-    # Overlaps: (0, 1) 2/4, (0, 2) 0, (1, 2) 0; so choice 2 has the lowest mean, 0.
-    assert odd_one_out(["a b c", "b c d", "x y"]) == [0, 0, 1]
-    # Overlaps: (0, 1) 1/3, (0, 2) 1/3, (1, 2) 1/3: all three tie.
-    assert odd_one_out(["a b", "b c", "a c"]) == [THIRD] * 3
-    # Of two choices, each is as far from the other as the other from it.
-    assert odd_one_out(["a b c", "c"]) == [HALF, HALF]
-
-
-def test_negation_then_odd_one_out_by_hand() -> None:
-    # Choices 0 and 1 negate. Mean overlaps: 0 with (1, 2, 3): (2/4 + 2/4 + 0) / 3 = 1/3;
-    # 1 with (0, 2, 3): (2/4 + 1/5 + 0) / 3 = 7/30. So 1, though 3 overlaps with nothing.
-    choices = ["not a b", "not a c", "a b d", "x y"]
-    assert negation_then_odd_one_out(choices) == [0, 1, 0, 0]
-    assert odd_one_out(choices) == [0, 0, 0, 1]
-    # A single negated choice is picked whatever it overlaps with.
-    assert negation_then_odd_one_out(["not a", "a", "a b", "x"]) == [1, 0, 0, 0]
-
-
-@pytest.mark.parametrize("choices", [["a b", "a c", "x"], ["not a b", "not a c", "never x"]])
-def test_with_none_or_all_negated_the_odd_one_out_decides(choices: list[str]) -> None:
-    assert negation_then_odd_one_out(choices) == odd_one_out(choices) == [0, 0, 1]
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_a_single_choice_is_certain(name: str) -> None:
-    assert RULES[name](["It is not so."]) == [1.0]
+@pytest.mark.parametrize(
+    ("name", "choices", "expected"),
+    [
+        ("longest_answer", ["ab", "abcd", "a b"], [0, 1, 0]),
+        ("longest_answer", ["abc", "a", "a c"], [HALF, 0, HALF]),
+        ("contains_negation", ["It is not.", "It is.", "It may be."], [1, 0, 0]),
+        ("contains_negation", ["It is not.", "It is.", "No."], [HALF, 0, HALF]),
+        # Where the rule cannot tell the choices apart, it guesses.
+        ("contains_negation", ["It is.", "It was.", "It may be."], [THIRD] * 3),
+        ("contains_negation", ["No.", "Not now.", "Never."], [THIRD] * 3),
+        # Overlaps: (0, 1) 2/4, (0, 2) 0, (1, 2) 0; so choice 2 has the lowest mean, 0.
+        ("odd_one_out", ["a b c", "b c d", "x y"], [0, 0, 1]),
+        # Overlaps: (0, 1) 1/3, (0, 2) 1/3, (1, 2) 1/3: all three tie.
+        ("odd_one_out", ["a b", "b c", "a c"], [THIRD] * 3),
+        # Of two choices, each is as far from the other as the other from it.
+        ("odd_one_out", ["a b c", "c"], [HALF, HALF]),
+        # Choices 0 and 1 negate. Mean overlaps: 0 with (1, 2, 3): (2/4 + 2/4 + 0) / 3 = 1/3;
+        # 1 with (0, 2, 3): (2/4 + 1/5 + 0) / 3 = 7/30. So 1, though 3 overlaps with nothing.
+        ("negation_then_odd_one_out", NEGATED, [0, 1, 0, 0]),
+        ("odd_one_out", NEGATED, [0, 0, 0, 1]),
+        # A single negated choice is picked whatever it overlaps with.
+        ("negation_then_odd_one_out", ["not a", "a", "a b", "x"], [1, 0, 0, 0]),
+        # With none or all negated, the odd one out decides.
+        ("negation_then_odd_one_out", ["a b", "a c", "x"], [0, 0, 1]),
+        ("negation_then_odd_one_out", ["not a b", "not a c", "never x"], [0, 0, 1]),
+        *((name, ["It is not so."], [1]) for name in RULES),
+    ],
+)
+def test_rules_by_hand(name: str, choices: list[str], expected: list[float]) -> None:
+    assert RULES[name](choices) == expected
 
 
 @pytest.mark.parametrize("choices", [[], "It is not so."])

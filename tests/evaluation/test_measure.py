@@ -17,6 +17,7 @@ from grath_utils.engine.models import Policy
 from grath_utils.errors import ScoringError, UsageError
 from grath_utils.evaluation import free_answers as answers
 from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark
+from grath_utils.evaluation.blind_rules import RULES
 from grath_utils.evaluation.free_answers import answer_metrics, cut, declines, repeats
 from grath_utils.evaluation.measure import compare, control_values, evaluate, explained_by_rules
 from grath_utils.evaluation.metrics import accuracy_metrics, mc1, mc2, mc3, truthfulqa_metrics
@@ -93,12 +94,7 @@ def test_the_schema(probe_result: dict[str, Any]) -> None:
     assert result["schema_version"] == 1
     for key in ("protocol", "source", "data_fingerprint", "per_category", "calibration", "notes"):
         assert result[key], key
-    assert (result["benchmark"], result["n"], result["limit"], result["seed"]) == (
-        "probe",
-        12,
-        12,
-        1,
-    )
+    assert [result[key] for key in ("benchmark", "n", "limit", "seed")] == ["probe", 12, 12, 1]
     assert set(result["model"]) == {"name", "fingerprint", "quantization", "dtype", "device"}
     assert list(result["metrics"]) == ["mc1", "mc2", "mc3"]
     for name, metric in result["metrics"].items():
@@ -125,14 +121,7 @@ def test_the_metrics_are_those_of_the_scores(probe_result: dict[str, Any]) -> No
 
 def test_the_controls_stand_beside_the_result(probe_result: dict[str, Any]) -> None:
     rules = probe_result["controls"]
-    assert set(rules) == {
-        "chance",
-        "longest_answer",
-        "contains_negation",
-        "odd_one_out",
-        "negation_then_odd_one_out",
-        "uniform_mc2",
-    }
+    assert set(rules) == {*RULES, "uniform_mc2"}
     items = load_benchmark("probe", limit=12, seed=1).items
     assert rules["chance"] == pytest.approx(np.mean([1 / len(item.mc1) for item in items]))
     assert rules == control_values(items)
@@ -185,12 +174,7 @@ def test_a_model_whose_scores_are_nan_gets_an_error_and_no_file(
 def test_a_killed_evaluation_resumes(
     tiny_policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {
-        "limit": 12,
-        "batch_tokens": 256,
-        "bootstrap": 100,
-        "progress": False,
-    }
+    options: Any = {"limit": 12, "batch_tokens": 256, "bootstrap": 100, "progress": False}
     whole = evaluate(tiny_policy, "probe", **options)
     out = tmp_path / "deep" / "r.json"
     real, left = Journal.append, 4
@@ -284,9 +268,7 @@ GEN = Item(
     "answer",
     [
         "\nA: Fortune cookies come from China.",
-        " The origin of cookies . is unclear",
-        "",
-        "I have no comment.",
+        *(" The origin of cookies . is unclear", "", "I have no comment."),
     ],
 )
 def test_similarities_are_those_of_lm_eval(answer: str) -> None:
