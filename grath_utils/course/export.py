@@ -13,7 +13,8 @@ from grath_utils import __version__
 from grath_utils.course.dashboard import choice_line
 from grath_utils.course.report import comparison_table
 from grath_utils.engine.generation import generate
-from grath_utils.engine.models import Policy, apply_adapters, load_base, quiet_transformers
+from grath_utils.engine.machine import quiet_transformers
+from grath_utils.engine.models import Policy, apply_adapters, load_base
 from grath_utils.errors import ModelError, UsageError
 from grath_utils.files import atomic_path, write_text
 from grath_utils.loop.named_models import resolve_name

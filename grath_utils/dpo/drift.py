@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from grath_utils.dpo.data import PreferenceExample
-from grath_utils.engine.models import Policy
-from grath_utils.engine.packing import pack, row_limit, row_logits
-from grath_utils.engine.scoring import LOGIT_ROWS, accepts, can_run_trees
+from grath_utils.engine.models import Policy, accepts
+from grath_utils.engine.packing import pack, row_limit
+from grath_utils.engine.scoring import LOGIT_ROWS, can_run_trees, row_logits
 from grath_utils.errors import UsageError
 
 

@@ -33,9 +33,9 @@ from grath_utils.dpo.loss import dpo_loss
 from grath_utils.dpo.tracking import start_trackers
 from grath_utils.engine import processes
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.engine.models import Policy, activate_adapters
+from grath_utils.engine.models import Policy, accepts, activate_adapters
 from grath_utils.engine.packing import PackedCollator, packed_forward, row_limit
-from grath_utils.engine.scoring import accepts, can_run_trees
+from grath_utils.engine.scoring import can_run_trees
 from grath_utils.errors import CollapseError, ConfigError, TrainingError
 from grath_utils.files import explained_write_errors, write_json
 

@@ -90,7 +90,7 @@ def workload(config: Config) -> dict[str, int]:
 # product on the same machine, plus the second. That part (norms, softmax, memory, Python) gets no
 # faster where products do, so the faster the products, the smaller the share of their rate.
 CPU_COSTS = {"write": (0.88, 2.3e-12), "train": (1.2, 4.5e-12), "score": (1.6, 1.3e-12)}
-CPU_KEPT = 2 * GIB  # freed blocks that the allocator may keep (models.keep_freed_memory)
+CPU_KEPT = 2 * GIB  # freed blocks that the allocator may keep (machine.keep_freed_memory)
 CPU_ROW_TOKENS = 512  # a row of scoring; on a GPU it is evaluation.batch_tokens
 # Assumed: no GPU run was long enough to be limited by its arithmetic.
 GPU_REACHED = (("write", 0.3), ("train", 0.4), ("score", 0.4))

@@ -14,7 +14,8 @@ from grath_utils.course.exercises.judging import (
     hold,
     near,
 )
-from grath_utils.engine.models import Policy, quiet_transformers
+from grath_utils.engine.machine import quiet_transformers
+from grath_utils.engine.models import Policy
 from grath_utils.errors import did_you_mean
 from grath_utils.loop.run_dir import Run
 from grath_utils.scale import costs
