@@ -25,7 +25,6 @@ def load_policy(
     dtype: str | None = None,
     device: str | None = None,
     revision: str | None = None,
-    trainable: bool = False,
 ) -> Policy:
     """Load a model by the name that users give.
 
@@ -42,7 +41,6 @@ def load_policy(
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
         revision: commit or tag of a Hub model.
-        trainable: leave the adapter trainable (for continuing a round).
 
     Raises:
         ModelError: no such model, or the adapter belongs to another base model.
@@ -53,7 +51,7 @@ def load_policy(
     given = {"quantization": quantization, "dtype": dtype, "device": device, "revision": revision}
     policy = load_base(replace(base, **{k: v for k, v in given.items() if v is not None}))
     if adapters:
-        policy = apply_adapters(policy, adapters, trainable=trainable)
+        policy = apply_adapters(policy, adapters)
     return replace(policy, name=name)
 
 

@@ -28,13 +28,7 @@ from filelock import FileLock, Timeout
 from grath_utils.config import Config, config_from_dict, differing_keys
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, DataError, RunError
-from grath_utils.files import (
-    fingerprint_folder,
-    read_json,
-    sha256_file,
-    sweep_partials,
-    write_json,
-)
+from grath_utils.files import fingerprint_folder, read_json, sha256_file, sweep_partials, write_json
 
 RUN_SCHEMA = 1
 BASE = "base"
@@ -125,7 +119,13 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     run = Run(Path(path).expanduser().resolve(), config)
     record = run.path / "run.json"
     if record.exists():
-        _check_same(run, _recorded_config(record))
+        differing = differing_keys(config, _recorded_config(record))
+        if lines := [line for line in differing if line.partition(":")[0] not in WITHOUT_EFFECT]:
+            raise ConfigError(
+                f"{run.path} was made by another configuration:\n  "
+                + "\n  ".join(lines)
+                + "\nUse the same settings to continue it, or another run directory"
+            )
         check_untouched(run)
         return run
     if run.path.is_file():
@@ -176,16 +176,6 @@ def _recorded_config(record: Path) -> dict[str, Any]:
             "new folder"
         ) from error
     return config
-
-
-def _check_same(run: Run, recorded: Mapping[str, Any]) -> None:
-    differing = differing_keys(run.config, recorded)
-    if lines := [line for line in differing if line.partition(":")[0] not in WITHOUT_EFFECT]:
-        raise ConfigError(
-            f"{run.path} was made by another configuration:\n  "
-            + "\n  ".join(lines)
-            + "\nUse the same settings to continue it, or another run directory"
-        )
 
 
 # --- what was made, as it was made ---------------------------------------------------------------

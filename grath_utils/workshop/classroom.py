@@ -43,7 +43,7 @@ from grath_utils.files import (
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import run_stages
 from grath_utils.workshop import set_up
-from grath_utils.workshop.checkpoints import CHECKPOINTS, PARTS
+from grath_utils.workshop.checkpoints import CHECKPOINTS, STAGE_FILES
 
 MANIFEST = "manifest.json"
 LOCK = "requirements.lock"
@@ -212,8 +212,8 @@ def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> 
 def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
     """Return the files to copy, by the names that they get."""
     # Not the run's notebooks, which name places on this machine.
-    state = ["run.json", run.manifest.name, run.questions.name, run.report.name, *PARTS]
-    state += [f"{part}/**/*" for part in PARTS]
+    state = ["run.json", run.manifest.name, run.questions.name, run.report.name, *STAGE_FILES]
+    state += [f"{part}/**/*" for part in STAGE_FILES]
     model = default_model_dir()
     benchmarks = ("**/*.jsonl", "**/*.json", "**/*.md") if mirror else ()
     return {

@@ -16,7 +16,7 @@ from grath_utils.errors import ConfigError, DataError, RunError, UsageError
 from grath_utils.files import read_json, sha256_file, write_json
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import check_ready, plan_stages, start_run, train_iteration
-from grath_utils.workshop import checkpoints as workshop
+from grath_utils.workshop import checkpoints
 
 
 @pytest.fixture
@@ -32,13 +32,13 @@ def finished(tmp_path: Path, config: Config) -> Run:
         write_pairs(run, t)
         run.rejects(t).write_text("", encoding="utf-8")
         train_iteration(run, t, progress=False)
-    workshop.make_state(run, "04", progress=False, say=lambda line: None)
+    checkpoints.make_state(run, "04", progress=False, say=lambda line: None)
     return run
 
 
 def test_each_notebook_needs_what_those_before_it_leave(tmp_path: Path, config: Config) -> None:
     run = start_run(tmp_path / "run", config)
-    needed = {at: workshop.needed_stages(run, at) for at in workshop.NOTEBOOKS}
+    needed = {at: checkpoints.needed_stages(run, at) for at in checkpoints.NOTEBOOKS}
     outputs = {at: {stage.output for stage in plan} for at, plan in needed.items()}
     assert outputs["00"] == outputs["01"] == set()
     assert outputs["02"] == {run.pairs(0)}
@@ -50,7 +50,7 @@ def test_each_notebook_needs_what_those_before_it_leave(tmp_path: Path, config: 
     assert outputs["05"] == outputs["06"] == set()  # they make their own runs
     assert outputs["end"] == {stage.output for stage in plan_stages(run)}
     with pytest.raises(UsageError, match='no notebook "3"; did you mean "03"'):
-        workshop.needed_stages(run, "3")
+        checkpoints.needed_stages(run, "3")
 
 
 def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, config: Config) -> None:
@@ -58,7 +58,7 @@ def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, confi
     run = start_run(tmp_path / "run", config)
     for path in numbered_notebooks():
         at = path.name[:2]
-        assert at in workshop.NOTEBOOKS
+        assert at in checkpoints.NOTEBOOKS
         code = "".join(
             "".join(cell["source"]) + "\n"
             for cell in read_json(path)["cells"]
@@ -66,7 +66,7 @@ def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, confi
         )
         for wanted in re.findall(r"check_ready\(run, (\[.*?\]), \"", code):
             scope = {"run": run, "rounds": range(config.loop.iterations)}
-            made = {stage.output for stage in workshop.needed_stages(run, at)}
+            made = {stage.output for stage in checkpoints.needed_stages(run, at)}
             assert set(eval(wanted, scope)) <= made, f"{path.name} needs more"
 
 
@@ -85,21 +85,21 @@ def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, confi
     ],
 )
 def test_whose_work_a_file_is(path: str, notebook: str) -> None:
-    assert workshop.notebook_of(PurePath(path)) == notebook
+    assert checkpoints.notebook_of(PurePath(path)) == notebook
 
 
 def test_what_is_missing_is_computed_and_nothing_twice(tmp_path: Path, config: Config) -> None:
     run = start_run(tmp_path / "run", config)
     write_pairs(run, 0)
     lines: list[str] = []
-    workshop.make_state(run, "03", progress=False, say=lines.append)
+    checkpoints.make_state(run, "03", progress=False, say=lines.append)
     assert any("train, iteration 0" in line for line in lines)
     assert not any("pairs" in line for line in lines)
     assert run.adapter(0).is_dir()
     assert not run.pairs(1).exists()
     check_ready(run, [run.pairs(0), run.adapter(0)], "02_qlora_dpo")
     lines.clear()
-    workshop.make_state(run, "03", progress=False, say=lines.append)
+    checkpoints.make_state(run, "03", progress=False, say=lines.append)
     assert lines == []
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_copied_up_to_the_notebook(
 ) -> None:
     run = start_run(tmp_path / "late", config)
     lines: list[str] = []
-    workshop.copy_state(run, "03", finished, say=lines.append)
+    checkpoints.copy_state(run, "03", finished, say=lines.append)
     assert run.pairs(0).read_bytes() == finished.pairs(0).read_bytes()
     weights = "adapter_model.safetensors"
     assert sha256_file(run.adapter(0) / weights) == sha256_file(finished.adapter(0) / weights)
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_copied_up_to_the_notebook(
     assert str(finished.path) in lines[0]
     # It goes on from there, and a second copy changes nothing.
     before = (run.path / "run.json").read_bytes()
-    workshop.copy_state(run, "03", finished, say=lines.append)
+    checkpoints.copy_state(run, "03", finished, say=lines.append)
     assert (run.path / "run.json").read_bytes() == before
     assert start_run(run.path, config).config == config
 
@@ -130,13 +130,13 @@ def test_other_settings_questions_and_weights_are_refused(
 ) -> None:  # fmt: skip
     other = start_run(tmp_path / "a", config_for(tiny_llama, questions, **{"dpo.beta": 0.5}))
     with pytest.raises(ConfigError, match=r"dpo.beta: 0.5 here, 0.1 there"):
-        workshop.copy_state(other, "02", finished)
+        checkpoints.copy_state(other, "02", finished)
     run = start_run(tmp_path / "b", config)
     for section, key in (("model", "weights"), ("questions", "fingerprint")):
         info = finished.info()
         write_json(finished.path / "run.json", {**info, section: {**info[section], key: "feed"}})
         with pytest.raises(ConfigError, match=rf"{section} \({key}\): \w+ here, feed there"):
-            workshop.copy_state(run, "02", finished)
+            checkpoints.copy_state(run, "02", finished)
         write_json(finished.path / "run.json", info)
     assert not run.iteration(0).exists()
 
@@ -149,10 +149,10 @@ def test_own_results_are_not_mixed_with_others(
     text = run.pairs(0).read_text(encoding="utf-8")
     run.pairs(0).write_text(text.replace("It is q", "It must be q"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"has its own iter_0/pairs.jsonl"):
-        workshop.copy_state(run, "03", finished)
+        checkpoints.copy_state(run, "03", finished)
     assert not run.adapter(0).exists()
     run.pairs(0).write_text(text, encoding="utf-8")
-    workshop.copy_state(run, "03", finished, say=lambda line: None)
+    checkpoints.copy_state(run, "03", finished, say=lambda line: None)
     assert run.adapter(0).is_dir()
 
 
@@ -160,7 +160,7 @@ def test_an_unfinished_checkpoint_is_refused(tmp_path: Path, config: Config, fin
     shutil.rmtree(finished.adapter(1))
     run = start_run(tmp_path / "late", config)
     with pytest.raises(RunError, match="is not finished; it lacks: train, iteration 1"):
-        workshop.copy_state(run, "04", finished)
+        checkpoints.copy_state(run, "04", finished)
 
 
 def test_another_compute_type_is_said_and_recorded(
@@ -171,7 +171,7 @@ def test_another_compute_type_is_said_and_recorded(
     write_json(finished.path / "run.json", {**info, "resolved": resolved})
     run = start_run(tmp_path / "late", config)
     lines: list[str] = []
-    workshop.copy_state(run, "02", finished, say=lines.append)
+    checkpoints.copy_state(run, "02", finished, say=lines.append)
     assert "computed in bfloat16; this machine computes in float32" in lines[-1]
     assert run.info()["resolved"]["dtype"] == "float32"
     assert run.info()["checkpoint"]["resolved"]["dtype"] == "bfloat16"
@@ -182,20 +182,20 @@ def test_a_classroom_folder_is_searched_and_its_checksums_count(
 ) -> None:
     folder = tmp_path / "classroom"
     shutil.copytree(finished.path, folder / "checkpoints" / "smoke")
-    source = workshop.find_checkpoint(folder)
+    source = checkpoints.find_checkpoint(folder)
     assert source.path == folder / "checkpoints" / "smoke"
     log = source.signals("base")
     before = log.read_bytes()
     log.write_bytes(before + b"\n")
     with pytest.raises(RunError, match=r"signals/base.json is not as it was made"):
-        workshop.find_checkpoint(folder)
+        checkpoints.find_checkpoint(folder)
     log.write_bytes(before)
     shutil.copytree(source.path, folder / "checkpoints" / "cpu")
     with pytest.raises(DataError, match="has checkpoints of cpu, smoke: name one with --profile"):
-        workshop.find_checkpoint(folder)
-    assert workshop.find_checkpoint(folder, "cpu").path.name == "cpu"
+        checkpoints.find_checkpoint(folder)
+    assert checkpoints.find_checkpoint(folder, "cpu").path.name == "cpu"
     with pytest.raises(DataError, match="neither a run directory nor a classroom folder"):
-        workshop.find_checkpoint(tmp_path)
+        checkpoints.find_checkpoint(tmp_path)
 
 
 def test_what_to_write_into_the_parameters_cell(
