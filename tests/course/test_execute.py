@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from grath_utils.config import load_config
 from grath_utils.course.execute import execute_notebook, run_notebooks
@@ -62,11 +63,6 @@ def test_parameters_carry_a_whole_configuration(tmp_path: Path) -> None:
     assert run_parameters(plain)["OVERRIDES"] == ""
 
 
-def test_kernels_do_not_warn_of_their_own_connection(tmp_path: Path, capfd) -> None:
-    execute_notebook(write(tmp_path / "x.ipynb", "X = 1"), tmp_path / "out.ipynb", {"X": 2})
-    assert "WARNING" not in capfd.readouterr().err
-
-
 def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", load_config("smoke"))
     counter = tmp_path / "count.txt"
@@ -96,65 +92,50 @@ def test_an_executed_notebook_is_kept_whole_and_not_executed_twice(tmp_path: Pat
     }
 
 
-def test_a_failing_cell_is_named_and_the_notebook_kept(tmp_path: Path) -> None:
-    source = write(
-        tmp_path / "bad.ipynb", "X = 1", "print('so far')", "raise ValueError('no luck')"
-    )
-    target = tmp_path / "out" / "bad.ipynb"
-    with pytest.raises(GrathError, match=r"bad.ipynb, cell \d+: ValueError: no luck") as caught:
-        execute_notebook(source, target, {"X": 2})
-    kept = tmp_path / "out" / "bad.failed.ipynb"
-    assert str(kept) in str(caught.value)
-    assert "so far" in kept.read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("cell", "error", "message"),
+    [
+        ("raise ValueError('no luck')", GrathError, r"bad.ipynb, cell \d+: ValueError: no luck"),
+        (
+            "while True: X += 1",
+            RunError,
+            r"bad.ipynb, cell \d+ \(while True: X \+= 1\): not done after 2 s, the --cell-timeout",
+        ),
+        ("import os; os._exit(9)", RunError, "bad.ipynb: the kernel died"),
+    ],
+)
+def test_what_stopped_a_notebook_is_named_and_the_notebook_kept(
+    tmp_path: Path, cell: str, error: type[GrathError], message: str
+) -> None:
+    source = write(tmp_path / "bad.ipynb", "X = 1", "print('so far')", cell)
+    target, kept = tmp_path / "out" / "bad.ipynb", tmp_path / "out" / "bad.failed.ipynb"
+    with pytest.raises(error, match=message) as caught:
+        execute_notebook(source, target, {"X": 2}, cell_timeout=2)
     assert not target.exists()
-
-
-def test_a_dead_kernel_is_named(tmp_path: Path) -> None:
-    source = write(tmp_path / "dies.ipynb", "X = 1", "import os; os._exit(9)")
-    with pytest.raises(GrathError, match="dies.ipynb: the kernel died"):
-        execute_notebook(source, tmp_path / "out.ipynb", {"X": 2})
-    assert not (tmp_path / "out.ipynb").exists()
-
-
-def test_a_cell_that_takes_too_long_is_named(tmp_path: Path) -> None:
-    source = write(tmp_path / "slow.ipynb", "X = 1", "print('so far')", "while True: X += 1")
-    with pytest.raises(RunError, match=r"slow.ipynb, cell \d+ \(while True: X \+= 1\)") as caught:
-        execute_notebook(source, tmp_path / "out.ipynb", {"X": 2}, cell_timeout=2)
-    assert "not done after 2 s, the --cell-timeout" in str(caught.value)
-    kept = tmp_path / "out.failed.ipynb"
-    assert str(kept) in str(caught.value)
-    assert "so far" in kept.read_text(encoding="utf-8")
-    assert not (tmp_path / "out.ipynb").exists()
+    assert kept.is_file()
+    if "died" not in message:
+        assert str(kept) in str(caught.value)
+        assert "so far" in kept.read_text(encoding="utf-8")
 
 
 def test_papermill_alone_refuses_an_unknown_parameter_too(tmp_path: Path) -> None:
-    import papermill
-
-    cell = "from grath_utils.course.notebooks import open_notebook_run\n"
-    cell += "open_notebook_run(PROFILE, RUN_DIR, SEED, OVERRIDES)"
-    source = write(tmp_path / "x.ipynb", PARAMETERS_CELL, cell)
-    with pytest.raises(PapermillExecutionError, match='no parameter "PROFIL"; did you mean "PROF'):
-        papermill.execute_notebook(
-            source, tmp_path / "out.ipynb", {"SEED": 1, "PROFIL": "smoke"}, progress_bar=False,
-            kernel_name="python3",
-        )  # fmt: skip
-    assert not (tmp_path / "runs").exists()
-
-
-def test_only_papermills_own_cell_is_looked_at() -> None:
     refuse_unknown_parameters()  # no notebook here, nothing to refuse
+    notebook = load_notebook_node(str(write(tmp_path / "x.ipynb", PARAMETERS_CELL)))
     shell = InteractiveShell.instance()
     try:
-        shell.user_ns["In"] = ["", "# My parameters\nX = 1", "# Parameters\nSEED = 3\n"]
-        refuse_unknown_parameters()
-        shell.user_ns["In"].append('# Parameters\nSEED = 3\nPROFIL = "x"\n')
-        with pytest.raises(UsageError, match='no parameter "PROFIL"; did you mean "PROFILE"'):
-            refuse_unknown_parameters()
+        for values in ({"SEED": 1}, {"SEED": 1, "PROFIL": "a\nb = 1"}):
+            cells = parameterize_notebook(notebook, values).cells
+            shell.user_ns["In"] = ["", "# My parameters\nX = 1", *(cell.source for cell in cells)]
+            if "PROFIL" in values:
+                with pytest.raises(UsageError, match='parameter "PROFIL"; did you mean "PROFILE"'):
+                    refuse_unknown_parameters()
+            else:
+                refuse_unknown_parameters()
     finally:
         InteractiveShell.clear_instance()
 
 
-def test_executed_notebooks_keep_no_widgets(tmp_path: Path) -> None:
+def test_executed_notebooks_keep_no_widgets_and_kernels_no_warnings(tmp_path: Path, capfd) -> None:
     source = write(
         tmp_path / "w.ipynb",
         "X = 1",
@@ -162,6 +143,7 @@ def test_executed_notebooks_keep_no_widgets(tmp_path: Path) -> None:
         "for _ in tqdm(range(3)): pass\nprint('stays')\nipywidgets.IntSlider(value=7)",
     )
     execute_notebook(source, tmp_path / "out.ipynb", {"X": 2})
+    assert "WARNING" not in capfd.readouterr().err, "of the kernel's own connection"
     executed = read(tmp_path / "out.ipynb")
     assert "widgets" not in executed.metadata
     assert [out.output_type for out in executed.cells[-1].outputs] == ["stream"]
