@@ -175,7 +175,7 @@ def test_eight_gpus_are_judged_by_the_total_and_by_the_stage() -> None:
     config = load_config("paper-llama2")
     one, eight = (costs.estimate(config, costs.DEVICES[name]) for name in ("H100", "8xH100"))
     ratio = costs.total(one).seconds / costs.total(eight).seconds
-    gains = {a.name: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
+    gains = {a.title: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
     least = min(gains, key=gains.get)
     assert 1 < ratio < 8
     assert check(None, "06.medium", (ratio, least)).state == RIGHT
