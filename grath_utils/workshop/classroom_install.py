@@ -78,13 +78,14 @@ def check_machine(manifest: dict[str, Any]) -> None:
             "this folder was packed without packages (--no-wheels). With a network, `make setup` "
             "in course/ installs them; GRATH_CACHE=model is the model then"
         )
-    major, minor, *_ = sys.version_info
-    here = f"Python {major}.{minor} on {platform.system()} {platform.machine()}"
+    python = "{}.{}".format(*sys.version_info)
+    system, machine = platform.system(), platform.machine()
     known = ["Python {python} on {system} {machine}".format(**t) for t in manifest["targets"]]
-    if here not in known:
+    if f"Python {python} on {system} {machine}" not in known:
         raise InstallError(
-            f"this is {here}, and the folder has packages for: {'; '.join(known)}. Use such a "
-            "Python, or have the folder packed with --platform and --python-version for yours"
+            f"this is Python {python} on {system} {machine}, and the folder has packages for: "
+            f"{'; '.join(known)}. Use such a Python, or have the folder packed with --platform and "
+            "--python-version for yours"
         )
 
 

@@ -40,7 +40,7 @@ PARAMETERS = 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""'
 
 @pytest.mark.parametrize("path", rendered_notebooks(), ids=lambda path: path.stem)
 def test_committed_outputs_are_those_of_the_source(path: Path) -> None:
-    assert problems(path) == [], f"{path.name} wants `make render`"
+    assert problems(path) == [], f"{path.name} needs `make render`"
 
 
 # --- cleaning ------------------------------------------------------------------------------------
