@@ -174,7 +174,7 @@ def _one_try(
     for line in lines_of(pipe):
         stage = stage_of(line)
         if stage and kills[stage] < each:
-            # A stage that goes on from a journal has less left to do than it had.
+            # A stage that resumes from a journal has less left to do than it had.
             time.sleep(draw.uniform(0, durations[stage]) * draw.choice((0.8, 0.4, 0.1)))
             os.kill(child, signal.SIGKILL)
             hit = stage

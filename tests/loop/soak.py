@@ -79,7 +79,7 @@ def hurt(grid: str, out: Path, seconds: float, draw: random.Random) -> dict[str,
             status, said = _end(*fork(lambda left=left: _short_of_space(grid, out, left)))
             seen["full"] += status != 0
             if status and not said[-1].startswith("error: "):
-                raise SystemExit(f"not an error for people: {said[-1]}")
+                raise SystemExit(f"not an error message: {said[-1]}")
         if victim and victim.exists() and not complaint:
             # Only this point is in the way; what its log says is what a user would follow.
             status, _ = in_peace(grid, out)

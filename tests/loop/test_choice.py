@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,6 @@ def base(n: int = 8) -> dict[str, Any]:
     return signals([0.0] * n, kl=0.0)
 
 
-def chosen(*rounds: dict[str, Any]) -> Any:
-    return choose_round(base(len(rounds[0]["pairs"])), rounds, max_kl=1.0, seed=0)
-
-
 # --- the rules -----------------------------------------------------------------------------------
 
 
@@ -53,55 +50,35 @@ def test_margins_are_gains_over_the_base_in_nats() -> None:
         margins(base(3), after)
 
 
-def test_a_clear_rise_takes_the_later_round() -> None:
-    found = chosen(signals([1.0, 1.1] * 4), signals([3.0, 3.1] * 4))
-    assert found.iteration == 1
-    assert found.stop is None
-    assert "round 2" in found.why
-    assert "no alarm" in found.why
+NOISY = [6.0, -4.0, 5.0, -3.0, 4.0, -2.0, 3.0, 0.6]  # mean 1.2, spread 3.9
+ONE, TWO, THREE = ([x, x + 0.1] * 4 for x in (1.0, 2.0, 3.0))
 
 
-def test_a_round_whose_drift_was_not_measured_is_kept_with_that_said() -> None:
-    found = chosen(signals([1.0] * 8, kl=None))
-    assert found.iteration == 0
-    assert "drift could not be measured" in found.why
-    assert "drift" not in chosen(signals([1.0] * 8)).why
-
-
-def test_a_rise_within_noise_takes_the_earlier_round() -> None:
-    noisy = [6.0, -4.0, 5.0, -3.0, 4.0, -2.0, 3.0, 0.6]  # mean 1.2, spread 3.9
-    found = chosen(signals([1.0] * 8), signals(noisy))
-    assert found.iteration == 0
-    assert "within one standard error" in found.why
-
-
-def test_no_rise_stops_the_loop_and_keeps_the_best() -> None:
-    found = chosen(signals([3.0, 3.1] * 4), signals([2.0, 2.1] * 4))
-    assert found.iteration == 0
-    assert found.stop is not None
-    assert "did not raise the held-out margin (+2.05 nats, +3.05 before)" in found.stop
-
-
-def test_an_alarm_stops_the_loop_and_is_never_kept() -> None:
-    found = chosen(signals([1.0] * 8), signals([9.0] * 8, kl=2.0))
-    assert found.iteration == 0
-    assert found.stop is not None
-    assert "drifted 2.00 nats a token" in found.stop
-    assert found.alarms[0] == ()
-    assert len(found.alarms[1]) == 1
-
-
-def test_where_every_round_is_bad_the_base_is_kept() -> None:
-    assert chosen(signals([9.0] * 8, kl=2.0)).iteration is None
-    found = chosen(signals([-1.0] * 8))
-    assert found.iteration is None
-    assert "no round raised the held-out margin (best: -1.00 nats)" in found.why
-
-
-def test_without_held_out_pairs_the_last_round_without_alarm_is_kept() -> None:
-    found = chosen(signals([]), signals([]), signals([], non_answers=0.9))
-    assert found.iteration == 1
-    assert "no held-out pair" in found.why
+@pytest.mark.parametrize(
+    ("rounds", "kept", "why", "stop"),
+    [
+        # A clear rise takes the later round, one within noise the earlier.
+        ([signals(ONE), signals(THREE)], 1, r"round 2: held-out margin \+3.05 .*no alarm", None),
+        ([signals([1.0] * 8), signals(NOISY)], 0, "within one standard error", None),
+        # No rise stops the loop, and the best is kept.
+        ([signals(THREE), signals(TWO)], 0, "round 1", "did not raise .*2.05 nats, .3.05 before"),
+        # An alarm stops the loop, and its round is never kept; where all are bad, the base is.
+        ([signals(ONE), signals([9.0] * 8, kl=2.0)], 0, "round 1", "drifted 2.00 nats a token"),
+        ([signals([9.0] * 8, kl=2.0)], None, "every round raised an alarm", "drifted"),
+        ([signals([-1.0] * 8)], None, r"no round raised the .* \(best: -1.00 nats\)", None),
+        ([signals([1.0] * 8, kl=None)], 0, "drift could not be measured", None),
+        # Without held-out pairs there are only the alarms.
+        ([signals([]), signals([]), signals([], non_answers=0.9)], 1, "no held-out pair", "90%"),
+    ],
+)
+def test_which_round_is_kept_and_when_the_loop_stops(
+    rounds: list[dict[str, Any]], kept: int | None, why: str, stop: str | None
+) -> None:
+    found = choose_round(base(len(rounds[0]["pairs"])), rounds, max_kl=1.0, seed=0)
+    assert found.iteration == kept
+    assert re.search(why, found.why)
+    assert re.search(stop, found.stop) if stop else found.stop is None
+    assert all(found.alarms[t] == () for t in range(len(rounds) - 1))
 
 
 @pytest.mark.parametrize(

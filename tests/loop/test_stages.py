@@ -252,7 +252,7 @@ def test_what_no_longer_fits_is_named(tmp_path: Path, tiny_llama, questions) -> 
     train_iteration(run, 0, progress=False)
     write_pairs(run, 1)
     shutil.rmtree(run.adapter(0))
-    # As if another machine, with other rounding, had made it anew.
+    # As if another machine, with other rounding, had made it again.
     rows = read_jsonl(run.pairs(0))
     write_jsonl(run.pairs(0), [{**row, "correct": "It is another."} for row in rows])
     with pytest.raises(RunError, match="was made again and is not the same.* Delete iter_1/pairs"):

@@ -15,6 +15,7 @@ from grath_utils.errors import DataError, RunError
 from grath_utils.files import (
     Journal,
     atomic_path,
+    explained_write_errors,
     fingerprint,
     fingerprint_folder,
     read_json,
@@ -74,16 +75,14 @@ def test_a_really_full_device_raises(tmp_path: Path) -> None:
 
 def test_any_error_while_no_space_is_left_is_explained(tmp_path: Path, monkeypatch) -> None:
     """Model libraries raise errors of many kinds on a full disk, few of them OSError."""
-    import grath_utils.files as artifacts
-
     odd = RuntimeError("[enforce fail at inline_container.cc] unexpected pos 24576 vs 24468")
-    monkeypatch.setattr(artifacts, "_no_space_left", lambda folder: True)
-    explained = artifacts.explained_write_errors
-    with pytest.raises(RunError, match="No space left"), explained(tmp_path / "checkpoint"):
-        raise odd
-    monkeypatch.setattr(artifacts, "_no_space_left", lambda folder: False)
-    with pytest.raises(RuntimeError, match="unexpected"), explained(tmp_path / "checkpoint"):
-        raise odd
+    for full, expected, message in (
+        (True, RunError, "No space left"),
+        (False, RuntimeError, "unexpected"),
+    ):
+        monkeypatch.setattr("grath_utils.files._no_space_left", lambda folder, full=full: full)
+        with pytest.raises(expected, match=message), explained_write_errors(tmp_path / "x"):
+            raise odd
 
 
 def test_folders_are_replaced_whole(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_checkpoint_is_copied_up_to_the_notebook(
     assert run.info()["checkpoint"]["notebook"] == "03"
     assert run.info()["checkpoint"]["created"] == finished.info()["created"]
     assert str(finished.path) in lines[0]
-    # It goes on from there, and a second copy changes nothing.
+    # It is continued from there, and a second copy changes nothing.
     before = (run.path / "run.json").read_bytes()
     checkpoints.copy_state(run, "03", finished, say=lines.append)
     assert (run.path / "run.json").read_bytes() == before
