@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from grath_utils.errors import ConfigError, did_you_mean
+from grath_utils.files import read_yaml
 
 
 def option(
@@ -292,14 +293,7 @@ def _read_profile(profile: str) -> dict[str, Any]:
     path = Path(profile) if is_file else PROFILES / f"{profile}.yaml"
     if not is_file and profile not in profile_names():
         raise ConfigError(f'unknown profile "{profile}"{did_you_mean(profile, profile_names())}')
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML") from error
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
     for section in Config().to_dict().keys() - {"profile", "seed"}:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import yaml
 
-from grath_utils.errors import DataError, RunError, UsageError
+from grath_utils.errors import ConfigError, DataError, RunError, UsageError
 
 # --- places --------------------------------------------------------------------------------------
 
@@ -233,6 +234,40 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML or gives a key twice; the message says
+            where.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDoubledKeys)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text; save the file as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        doubled = isinstance(error, yaml.constructor.ConstructorError)
+        reason = error.problem if doubled else "not valid YAML"
+        raise ConfigError(f"{path}{line}: {reason}") from error
+
+
+class _NoDoubledKeys(yaml.SafeLoader):
+    """YAML itself lets a later key replace an earlier one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f'"{key.value}" is given twice'
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
 
 
 def fingerprint(value: Any) -> str:

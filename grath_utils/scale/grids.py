@@ -23,11 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grath_utils.config import Config, config_from_dict, load_config
 from grath_utils.errors import ConfigError, did_you_mean
-from grath_utils.files import fingerprint
+from grath_utils.files import fingerprint, read_yaml
 
 PAIRS, BASE = "pairs", "base"
 SHARED_SECTIONS = {
@@ -139,32 +137,7 @@ def read_grid(name: str) -> Grid:
             f'unknown grid "{name}"{did_you_mean(name, grid_names())}; or name a .yaml file'
         )
     path = Path(name).expanduser() if is_file else sweep_dir() / f"{name}.yaml"
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDoubledKeys)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text; save the file as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        doubled = isinstance(error, yaml.constructor.ConstructorError)
-        reason = error.problem if doubled else "not valid YAML"
-        raise ConfigError(f"{path}{line}: {reason}") from error
-    return grid_from_dict(tree, where=str(path))
-
-
-class _NoDoubledKeys(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one; in a grid that would drop points silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                problem = f'"{key.value}" is given twice'
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
+    return grid_from_dict(read_yaml(path), where=str(path))
 
 
 def grid_from_dict(tree: Any, *, where: str = "grid") -> Grid:
