@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import finish, make_tiny_llama, start
 
-from grath_utils.config import Config, DPOConfig, LoraConfig, ModelConfig, load_config
+from grath_utils.config import ModelConfig
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.loop.run_dir import Run, load_run
-from grath_utils.loop.stages import run_questions
-from grath_utils.pairs.generate import Pair
 
 # The test files that use the one smoke run: the same worker does them all.
 SMOKE = ("test_end_to_end.py", "test_browser.py", "test_exercises.py", "test_widgets.py")
@@ -44,99 +40,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 # Tests never ask a hub for anything; the default model comes from the package index.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-# A few pairs and a short round, for what is about training.
-PAIRS = [
-    Pair(f"q{i}", f"What is the {thing}?", f"It is the {right}.", f"The {wrong} in the air.", 0)
-    for i, (thing, right, wrong) in enumerate(
-        [
-            ("sun", "star", "stone"),
-            ("moon", "satellite", "lantern"),
-            ("rain", "water", "sand"),
-            ("wind", "moving air", "moving light"),
-            ("ice", "solid water", "solid wood"),
-            ("coal", "old plants", "old iron"),
-        ]
-    )
-]
-DPO = DPOConfig(
-    learning_rate=5e-3,
-    warmup_steps=0,
-    batch_size=4,
-    micro_batch_size=2,
-    steps=4,
-    max_prompt_length=200,
-    max_length=300,
-    log_every=1,
-    evaluate_every=2,
-    save_every=2,
-)
-LORA = LoraConfig(r=4, alpha=8)
-
-LIMIT = 1800  # seconds; a smoke run takes two or three minutes, its experiments as long again
-
-
-def start(*arguments: object, **options) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
-    command = [sys.executable, "-m", "grath_utils", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for a process; return its exit status, output and messages."""
-    out, err = process.communicate(timeout=LIMIT)
-    return process.returncode, out, err
-
-
-def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
-    """Write a random two-layer Llama with a byte-level tokenizer (as in GPT-2) to ``folder``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(specials + alphabet)}
-    # A few merges, so that a token can span the boundary of a prompt as it does in real models.
-    merges = []
-    for left, right in [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "a"), ("Ġ", "the"), ("e", "r")]:
-        vocab[left + right] = len(vocab)
-        merges.append((left, right))
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -188,28 +91,3 @@ def questions(tmp_path: Path) -> Path:
     rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def config_for(model: Path, questions: Path, **more: object) -> Config:
-    """Return the smoke profile with a tiny model and eight questions."""
-    settings = {
-        "model.name": str(model),
-        "model.dtype": "float32",
-        "model.device": "cpu",
-        "questions.source": str(questions),
-        "questions.limit": None,
-        "evaluation.limit": 4,
-        **more,
-    }
-    return load_config("smoke", settings)
-
-
-def write_pairs(run: Run, t: int) -> None:
-    """Write made-up pairs to all questions of a run, as an iteration would have left them."""
-    rows = [
-        {"id": q.id, "question": q.text, "correct": f"It is {q.id}.", "incorrect": "It is lost.",
-         "iteration": t}
-        for q in run_questions(run)
-    ]  # fmt: skip
-    run.iteration(t).mkdir(exist_ok=True)
-    run.pairs(t).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -20,7 +20,7 @@ import latex2mathml.converter
 from docutils import nodes
 from sphinx.application import Sphinx
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
@@ -30,9 +30,15 @@ author = "the GRATH tutorial authors"
 root_doc = "README"
 language = "en"
 extensions = ["myst_nb"]
-include_patterns = ["README.md", "data/README.md", "notebooks/**.md", "notebooks/**.ipynb"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "data/README.md",
+    "notebooks/**.md",
+    "notebooks/**.ipynb",
+]
 exclude_patterns = ["**/.*", "build", "runs", ".venv", "tests", "grath_utils"]
-# Notebooks begin with a title and go on at the third level, which reads well on GitHub.
+# Notebooks begin with a title and continue at the third level, which reads well on GitHub.
 suppress_warnings = ["myst.header"]
 
 nb_execution_mode = "off"
@@ -64,7 +70,7 @@ PARTS = (
     ("The course", ("notebooks/[0-9][0-9]_*.ipynb",)),
     ("Side trips", ("notebooks/appendix/*.ipynb",)),
     ("Solutions", ("notebooks/solutions/*.ipynb",)),
-    ("Help and teaching", ("notebooks/*.md", "data/README.md")),
+    ("Help and teaching", ("notebooks/*.md", "data/README.md", "CONTRIBUTING.md")),
 )
 
 

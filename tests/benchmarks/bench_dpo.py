@@ -366,7 +366,7 @@ def load_shape(policy: Any) -> list[torch.Tensor]:
 
 def make_shape(shape: str, folder: Path) -> Path:
     """Write a Llama with random weights, and a byte-level tokenizer that is never used."""
-    from conftest import make_tiny_llama
+    from helpers import make_tiny_llama
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import PAIRS
+from helpers import PAIRS
 from tiny_rounds import LIMITS
 
 from grath_utils.dpo.data import collate, tokenize_pair, tokenize_pairs

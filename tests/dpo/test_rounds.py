@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DPO, LORA, make_tiny_llama
+from helpers import DPO, LORA, make_tiny_llama
 from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
-from conftest import config_for
+from helpers import config_for
 from tiny_rounds import one_round, scalars
 
 from grath_utils.config import Config, ModelConfig

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import DPO, LORA, PAIRS
+from helpers import DPO, LORA, PAIRS
 
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.adapters import add_adapter

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DPO, LORA, PAIRS
+from helpers import DPO, LORA, PAIRS
 from safetensors.torch import load_file
 
 from grath_utils.config import ModelConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LORA, PAIRS
 from datasets import Dataset
+from helpers import LORA, PAIRS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl import DPOConfig as TRLConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import DPO, LORA, PAIRS
+from helpers import DPO, LORA, PAIRS
 from torch import nn
 
 from grath_utils.config import ModelConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DPO, PAIRS
+from helpers import DPO, PAIRS
 
 from grath_utils.errors import DataError
 from grath_utils.loop.choice import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import finish, start
+from helpers import finish, start
 from safetensors.torch import load_file
 
 from grath_utils.config import load_config

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import config_for, make_tiny_llama, write_pairs
+from helpers import config_for, make_tiny_llama, write_pairs
 
 from grath_utils.config import Config, LoopConfig, load_config
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError

@@ -27,7 +27,12 @@ class Page:
 
 def markdown_pages() -> list[Page]:
     """Return every Markdown page and notebook of the repository, notebooks' prose only."""
-    plain = [ROOT / "README.md", *(ROOT / "data").glob("*.md"), *(ROOT / "notebooks").rglob("*.md")]
+    plain = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "data").glob("*.md"),
+        *(ROOT / "notebooks").rglob("*.md"),
+    ]
     pages = [Page(path, path.read_text(encoding="utf-8")) for path in sorted(plain)]
     for path in sorted((ROOT / "notebooks").rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts:

@@ -24,6 +24,7 @@ PAGES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix()
     for path in [
         ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
         ROOT / "data" / "README.md",
         *NOTEBOOKS.glob("*.md"),
         *NOTEBOOKS.glob("*.ipynb"),

@@ -53,7 +53,9 @@ def test_quoted_messages_are_what_the_program_says(quoted: str) -> None:
 @pytest.mark.parametrize("title", ENTRIES)
 def test_every_entry_is_tested_or_dated(title: str) -> None:
     text = " ".join(ENTRIES[title].split())
-    assert re.search(r"\*Tested: `tests/\w+/test_|Checked 20\d\d-\d\d", text), f"{title}: how is it known?"
+    assert re.search(r"\*Tested: `tests/\w+/test_|Checked 20\d\d-\d\d", text), (
+        f"{title}: how is it known?"
+    )
     for name, _, test in re.findall(r"(tests/\w+/test_\w+\.py)(::(\w+))?", text):
         path = ROOT / name
         assert path.is_file(), f"{title}: {path.name}"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path, PurePath
 
 import pytest
-from conftest import config_for, write_pairs
+from helpers import config_for, write_pairs
 
 from grath_utils.config import Config
 from grath_utils.course.notebooks import changed_parameters, default_run_dir, numbered_notebooks
