@@ -32,9 +32,9 @@ SHARED_SECTIONS = {
     PAIRS: ("seed", "model", "questions", "pairs"),
     BASE: ("seed", "model", "evaluation"),
 }
-"""What a shared stage depends on: the pairs of iteration 0, and the evaluation of the base model.
+"""What the pairs of iteration 0 and the evaluation of the base model depend on.
 
-The training settings are in neither: both happen before the first step.
+Not on the training settings: both happen before the first step.
 """
 LONGEST_NAME = 72
 
@@ -77,11 +77,12 @@ class Point:
 
     def shared(self, kind: str) -> Shared:
         """Return the shared stage of a kind that this point uses."""
+        default = Config()
         kept = {name: getattr(self.config, name) for name in SHARED_SECTIONS[kind]}
-        if "evaluation" in kept:  # which iterations are evaluated does not matter to the base model
-            every = Config().evaluation.every_iteration
+        if kind == BASE:  # which iterations are evaluated does not matter to the base model
+            every = default.evaluation.every_iteration
             kept["evaluation"] = replace(kept["evaluation"], every_iteration=every)
-        return Shared(kind, replace(Config(), **kept))
+        return Shared(kind, replace(default, **kept))
 
 
 def cell_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,12 +108,7 @@ def _shown_value(value: Any) -> str:
         return "+".join(map(str, value))
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    if isinstance(value, str) and "/" in value:
-        return Path(value).name  # the end of a path or of a Hub id says enough
-    return str(value)
-
-
-# --- reading -------------------------------------------------------------------------------------
+    return Path(value).name if "/" in str(value) else str(value)  # of a path or a Hub id, its end
 
 
 def sweep_dir() -> Path:
@@ -131,12 +127,12 @@ def read_grid(name: str) -> Grid:
     Raises:
         ConfigError: no such grid, not YAML, or see :func:`grid_from_dict`.
     """
-    is_file = name.endswith((".yaml", ".yml"))
-    if not is_file and name not in grid_names():
-        raise ConfigError(
-            f'unknown grid "{name}"{did_you_mean(name, grid_names())}; or name a .yaml file'
-        )
-    path = Path(name).expanduser() if is_file else sweep_dir() / f"{name}.yaml"
+    path, known = Path(name).expanduser(), grid_names()
+    if not name.endswith((".yaml", ".yml")):
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f'unknown grid "{name}"{near}; or name a .yaml file')
+        path = sweep_dir() / f"{name}.yaml"
     return grid_from_dict(read_yaml(path), where=str(path))
 
 
@@ -164,28 +160,24 @@ def grid_from_dict(tree: Any, *, where: str = "grid") -> Grid:
         refuse(f'"grid" is {axes!r}; expected lines such as `seed: [0, 1]`')
     if not isinstance(common, Mapping):
         refuse(f'"set" is {common!r}; expected lines such as `dpo.beta: 0.1`')
-    known = set(Config().flat()) - {"profile"}
-    for section, key in [*(("set", key) for key in common), *(("grid", key) for key in axes)]:
-        if key == "profile":
-            refuse(f'"profile" stands beside "grid", not in "{section}"')
-        if key not in known:
-            refuse(f'unknown key "{key}" in "{section}"{did_you_mean(str(key), known)}')
+    known = Config().flat().keys() - {"profile"}
+    for section, keys in (("set", common), ("grid", axes)):
+        for key in keys:
+            if key == "profile":
+                refuse(f'"profile" stands beside "grid", not in "{section}"')
+            if key not in known:
+                refuse(f'unknown key "{key}" in "{section}"{did_you_mean(str(key), known)}')
     for key, values in axes.items():
         if key in common:
             refuse(f'"{key}" stands in "set" and in "grid"; remove one')
         if not _is_list(values):
-            example = "..." if values in (None, []) else values
-            refuse(
-                f'"{key}" is {values!r}; expected a list of values, such as `{key}: [{example}]`'
-            )
+            such = f"`{key}: [{'...' if values in (None, []) else values}]`"
+            refuse(f'"{key}" is {values!r}; expected a list of values, such as {such}')
     return Grid(where, tuple(names), dict(common), {k: tuple(v) for k, v in axes.items()})
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0
-
-
-# --- points, and the plan as it stands in points.json --------------------------------------------
 
 
 def expand(grid: Grid) -> list[Point]:
@@ -201,21 +193,20 @@ def expand(grid: Grid) -> list[Point]:
     profile_too = ["profile"] if len(grid.profiles) > 1 else []
     keys = list(dict.fromkeys([*profile_too, *axes, "seed"]))
     points: list[Point] = []
-    seen: dict[str, str] = {}
-    for profile, *combination in itertools.product(grid.profiles, *axes.values()):
-        chosen = dict(zip(axes, combination, strict=True))
-        what = ", ".join([f"profile {profile}", *(f"{k}={v!r}" for k, v in chosen.items())])
+    seen: dict[Config, str] = {}
+    for profile, *chosen in itertools.product(grid.profiles, *axes.values()):
+        overrides = dict(zip(axes, chosen, strict=True))
+        what = ", ".join([f"profile {profile}", *(f"{k}={v!r}" for k, v in overrides.items())])
         try:
-            config = load_config(profile, {**grid.common, **chosen})
+            config = load_config(profile, {**grid.common, **overrides})
         except ConfigError as error:
             raise ConfigError(f"{grid.where}, point {what}: {error}") from error
-        address = fingerprint(config.to_dict())
-        if address in seen:
+        if config in seen:
             raise ConfigError(
-                f"{grid.where}: the same point twice: {what} and {seen[address]}; remove the "
+                f"{grid.where}: the same point twice: {what} and {seen[config]}; remove the "
                 "doubled value"
             )
-        seen[address] = what
+        seen[config] = what
         flat = config.flat()
         points.append(Point({key: flat[key] for key in keys}, config))
     return points
