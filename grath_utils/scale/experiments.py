@@ -57,8 +57,8 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 """Profile -> what makes its experiments small; other profiles keep their own size."""
 
-
-# --- making one ----------------------------------------------------------------------------------
+Difference = tuple[str, dict[str, Any]]
+"""What is compared in which metric, and the paired difference over the items."""
 
 
 def size_of(run: Run) -> dict[str, Any]:
@@ -99,7 +99,6 @@ def cut_grid(
     for key in axes:
         if key not in grid.axes:
             raise UsageError(f'{name} does not vary "{key}"{did_you_mean(key, grid.axes)}')
-    # What the experiment is about stands last: without it the question would be another one.
     settings = {**size_of(run), **grid.common, **(common or {})}
     tree = {
         "profile": run.config.profile,
@@ -169,23 +168,16 @@ def why_not(run: Run, source: str) -> str | None:
     return None
 
 
-# --- reading one ---------------------------------------------------------------------------------
-
-
-def changes(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
-    """Return every trial's change from the base model in each benchmark's headline metric.
-
-    Returns:
-        (trial and metric, paired difference over the items), benchmark by benchmark.
-    """
+def changes(trials: Sequence[Trial]) -> list[Difference]:
+    """Return every trial's change from its base model, benchmark by benchmark."""
     return [
-        _difference(trial, trial.name, benchmark, trial.result(benchmark, base=True))
+        _difference(trial.name, trial, benchmark, trial.result(benchmark, base=True))
         for benchmark in trials[0].run.config.evaluation.benchmarks
         for trial in trials
     ]
 
 
-def contrasts(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
+def contrasts(trials: Sequence[Trial]) -> list[Difference]:
     """Return how the last model of every other trial differs from that of the first.
 
     This is the experiment's own question. Both models answered the same items, so items that are
@@ -196,27 +188,22 @@ def contrasts(trials: Sequence[Trial]) -> list[tuple[str, dict[str, Any]]]:
     """
     first, *others = trials
     return [
-        _difference(other, f"{other.name} against {first.name}", benchmark, first.result(benchmark))
+        _difference(f"{other.name} against {first.name}", other, benchmark, first.result(benchmark))
         for benchmark in first.run.config.evaluation.benchmarks
         for other in others
     ]
 
 
-def _difference(
-    trial: Trial, name: str, benchmark: str, before: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """Compare a trial's last model with ``before``, in the metric that is shown.
-
-    MC2 moves with every answer, MC1 only with flips.
-    """
-    metrics, config = list(before["metrics"]), trial.run.config
-    metric = next((name for name in ("mc2", "acc") if name in metrics), metrics[0])
-    after, draws = trial.result(benchmark), config.evaluation.bootstrap
-    found = compare(before, after, bootstrap=draws, seed=config.seed)
+def _difference(name: str, trial: Trial, benchmark: str, before: Mapping[str, Any]) -> Difference:
+    """Compare a trial's last model with ``before``: in MC2 (MC1 moves only with flips) or acc."""
+    config = trial.run.config
+    metric = next(m for m in ("mc2", "acc", *before["metrics"]) if m in before["metrics"])
+    resampling = {"bootstrap": config.evaluation.bootstrap, "seed": config.seed}
+    found = compare(before, trial.result(benchmark), **resampling)
     return f"{name}: {benchmark} {metric}", found["metrics"][metric]
 
 
-def verdicts(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[tuple[Any, ...]]:
+def verdicts(rows: Sequence[Difference]) -> list[tuple[Any, ...]]:
     """Return differences as table rows: name, items, points with interval, smallest, verdict."""
     table = []
     for name, found in rows:
