@@ -1,12 +1,11 @@
 """What a run will take: operations, memory and time, before anything is loaded.
 
-The arithmetic is on the back of an envelope, written down. A weight costs 2 operations a token in
-the forward pass and 2 more in the backward pass, as the base is frozen (its weights get no
-gradient); gradient checkpointing adds another forward pass. The time of a piece of work is the
-longest of three: its operations over the rate that the device reaches, its bytes over the bandwidth
-(each pass reads every weight), and the time to launch it (on a GPU, Python starts some hundred
-kernels a layer). Rates and token counts come from measurements, or are assumptions and say so.
-``measurements.jsonl`` holds what was measured.
+A weight costs 2 operations a token in the forward pass and 2 more in the backward pass, as the base
+is frozen (its weights get no gradient); gradient checkpointing adds another forward pass. The time
+of a piece of work is the longest of three: its operations over the rate that the device reaches,
+its bytes over the bandwidth (each pass reads every weight), and the time to launch it (on a GPU,
+Python starts some hundred kernels a layer). Rates and token counts come from measurements
+(``measurements.jsonl``), or are assumptions and say so.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from grath_utils.scale.shapes import BYTES, Shape, shape_of
 
 GIB = 2**30
 
-# --- what there is to do: token counts, with SmolLM2's tokenizer ---------------------------------
+# --- the work: token counts are those of SmolLM2's tokenizer -------------------------------------
 
 QUESTIONS = {("arc_challenge", "train"): 1119, ("arc_easy", "train"): 2251}
 """Sizes of the Hub's question sets (their dataset cards), so that no network is needed."""
@@ -41,7 +40,7 @@ TEMPLATE_TOKENS = 25  # instruction and markers around a question, in a prompt f
 SHOT_TOKENS = 115  # a demonstration: six are a prompt of 689 tokens
 TYPICAL_ANSWER_TOKENS = 17  # an answer as the default model writes it
 PAIR_TOKENS = 36  # both answers and their labels; the question is restated before them
-CANDIDATE_TOKENS, CANDIDATE_PREDICTED = 33, 29  # read and predicted to credit one candidate
+CANDIDATE = (33, 29)  # tokens read and predicted to credit one candidate
 PAIR_DISTINCT = 32  # distinct tokens of a training pair beside its question, packed
 PAIR_PREDICTED = 25  # places in it that predict an answer's token
 SIGNAL_ANSWERS, SIGNAL_TOKENS = 32, 48  # free answers behind the signals of a round
@@ -66,11 +65,7 @@ def question_count(config: Config) -> int:
 
 
 def workload(config: Config) -> dict[str, int]:
-    """Return how much a whole run does.
-
-    Raises:
-        DataError: the questions cannot be read or counted.
-    """
+    """Return how much a whole run does; raises as :func:`question_count`."""
     questions, rounds = question_count(config), config.loop.iterations
     models = 1 + (rounds if config.evaluation.every_iteration else 1)
     mode = find_mode(config.pairs.mode)
@@ -84,7 +79,7 @@ def workload(config: Config) -> dict[str, int]:
     }
 
 
-# --- what does it: devices -----------------------------------------------------------------------
+# --- devices -------------------------------------------------------------------------------------
 
 # Fitted to measurements.jsonl. Seconds of an operation: the first number over the rate of a matrix
 # product on the same machine, plus the second. That part (norms, softmax, memory, Python) gets no
@@ -115,22 +110,22 @@ class Device:
     source: str = "the vendor's data sheet; peak without sparsity"
 
 
-H100 = Device(name="H100 80 GB", peak=989e12, memory=80e9, bandwidth=3350e9)
+_H100 = Device(name="H100 80 GB", peak=989e12, memory=80e9, bandwidth=3350e9)
 DEVICES = {
     # The T4 has no bfloat16 units.
     "T4": Device(name="T4", peak=65e12, memory=16e9, bandwidth=320e9, dtype="float16"),
     "A100": Device(name="A100 80 GB", peak=312e12, memory=80e9, bandwidth=2039e9),
-    "H100": H100,
-    "8xH100": replace(H100, name="8 × H100 80 GB", count=8),
+    "H100": _H100,
+    "8xH100": replace(_H100, name="8 × H100 80 GB", count=8),
 }
 """NVIDIA T4; A100 80GB SXM; H100 SXM: bf16/fp16 tensor rate, memory, memory bandwidth."""
-MEANT_FOR = {"colab-t4": "T4", "paper-": "H100"}
-"""The device that profiles whose names begin so are made for."""
 
 
 def meant_for(profile: str) -> Device | None:
     """Return the GPU that a profile is made for; None: the machine at hand."""
-    return next((DEVICES[d] for start, d in MEANT_FOR.items() if profile.startswith(start)), None)
+    if profile.startswith("paper-"):
+        return DEVICES["H100"]
+    return DEVICES["T4"] if profile.startswith("colab-t4") else None
 
 
 def cpu_device(peak: float, memory: float, *, dtype: str = "bfloat16") -> Device:
@@ -163,10 +158,11 @@ def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
         for key, known in DEVICES.items():
             if key in gpu.name:
                 return replace(known, memory=memory)
-    peak = _matmul_rate(getattr(torch, resolved.dtype), resolved.device, seconds)
+    dtype = resolved.dtype
+    peak = _matmul_rate(getattr(torch, dtype), resolved.device, seconds)
     if resolved.device == "cpu":
-        return cpu_device(peak, memory, dtype=resolved.dtype)
-    here = {"name": resolved.device, "dtype": resolved.dtype, "source": ""}
+        return cpu_device(peak, memory, dtype=dtype)
+    here = {"name": resolved.device, "dtype": dtype, "source": ""}
     return Device(peak=peak, memory=memory, bandwidth=300e9, **here)
 
 
@@ -312,20 +308,20 @@ class CostModel:
         passes = math.ceil(batches / self.device.count) * self.device.count
         return self.seconds("write", flops, passes * (new + 1))
 
-    def scoring(self, tokens: float, predicted: float, context: float) -> float:
-        """Seconds of scoring: tokens read in rows, and places that predict."""
-        passes = math.ceil(tokens / self.row_tokens)
-        return self.seconds("score", self.pass_flops(tokens, predicted, context), passes)
+    def scoring(self, items: float, tokens: float, predicted: float, context: float) -> float:
+        """Seconds of scoring: each item has tokens to read, some of which are predicted."""
+        flops = self.pass_flops(items * tokens, items * predicted, context)
+        return self.seconds("score", flops, math.ceil(items * tokens / self.row_tokens))
 
-    def training(self, pairs: float, each: float, predicted: float, adapter: float = 0) -> float:
-        """Seconds of DPO on ``pairs`` of ``each`` tokens, with the adapter's weights if given.
+    def training(self, pairs: float, tokens: float, predicted: float, adapter: float = 0) -> float:
+        """Seconds of DPO on pairs of ``tokens`` each, with the adapter's weights if given.
 
         A backward pass launches twice what a forward pass does, and moves the weights once.
         """
         forwards = 3 if self.config.dpo.gradient_checkpointing else 2
-        flops = forwards * self.pass_flops(pairs * each, pairs * predicted, each)
+        flops = forwards * self.pass_flops(pairs * tokens, pairs * predicted, tokens)
         passes = pairs / pairs_at_once(self.config, self.device) * (forwards + 1)
-        return self.seconds("train", flops + 6 * pairs * each * adapter, passes)
+        return self.seconds("train", flops + 6 * pairs * tokens * adapter, passes)
 
     def inference_memory(self, *, write: bool) -> dict[str, float]:
         """Return the bytes of writing pairs (``write``) or of scoring, by part."""
@@ -344,59 +340,46 @@ class CostModel:
             "working space": rows * shape.intermediate * BYTES[dtype] * 3 + 0.6e9,
         }
 
-    def pairs(self, iteration: int) -> tuple[dict[str, float], list[float]]:
-        """Return memory and seconds of writing the pairs of an iteration."""
-        asked = find_mode(self.config.pairs.mode).asked(self.config.pairs, iteration)
-        pairs, answers, scored = (self.questions * n for n in asked)
-        q, prefix = self.question_tokens, self.config.pairs.shots * SHOT_TOKENS
-        return self.inference_memory(write=True), [
-            self.writing(pairs, q + TEMPLATE_TOKENS, q + PAIR_TOKENS, prefix),
-            self.writing(answers, q + TEMPLATE_TOKENS, TYPICAL_ANSWER_TOKENS, prefix / 2),
-            self.scoring(scored * CANDIDATE_TOKENS, scored * CANDIDATE_PREDICTED, prefix / 2),
-        ]
-
-    def train(self) -> tuple[dict[str, float], list[float]]:
-        """Return those of a round of DPO, the reference's log-probabilities included."""
-        dpo, each = self.config.dpo, PAIR_DISTINCT + self.question_tokens
-        seen, adapter = dpo.steps * dpo.batch_size, self.shape.lora_parameters(self.config.lora)
-        held_out = self.questions * self.config.questions.held_out
-        measured = self.questions + held_out * (dpo.steps // dpo.evaluate_every + 1)
-        return training_memory(self.config, self.device, shape=self.shape, pair_tokens=each), [
-            self.training(seen, each, PAIR_PREDICTED, adapter),
-            self.scoring(measured * each, measured * PAIR_PREDICTED, each),
-        ]
-
-    def measure(self) -> tuple[dict[str, float], list[float]]:
-        """Return those of the signals of a round: held-out pairs, and some free answers."""
-        held_out = max(1, round(self.questions * self.config.questions.held_out))
-        each, prompt = PAIR_DISTINCT + self.question_tokens, self.question_tokens + TEMPLATE_TOKENS
-        return self.inference_memory(write=True), [
-            self.writing(min(held_out, SIGNAL_ANSWERS), prompt, SIGNAL_TOKENS, 0),
-            self.scoring(3 * held_out * each, 3 * held_out * PAIR_PREDICTED, each),
-        ]
-
-    def evaluate(self, benchmark: str) -> tuple[dict[str, float], list[float]]:
-        """Return those of an evaluation."""
-        row = BENCHMARKS[benchmark]
-        size, new = row.size, row.size.predicted
-        items = min(size.items, self.config.evaluation.limit or size.items)
-        if row.score is None:
-            seconds = self.writing(items, size.tokens - new, new, size.context)
-        else:
-            seconds = self.scoring(items * size.tokens, items * new, size.context)
-        return self.inference_memory(write=False), [seconds]
-
     def stage(self, stage: Stage) -> StageCost:
         """Return what a stage takes, with loading at an assumed 1 GB a second."""
-        match stage.id.partition("_")[0]:
+        config, n, q = self.config, self.questions, self.question_tokens
+        prompt, pair = q + TEMPLATE_TOKENS, q + PAIR_DISTINCT
+        held_out = n * config.questions.held_out
+        kind = stage.id.partition("_")[0]
+        memory = self.inference_memory(write=kind != "evaluate")
+        match kind:
             case "pairs":
-                memory, seconds = self.pairs(stage.iteration)
+                asked = find_mode(config.pairs.mode).asked(config.pairs, stage.iteration)
+                pairs, answers, scored = (n * times for times in asked)
+                prefix = config.pairs.shots * SHOT_TOKENS
+                seconds = [
+                    self.writing(pairs, prompt, q + PAIR_TOKENS, prefix),
+                    self.writing(answers, prompt, TYPICAL_ANSWER_TOKENS, prefix / 2),
+                    self.scoring(scored, *CANDIDATE, prefix / 2),
+                ]
             case "train":
-                memory, seconds = self.train()
-            case "measure":
-                memory, seconds = self.measure()
+                memory = training_memory(config, self.device, shape=self.shape, pair_tokens=pair)
+                seen, adapter = config.dpo.steps * config.dpo.batch_size, config.lora
+                # By the reference, once; held-out pairs by the policy, now and then.
+                scored = n + held_out * (config.dpo.steps // config.dpo.evaluate_every + 1)
+                seconds = [
+                    self.training(seen, pair, PAIR_PREDICTED, self.shape.lora_parameters(adapter)),
+                    self.scoring(scored, pair, PAIR_PREDICTED, pair),
+                ]
+            case "measure":  # the signals of a round: free answers, and held-out pairs
+                pairs = max(1, round(held_out))
+                seconds = [
+                    self.writing(min(pairs, SIGNAL_ANSWERS), prompt, SIGNAL_TOKENS, 0),
+                    self.scoring(3 * pairs, pair, PAIR_PREDICTED, pair),
+                ]
             case _:
-                memory, seconds = self.evaluate(stage.output.stem)
+                row = BENCHMARKS[stage.output.stem]
+                size, new = row.size, row.size.predicted
+                items = min(size.items, config.evaluation.limit or size.items)
+                if row.score is None:
+                    seconds = [self.writing(items, size.tokens - new, new, size.context)]
+                else:
+                    seconds = [self.scoring(items, size.tokens, new, size.context)]
         kept = CPU_KEPT if self.device.kind == "cpu" else 0
         loading = 4 + self.shape.weight_bytes("bfloat16") / 1e9
         most = sum(memory.values()) + kept
@@ -450,7 +433,7 @@ def predict(row: Mapping[str, Any]) -> float:
             return sum(parts.values()) / GIB
         case "scoring":
             items, size = row["items"], BENCHMARKS[row["benchmark"]].size
-            return model.scoring(items * size.tokens, items * size.predicted, size.context)
+            return model.scoring(items, size.tokens, size.predicted, size.context)
         case "pairs":
             return estimate(config, device)[0].seconds
         case _:  # a whole run
