@@ -9,10 +9,9 @@ is run in plain padded batches: slower, the same completions; a warning says so.
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers.cache_utils import DynamicCache
 
 from grath_utils.engine.shared_prefix import (
     Layers,
@@ -92,19 +92,13 @@ def generate(
     """Return one completion for each prompt, in the order of the prompts.
 
     Args:
-        policy: any causal language model.
-        prompts: text or token ids.
         prefix: the computed beginning of all prompts, to use in several calls; None finds it.
-        max_new_tokens: longest completion.
-        stop: ends a completion early.
-        batch_size: sequences decoded together.
         do_sample, temperature, top_p, top_k: as in :func:`sample_tokens`; greedy by default.
         seed, keys: each sequence draws from its own stream, named by the seed and its key (its
             position if none is given): who else is in the batch does not matter.
         drafts: greedy only: for each prompt, how its completion may well begin. A right guess is
             computed at once, like a prompt; a wrong one changes nothing but the time.
         method: ``shared``, ``plain``, or ``auto`` (shared where the model can).
-        progress: show a bar.
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the model's context.
@@ -114,7 +108,6 @@ def generate(
         raise UsageError(f'unknown method "{method}"; there are auto, shared and plain')
     if drafts is not None and do_sample:
         raise UsageError("drafts are for greedy decoding")
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UsageError(f"impossible sampling options: {temperature=}, {top_p=}, {top_k=}")
     encoded = _encode(policy, prompts)
@@ -147,18 +140,22 @@ def generate(
             if len(ids) <= len(shared) or tuple(ids[: len(shared)]) != shared:
                 raise UsageError(f"prompt {number} does not begin with the prefix that was given")
 
-    job = _Job(policy, max_new_tokens, stop, sampling, seed=seed, batch_size=batch_size)
-    guesses = _encode(policy, drafts) if drafts is not None else [[]] * len(encoded)
-    keys = keys or [str(i) for i in range(len(encoded))]
-    sequences = [
-        _Sequence(job, i, ids[len(shared) :], guess[: max_new_tokens - 1], key)
-        for i, (ids, guess, key) in enumerate(zip(encoded, guesses, keys, strict=True))
-    ]
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
+    listed = policy.model.generation_config.eos_token_id
+    ends = {*(listed if isinstance(listed, list) else [listed]), policy.tokenizer.eos_token_id}
     bar = tqdm(total=len(encoded), disable=not progress, unit="completion", file=sys.stderr)
+    job = _Job(policy, max_new_tokens, stop, sampling, batch_size, ends, bar)
+    guesses = _encode(policy, drafts) if drafts is not None else [[]] * len(encoded)
+    sequences = [
+        _Sequence(job, ids[len(shared) :], guess[: max_new_tokens - 1])
+        for ids, guess in zip(encoded, guesses, strict=True)
+    ]
+    if do_sample:
+        for sequence, key in zip(sequences, keys or map(str, range(len(sequences))), strict=True):
+            stream = np.random.default_rng(int(fingerprint([seed, key]), 16))
+            sequence.draws = stream.random(max_new_tokens + 1).tolist()
     with torch.inference_mode(), bar:
-        running = _run_plain(job, sequences) if method == "plain" else _run(job, sequences, prefix)
-        for _ in running:
-            bar.update()
+        _run_plain(job, sequences) if method == "plain" else _run(job, sequences, prefix)
     return [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in sequences]
 
 
@@ -198,15 +195,9 @@ class _Job:
     max_new_tokens: int
     stop: Stop | None
     sampling: dict[str, float]  # of sample_tokens; empty where decoding is greedy
-    seed: int
     batch_size: int
-
-    @functools.cached_property
-    def ends(self) -> set[int]:
-        """Every token id that ends a completion, by the tokenizer and the model."""
-        listed = self.policy.model.generation_config.eos_token_id
-        ids = listed if isinstance(listed, (list, tuple)) else [listed]
-        return {*ids, self.policy.tokenizer.eos_token_id} - {None}
+    ends: set[int]  # every token that ends a completion, by the tokenizer and the model
+    bar: tqdm
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.policy.tokenizer.decode(ids, skip_special_tokens=True)
@@ -217,24 +208,25 @@ class _Job:
             return False
         return self.stop.reached(self.decode(written))
 
+    def push_all(self, logits: torch.Tensor, sequences: Sequence[_Sequence]) -> None:
+        """Give every sequence that is not finished its next token."""
+        draws = [s.draws[len(s.written)] for s in sequences] if self.sampling else []
+        tokens = sample_tokens(logits, draws, **self.sampling)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if not sequence.finished:
+                sequence.push(token)
+
 
 @dataclass
 class _Sequence:
     """A prompt and what has been written after it so far."""
 
     job: _Job
-    index: int
     prompt: list[int]  # without what is shared; never empty
     draft: list[int]
-    key: str
+    draws: list[float] = field(default_factory=list)  # uniform in [0, 1), one for each token
     written: list[int] = field(default_factory=list)
     finished: str = ""
-
-    @functools.cached_property
-    def draws(self) -> np.ndarray:
-        """Uniform numbers in [0, 1), one for each token."""
-        stream = np.random.default_rng(int(fingerprint([self.job.seed, self.key]), 16))
-        return stream.random(self.job.max_new_tokens + 1)
 
     @property
     def last(self) -> int:
@@ -245,22 +237,25 @@ class _Sequence:
         """How many own tokens have been through the model: all but the last."""
         return len(self.prompt) + len(self.written) - 1
 
-    def push(self, token: int) -> bool:
-        """Take the next token; return True if the sequence is finished."""
-        if token in self.job.ends:
+    def push(self, token: int) -> None:
+        """Take the next token."""
+        job = self.job
+        if token in job.ends:
             self.finished = "eos"
-            return True
-        self.written.append(token)
-        if self.job.stops(self.written):
-            self.finished = "stop"
-        elif len(self.written) == self.job.max_new_tokens:
-            self.finished = "length"
-        return bool(self.finished)
+        else:
+            self.written.append(token)
+            if job.stops(self.written):
+                self.finished = "stop"
+            elif len(self.written) == job.max_new_tokens:
+                self.finished = "length"
+        if self.finished:
+            job.bar.update()
 
     def accept(self, predicted: Sequence[int]) -> None:
         """Take the model's own tokens for as long as the draft had guessed the one before."""
         for position, token in enumerate(predicted):
-            if self.push(token) or self.draft[position : position + 1] != [token]:
+            self.push(token)
+            if self.finished or self.draft[position : position + 1] != [token]:
                 return
 
 
@@ -301,51 +296,40 @@ def sample_tokens(
     return tokens.tolist()
 
 
-def _push_all(logits: torch.Tensor, sequences: Sequence[_Sequence]) -> None:
-    """Give every sequence that is not finished its next token."""
-    sampling = sequences[0].job.sampling
-    draws = [float(s.draws[len(s.written)]) for s in sequences] if sampling else []
-    tokens = sample_tokens(logits, draws, **sampling)
-    for sequence, token in zip(sequences, tokens, strict=True):
-        if not sequence.finished:
-            sequence.push(token)
-
-
 # --- continuous batching over a shared prefix ----------------------------------------------------
 
 
-def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> Iterator[_Sequence]:
-    """Yield the sequences as they finish."""
+def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> None:
+    """Write all completions; a freed slot goes to the next prompt."""
     # Neighbours in the queue are prefilled together: by length, so that little is padding.
-    queue = sorted(sequences, key=lambda s: (-len(s.prompt) - len(s.draft), s.prompt, s.index))
+    queue = sorted(sequences, key=lambda s: (-len(s.prompt) - len(s.draft), s.prompt))
     room = max(len(s.prompt) for s in queue) + job.max_new_tokens
-    model, slots = job.policy.model, min(job.batch_size, len(queue))
+    slots = min(job.batch_size, len(queue))
     cache = SharedPrefixCache(prefix.layers, slots, room)
     active: list[_Sequence] = []  # a sequence's place in the list is its slot
     # One pass for a few newcomers costs as much as for one, so wait until some slots are free.
     enough = max(1, slots // 8)
-    with attend_through(model, cache):
+    with attend_through(job.policy.model, cache):
         while queue or active:
             free = slots - len(active)
             if queue and (free >= min(enough, len(queue)) or not active):
                 new, queue = queue[:free], queue[free:]
                 _prefill(job, cache, new, len(active))
                 active += new
-                yield from _retire(cache, active)  # a draft can hold the whole answer
+                _retire(cache, active)  # a draft can hold the whole answer
                 if not active:
                     continue
             ids = torch.tensor([[s.last] for s in active], device=cache.device)
-            logits = cache.forward(model, ids, reach=1 + max(s.stored for s in active))
+            logits = cache.forward(job.policy.model, ids, reach=1 + max(s.stored for s in active))
             cache.advance(1)
-            _push_all(logits[:, -1], active)
-            yield from _retire(cache, active)
+            job.push_all(logits[:, -1], active)
+            _retire(cache, active)
 
 
-def _retire(cache: SharedPrefixCache, active: list[_Sequence]) -> Iterator[_Sequence]:
-    """Yield and remove the finished sequences; the last active one moves into a freed slot."""
+def _retire(cache: SharedPrefixCache, active: list[_Sequence]) -> None:
+    """Remove the finished sequences; the last active one moves into a freed slot."""
     for slot in reversed(range(len(active))):
         if active[slot].finished:
-            yield active[slot]
             moved = active.pop()
             if slot < len(active):
                 cache.move(len(active), slot, moved.stored)
@@ -353,63 +337,53 @@ def _retire(cache: SharedPrefixCache, active: list[_Sequence]) -> Iterator[_Sequ
 
 
 def _prefill(job: _Job, cache: SharedPrefixCache, new: Sequence[_Sequence], start: int) -> None:
-    """Store the prompts of ``new`` in the slots from ``start`` on, in passes of a bounded size."""
-    cache.lengths[start : start + len(new)] = 0
-    # One row serves all copies of a prompt with the same draft.
-    copies = [list(group) for _, group in groupby(new, key=lambda s: (s.prompt, s.draft))]
-    while copies:
-        longest = copies[0][0]  # the queue is sorted
-        count = max(1, PREFILL_TOKENS // (len(longest.prompt) + len(longest.draft)))
-        _prefill_pass(job, cache, copies[:count], start)
-        start += sum(map(len, copies[:count]))
-        copies = copies[count:]
-
-
-def _prefill_pass(
-    job: _Job, cache: SharedPrefixCache, copies: Sequence[Sequence[_Sequence]], start: int
-) -> None:
-    """Prefill the slots from ``start`` on: the different prompts in one pass, then the copies.
+    """Store the prompts of ``new`` in the slots from ``start`` on, in passes of a bounded size.
 
     Without drafts all prompt tokens but the last are stored: that one is the input of the first
     decoding step. With drafts the whole prompt and its draft are fed; the draft's tokens stay as
     long as each is what the model itself would have written (speculative decoding with a given
     draft, arXiv 2211.17192, in the greedy case: the completion is the same).
     """
-    firsts = [same[0] for same in copies]
-    guessing = any(s.draft for s in firsts)
-    rows = [s.prompt + s.draft if guessing else s.prompt[:-1] for s in firsts]
-    width = len(rows[0])
-    if not width:
-        return
-    padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=cache.device)
-    # Logits are wanted from the earliest last prompt token on.
-    earliest = min(len(s.prompt) for s in firsts) - 1
-    keep = width - earliest if guessing else 1
-    logits = cache.forward(job.policy.model, padded, start=start, reach=width, keep=keep)
-    if guessing:
-        predicted = sample_tokens(logits.flatten(0, 1))
-        for row, same in enumerate(copies):
-            for sequence in same:
-                first = row * keep + len(sequence.prompt) - 1 - earliest
-                sequence.accept(predicted[first : first + len(sequence.draft) + 1])
-    cache.advance(torch.tensor([s.stored for s in firsts], device=cache.device))
-    # From the back: a row never lies behind its sequence, so nothing is overwritten too early.
-    slots = [row for row, same in enumerate(copies) for _ in same]
-    for offset, row in reversed(list(enumerate(slots))):
-        if offset != row:
-            cache.move(start + row, start + offset, firsts[row].stored)
+    cache.lengths[start : start + len(new)] = 0
+    # One row serves all copies of a prompt with the same draft.
+    copies = [list(group) for _, group in groupby(new, key=lambda s: (s.prompt, s.draft))]
+    while copies:
+        longest = copies[0][0]  # the queue is sorted
+        count = max(1, PREFILL_TOKENS // (len(longest.prompt) + len(longest.draft)))
+        now, copies = copies[:count], copies[count:]
+        firsts = [same[0] for same in now]
+        guessing = any(s.draft for s in firsts)
+        rows = [s.prompt + s.draft if guessing else s.prompt[:-1] for s in firsts]
+        if width := len(rows[0]):
+            padded = [ids + [0] * (width - len(ids)) for ids in rows]
+            inputs = torch.tensor(padded, device=cache.device)
+            # Logits are wanted from the earliest last prompt token on.
+            earliest = min(len(s.prompt) for s in firsts) - 1
+            keep = width - earliest if guessing else 1
+            logits = cache.forward(job.policy.model, inputs, start=start, reach=width, keep=keep)
+            if guessing:
+                predicted = sample_tokens(logits.flatten(0, 1))
+                for row, same in enumerate(now):
+                    first = row * keep + len(same[0].prompt) - 1 - earliest
+                    for sequence in same:
+                        sequence.accept(predicted[first : first + len(sequence.draft) + 1])
+            cache.advance(torch.tensor([s.stored for s in firsts], device=cache.device))
+            # From the back: a row never lies behind its sequence, so none is overwritten too early.
+            slots = [row for row, same in enumerate(now) for _ in same]
+            for offset, row in reversed(list(enumerate(slots))):
+                if offset != row:
+                    cache.move(start + row, start + offset, firsts[row].stored)
+        start += sum(map(len, now))
 
 
 # --- plain batches: for models that cannot share a prefix ----------------------------------------
 
 
-def _run_plain(job: _Job, sequences: Sequence[_Sequence]) -> Iterator[_Sequence]:
-    """Yield the sequences batch by batch, padded on the left, each batch until its last is done."""
-    from transformers.cache_utils import DynamicCache
-
+def _run_plain(job: _Job, sequences: Sequence[_Sequence]) -> None:
+    """Write all completions batch by batch, padded on the left, each until its last is done."""
     model, device = job.policy.model, job.policy.device
     pad = job.policy.tokenizer.pad_token_id or 0
-    ordered = sorted(sequences, key=lambda s: (-len(s.prompt), s.index))
+    ordered = sorted(sequences, key=lambda s: -len(s.prompt))
     for first in range(0, len(ordered), job.batch_size):
         batch = ordered[first : first + job.batch_size]
         gaps = [len(batch[0].prompt) - len(s.prompt) for s in batch]
@@ -428,8 +402,7 @@ def _run_plain(job: _Job, sequences: Sequence[_Sequence]) -> Iterator[_Sequence]
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
-            _push_all(logits[:, -1], batch)
+            job.push_all(logits[:, -1], batch)
             inputs = torch.tensor([[s.last] for s in batch], device=device)
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
             positions = positions[:, -1:] + 1
-        yield from batch

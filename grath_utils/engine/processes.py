@@ -57,10 +57,9 @@ def cpu_only() -> bool:
 
 
 def sharded() -> bool:
-    """Return True if training is to split the model itself over the processes (FSDP).
+    """Return True if training is to split the model itself over the processes (FSDP 2).
 
-    Raises:
-        UsageError: FSDP 1, which melts adapter and base together into flat tensors.
+    FSDP 1, which melts adapter and base together into flat tensors, is a ``UsageError``.
     """
     asked = _asked_for("ACCELERATE_USE_FSDP") and launched() > 1
     if asked and os.environ.get("FSDP_VERSION", "1") != "2":
@@ -82,13 +81,12 @@ def join() -> Any:
 
 
 def leave() -> None:
-    """Part from the other processes at the end of a program, as the libraries want it."""
-    if launched() > 1:
-        import torch.distributed as distributed
+    """Part from the other processes at the end of a program, as torch wants it."""
+    if join.cache_info().currsize:
+        import torch
 
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-            join.cache_clear()
+        torch.distributed.destroy_process_group()
+        join.cache_clear()
 
 
 def gather(value: T) -> list[T]:
@@ -138,14 +136,6 @@ def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R
             yield piece, value
 
 
-def own_share(pieces: Sequence[T]) -> tuple[Sequence[T], int]:
-    """Return this process's run of neighbouring pieces, and the length of the longest such run."""
-    each, more = divmod(len(pieces), size())
-    own = rank() if size() > 1 else 0
-    first = own * each + min(own, more)
-    return pieces[first : first + each + (own < more)], each + bool(more)
-
-
 def _attempt(work: Callable[[T], R], piece: T) -> tuple[R | None, Exception | None]:
     """Return what the work returned, or what it raised, in a form that can travel."""
     token = _alone.set(True)
@@ -159,3 +149,11 @@ def _attempt(work: Callable[[T], R], piece: T) -> tuple[R | None, Exception | No
             return None, RunError(f"process {rank()}: {type(error).__name__}: {error}")
     finally:
         _alone.reset(token)
+
+
+def own_share(pieces: Sequence[T]) -> tuple[Sequence[T], int]:
+    """Return this process's run of neighbouring pieces, and the length of the longest such run."""
+    each, more = divmod(len(pieces), size())
+    own = rank() if size() > 1 else 0
+    first = own * each + min(own, more)
+    return pieces[first : first + each + (own < more)], each + bool(more)

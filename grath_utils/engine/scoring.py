@@ -84,19 +84,12 @@ class Plan:
 
 
 def score_completions(
-    policy: Policy,
-    requests: Sequence[Request],
-    *,
-    batch_tokens: int = 4096,
-    method: str = "auto",
+    policy: Policy, requests: Sequence[Request], *, batch_tokens: int = 4096, method: str = "auto"
 ) -> list[Score]:
     """Return the summed log-probability of each request's completion given its prompt.
 
-    Args:
-        policy: any causal language model with a fast tokenizer.
-        requests: duplicates cost nothing.
-        batch_tokens: tokens in one forward pass; on a CPU at most ``CPU_ROW_TOKENS`` are taken.
-        method: ``tree``, ``plain``, or ``auto`` (tree where the model can).
+    Duplicates cost nothing. A forward pass takes ``batch_tokens`` tokens, on a CPU at most
+    ``CPU_ROW_TOKENS``. The method is ``tree``, ``plain``, or ``auto`` (tree where the model can).
 
     Raises:
         ScoringError: an item cannot be encoded, or a score is not finite; the item is named.
@@ -126,14 +119,12 @@ def plan_encoded(
     trie, paths = build_trie([e.inputs for e in encoded])
     blocks = plan_blocks(trie, budget) if method == "tree" else sequence_blocks(trie)
 
-    none = np.empty(0, dtype=np.int64)
-    counts = [len(e.completion) for e in encoded]
-    nodes = [path[len(path) - count :] for path, count in zip(paths, counts, strict=True)]
-    tokens = [np.array(e.completion, dtype=np.int64) for e in encoded]
-    pairs = np.stack([np.concatenate([none, *nodes]), np.concatenate([none, *tokens])])
-    edges, inverse = np.unique(pairs, axis=1, return_inverse=True)
-    own = np.split(inverse.ravel(), np.cumsum(counts)[:-1]) if counts else []
-    return Plan(method, encoded, trie, blocks, edge_node=edges[0], edge_token=edges[1], edges=own)
+    pairs = [np.empty((2, 0), dtype=np.int64)]  # (2, completion) each: node, next token
+    for path, e in zip(paths, encoded, strict=True):
+        pairs.append(np.stack([path[len(path) - len(e.completion) :], e.completion]))
+    edges, inverse = np.unique(np.concatenate(pairs, axis=1), axis=1, return_inverse=True)
+    own = np.split(inverse.ravel(), np.cumsum([len(e.completion) for e in encoded[:-1]], dtype=int))
+    return Plan(method, encoded, trie, blocks, *edges, own[: len(encoded)])
 
 
 @torch.inference_mode()
@@ -149,14 +140,13 @@ def run_plan(
     """Run the forward passes of ``plan`` and add up each request's score.
 
     Args:
-        policy, requests, plan: what to score, and how.
         done: log-probabilities of passes computed before, by their number, to resume from.
         on_batch: called after each pass with its number, its log-probabilities and its tokens.
         split: divide the passes among the processes of this launch; all return all scores, and
             ``on_batch`` is called in all.
 
     Raises:
-        ScoringError: a score is not finite; names the item.
+        ScoringError: a score is not finite; the item is named.
     """
     done = done or {}
     logprobs = np.full(len(plan.edge_node), np.nan, dtype=np.float32)
@@ -164,7 +154,7 @@ def run_plan(
         logprobs[plan.own_edges(plan.blocks[number])] = done[number]
     todo = [number for number in range(len(plan.blocks)) if number not in done]
     own, turns = processes.own_share(todo) if split else (todo, len(todo))
-    with _without_dropout(policy.model):
+    with _evaluating(policy.model):
         found = _passes(policy, plan, set(own))
         for _ in range(turns):
             mine = next(found, None)
@@ -189,8 +179,8 @@ def run_plan(
 
 
 @contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while: dropout would make a score a matter of luck."""
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while: with it, a score would be a matter of luck."""
     training = model.training
     model.eval()
     try:
@@ -203,8 +193,7 @@ def _passes(policy: Policy, plan: Plan, wanted: set[int]) -> Iterator[tuple[int,
     """Yield the number and log-probabilities of each wanted pass; run the prefixes they need."""
     from transformers import DynamicCache
 
-    model = policy.model
-    selects = accepts(model, "logits_to_keep")
+    model, selects = policy.model, accepts(policy.model, "logits_to_keep")
     kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by block: keys, values so far
     for number in sorted(wanted.union(*(plan.blocks[n].prefix for n in wanted))):
         block = plan.blocks[number]
@@ -254,7 +243,6 @@ def row_logits(
     """Return the logits at a row's ``predictors``: (P, vocabulary), in the model's dtype.
 
     Args:
-        model: the causal language model, wrapped or not.
         row: made by :func:`tree_row`, on the model's device.
         dtype: of the hidden states, and so of the mask.
         selects: the model's forward takes ``logits_to_keep``, so the head runs where it is needed.
@@ -265,9 +253,8 @@ def row_logits(
     # Added to the attention scores, (1, 1, T, past + T); each layer would make it of a boolean one.
     mask = torch.zeros(len(visible), past + len(visible), dtype=dtype, device=visible.device)
     mask[:, past:].masked_fill_(~visible, torch.finfo(dtype).min)
-    options: dict[str, Any] = {}
-    if selects:  # 1 stands for "the last only": there is no way to ask for none
-        options["logits_to_keep"] = places if len(places) else 1
+    # 1 stands for "the last only": there is no way to ask for none.
+    options = {"logits_to_keep": places if len(places) else 1} if selects else {}
     logits = model(
         input_ids=row["ids"],
         position_ids=row["positions"],
@@ -280,12 +267,7 @@ def row_logits(
 
 
 def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return log softmax of chosen logits, in float32.
-
-    Args:
-        logits: (rows, vocabulary), any floating dtype.
-        which, targets: (edges,) the row and the token of each wanted value.
-    """
+    """Return log softmax of ``logits`` (rows, vocabulary) at rows and tokens (edges,), float32."""
     if not len(which):
         return torch.empty(0)
     # A few rows at a time: a float32 copy of all logits would go through memory several times.
@@ -326,14 +308,11 @@ def can_run_trees(policy: Policy, longest: int) -> bool:
         )
     ]
     requests = [Request("", "", "trial")] * len(encoded)
-    tree, plain = (
-        plan_encoded(policy, encoded, batch_tokens=10, method=method)
-        for method in ("tree", "plain")
-    )
+    plans = [plan_encoded(policy, encoded, batch_tokens=10, method=m) for m in ("tree", "plain")]
     try:
-        if not _heeds_mask_and_positions(policy, tree.trie):
+        if not _heeds_mask_and_positions(policy, plans[0].trie):
             return False
-        scores = [run_plan(policy, requests, plan) for plan in (tree, plain)]
+        scores = [run_plan(policy, requests, plan) for plan in plans]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # the ways in which models refuse a mask, a cache or a position
     per_token = 1e-3 if model.dtype == torch.float32 else HALF_PRECISION_NATS
@@ -351,15 +330,13 @@ def _heeds_mask_and_positions(policy: Policy, trie: Trie) -> bool:
     from transformers import DynamicCache
 
     model, nodes = policy.model, np.arange(len(trie))
-    row = tree_row(trie, nodes, nodes[-1:])
-
-    def logits(**other: torch.Tensor) -> torch.Tensor:
-        here = {name: tensor.to(policy.device) for name, tensor in (row | other).items()}
-        selects = accepts(model, "logits_to_keep")
-        return row_logits(model, here, model.dtype, selects=selects, cache=DynamicCache())
-
-    with _without_dropout(model):
-        right = logits()
-        branches_see_each_other = logits(visible=torch.ones_like(row["visible"]).tril())
-        in_order = logits(positions=torch.from_numpy(nodes)[None])
-    return not (torch.equal(right, branches_see_each_other) or torch.equal(right, in_order))
+    selects = accepts(model, "logits_to_keep")
+    row = {n: t.to(policy.device) for n, t in tree_row(trie, nodes, nodes[-1:]).items()}
+    mutual = {"visible": torch.ones_like(row["visible"]).tril()}  # branches see each other
+    in_order = {"positions": torch.arange(len(trie), device=policy.device)[None]}
+    with _evaluating(model):
+        right, *wrong = (
+            row_logits(model, row | other, model.dtype, selects=selects, cache=DynamicCache())
+            for other in ({}, mutual, in_order)
+        )
+    return not any(torch.equal(right, logits) for logits in wrong)

@@ -25,7 +25,7 @@ SpecInfer, arXiv 2305.09781). This module is plain numpy: it knows nothing of mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -82,12 +82,13 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[Trie, list[np.ndarra
 
 @dataclass(frozen=True)
 class Block:
-    """One forward pass: some nodes of the trie, over the cached keys and values of their prefix."""
+    """One forward pass: some nodes of the trie, over the cached keys and values of their prefix.
+
+    Its own nodes are ``first .. last`` (exclusive); each node of the trie belongs to one block.
+    """
 
     nodes: np.ndarray  # what is fed in, ascending: uncached ancestors, then first .. last
-    first: (
-        int  # the block's own nodes are first .. last (exclusive); each node belongs to one block
-    )
+    first: int
     last: int
     prefix: tuple[int, ...] = ()  # blocks whose keys and values come before, outermost first
     keep: bool = False  # later blocks need this one's keys and values
@@ -100,63 +101,50 @@ def plan_blocks(trie: Trie, budget: int) -> list[Block]:
     the rest is cut in preorder, preferably between questions, and what few ancestors a cut divides
     are fed twice: only these may take a block over the budget. Every prefix comes before its use.
     """
-    planner = _Planner(trie, budget)
-    planner.plan(0, len(trie), ())
-    return planner.blocks
+    blocks: list[Block] = []
 
+    def add(first: int, last: int, prefix: tuple[int, ...], cached: int, keep: bool) -> None:
+        nodes = np.array([*trie.ancestors(first)[cached:], *range(first, last)])
+        blocks.append(Block(nodes, first, last, prefix, keep))
 
-@dataclass
-class _Planner:
-    trie: Trie
-    budget: int
-    blocks: list[Block] = field(default_factory=list)
+    def cut(start: int, stop: int, prefix: tuple[int, ...], cached: int) -> None:
+        """Cut ``start .. stop`` into rows: each takes the most new tokens for what it costs."""
+        while start < stop:
+            last = min(start + max(budget - int(trie.depth[start]) + cached, 1), stop)
+            if last < stop:
+                # After a row of 1, 2, ... tokens, how many ancestors the next has to feed again.
+                repeated = trie.depth[start + 1 : last + 1] - cached
+                taken = np.arange(1, len(repeated) + 1)
+                last = start + 1 + int(np.argmax(taken / (taken + PASS_OVERHEAD + repeated)))
+            add(start, last, prefix, cached, keep=False)
+            start = last
 
-    def plan(self, start: int, stop: int, prefix: tuple[int, ...]) -> None:
-        """Plan the nodes ``start .. stop``, which all stand below ``prefix``."""
+    def plan(start: int, stop: int, prefix: tuple[int, ...], cached: int) -> None:
+        """Plan ``start .. stop``, which all stand below the ``cached`` nodes of ``prefix``."""
         node = start
         while node < stop:
-            end = int(self.trie.end[node])
-            if end - node <= self.budget:
+            end = int(trie.end[node])
+            if end - node <= budget:
                 node = end
                 continue
-            branching = np.flatnonzero(self.trie.end[node:end] != end)
+            branching = np.flatnonzero(trie.end[node:end] != end)
             chain = int(branching[0]) if len(branching) else end - node  # the unbranched run
-            kept = _worth_keeping(chain, end - node, self.budget)
+            kept = _worth_keeping(chain, end - node, budget)
             if not kept:
                 node += chain
                 continue
-            self.cut(start, node, prefix)
-            inner, pieces = prefix, -(-kept // self.budget)
+            cut(start, node, prefix, cached)
+            inner, below, pieces = prefix, cached, -(-kept // budget)
             for piece in range(pieces):
                 first, last = (node + kept * p // pieces for p in (piece, piece + 1))
-                self.add(first, last, inner, keep=True)
-                inner = (*inner, len(self.blocks) - 1)
-            self.plan(node + kept, end, inner)
+                add(first, last, inner, below, keep=True)
+                inner, below = (*inner, len(blocks) - 1), int(trie.depth[last - 1]) + 1
+            plan(node + kept, end, inner, below)
             start = node = end
-        self.cut(start, stop, prefix)
+        cut(start, stop, prefix, cached)
 
-    def cut(self, start: int, stop: int, prefix: tuple[int, ...]) -> None:
-        """Cut ``start .. stop`` into rows: each takes the most new tokens for what it costs."""
-        while start < stop:
-            last = min(start + max(self.budget - len(self.uncached(start, prefix)), 1), stop)
-            if last < stop:
-                # After a row of 1, 2, ... tokens, how many ancestors the next has to feed again.
-                repeated = self.trie.depth[start + 1 : last + 1] - self.cached(prefix)
-                taken = np.arange(1, len(repeated) + 1)
-                last = start + 1 + int(np.argmax(taken / (taken + PASS_OVERHEAD + repeated)))
-            self.add(start, last, prefix)
-            start = last
-
-    def add(self, first: int, last: int, prefix: tuple[int, ...], *, keep: bool = False) -> None:
-        nodes = np.array([*self.uncached(first, prefix), *range(first, last)])
-        self.blocks.append(Block(nodes, first, last, prefix, keep))
-
-    def cached(self, prefix: tuple[int, ...]) -> int:
-        return sum(len(self.blocks[number].nodes) for number in prefix)
-
-    def uncached(self, node: int, prefix: tuple[int, ...]) -> list[int]:
-        """Return the ancestors of ``node`` that are not in ``prefix``, to be fed again."""
-        return self.trie.ancestors(node)[self.cached(prefix) :]
+    plan(0, len(trie), (), 0)
+    return blocks
 
 
 def _worth_keeping(chain: int, size: int, budget: int) -> int:
