@@ -6,10 +6,12 @@ Two kinds of numbers stand side by side: what a round is *judged* by (held-out p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from grath_utils.evaluation.statistics import summarize
+from grath_utils.figures.plots import in_percent
 from grath_utils.loop.choice import displacement, margins
 from grath_utils.loop.run_dir import BASE, Run, model_label
 from grath_utils.loop.stages import run_questions
@@ -32,6 +34,18 @@ ROUND_COLUMNS = (
 )
 
 
+SIGNALS = (  # title, unit, and the values of held-out pairs from the signals of base and round
+    ("held-out margin", "nats", margins),
+    ("gain of the chosen answers", "nats", displacement),
+    ("drift: KL to the base", "nats a token", lambda base, after: after["kl"]),
+)
+HEALTH = (
+    ("length of free answers", "words", "words"),
+    ("distinct two-word sequences", "share", "distinct"),
+    ("answers that refuse", "share", "non_answers"),
+)
+
+
 def choice_line(run: Run) -> str:
     """Return which round was chosen and why, and why the loop stopped early if it did."""
     found = run_state(run).choice
@@ -47,20 +61,17 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
     Margin, chosen and KL are means over the held-out pairs of iteration 0, against the base model,
     with 95 % intervals; the rest is about free answers to held-out questions.
     """
-    state = run_state(run)
+    state, rows = run_state(run), []
     if state.choice is None:
         return []
-    base, rows = state.base, []
-    measured = zip((base, *state.rounds), ((), *state.choice.alarms), strict=True)
+    measured = zip((state.base, *state.rounds), ((), *state.choice.alarms), strict=True)
     for t, (after, warned) in enumerate(measured):
-        means = [
-            _mean(run, v) for v in (margins(base, after), displacement(base, after), after["kl"])
-        ]
+        means = [_mean(run, values(state.base, after)) for _, _, values in SIGNALS]
         health = after["health"]
         rows.append(
             (
                 f"round {t}" if t else "base",
-                *("not measured" if m is None else interval(m[0], m[1:], "+.2f") for m in means),
+                *(interval(*mean, "+.2f") if mean else "not measured" for mean in means),
                 f"{health['words']:.1f}",
                 *(f"{health[key]:.0%}" for key in ("distinct", "repetition", "non_answers")),
                 "; ".join(warned) or "none",
@@ -69,22 +80,21 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
     return rows
 
 
-def _mean(run: Run, values: Sequence[float] | None) -> tuple[float, float, float] | None:
-    """Return (mean, low, high) by the run's bootstrap; None where nothing was measured."""
+def _mean(run: Run, values: Sequence[float] | None) -> tuple[float, list[float]] | None:
+    """Return a mean and its interval by the run's bootstrap; None where nothing was measured."""
     if values is None or not len(values):
         return None
     found = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
-    return (found["value"], *found["ci95"])
+    return found["value"], found["ci95"]
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One number over the models of a run."""
 
     title: str
     unit: str
-    points: tuple[tuple[str, float, float | None, float | None], ...]
-    """(model label, value, low, high); the interval is None where none is known."""
+    points: list[tuple[str, float, Sequence[float] | None]]
+    """(model label, value, its interval where one is known)."""
     line: tuple[str, float] | None = None
     """Something to compare with: its name and its value."""
 
@@ -100,39 +110,27 @@ def dashboard_panels(run: Run) -> list[Panel]:
 
 
 def _pair_panels(run: Run, state: RunState) -> Iterator[Panel]:
-    questions = run_questions(run)
-    audits, distances = [], []
-    for t in state.planned:
-        if not run.pairs(t).exists():
-            break
+    questions, audits, distances = run_questions(run), [], []
+    for t in itertools.takewhile(lambda t: run.pairs(t).exists(), state.planned):
         pairs = read_pairs(run.pairs(t))
         found = audit_pairs(pairs, questions)
-        audits.append((model_label(t), found.usable, *wilson(found.pairs, found.questions)))
+        audits.append((model_label(t), found.usable, wilson(found.pairs, found.questions)))
         apart = [1 - ngram_f1(pair.correct, pair.incorrect) for pair in pairs]
         distances.append((model_label(t), *_mean(run, apart)))
-    yield Panel("pairs for each question", "share", tuple(audits))
-    yield Panel("distance of the two answers", "1 - n-gram F1", tuple(distances))
+    yield Panel("pairs for each question", "share", audits)
+    yield Panel("distance of the two answers", "1 - n-gram F1", distances)
 
 
 def _signal_panels(run: Run, state: RunState) -> Iterator[Panel]:
-    base = state.base
-    if not base:
+    if not state.base:
         return
-    models = {BASE: base} | {model_label(t): found for t, found in enumerate(state.rounds)}
-    for title, unit, values in (
-        ("held-out margin", "nats", lambda after: margins(base, after)),
-        ("gain of the chosen answers", "nats", lambda after: displacement(base, after)),
-        ("drift: KL to the base", "nats a token", lambda after: after["kl"]),
-    ):
-        means = {label: _mean(run, values(after)) for label, after in models.items()}
-        points = tuple((label, *mean) for label, mean in means.items() if mean)
+    models = {BASE: state.base} | {model_label(t): found for t, found in enumerate(state.rounds)}
+    for title, unit, values in SIGNALS:
+        means = {label: _mean(run, values(state.base, after)) for label, after in models.items()}
+        points = [(label, *mean) for label, mean in means.items() if mean]
         yield Panel(title, unit, points, ("base", 0.0))
-    for title, unit, key in (
-        ("length of free answers", "words", "words"),
-        ("distinct two-word sequences", "share", "distinct"),
-        ("answers that refuse", "share", "non_answers"),
-    ):
-        points = tuple((label, after["health"][key], None, None) for label, after in models.items())
+    for title, unit, key in HEALTH:
+        points = [(label, after["health"][key], None) for label, after in models.items()]
         yield Panel(title, unit, points)
 
 
@@ -141,16 +139,13 @@ def _result_panels(run: Run) -> Iterator[Panel]:
     for benchmark, models in results(run).items():
         last = list(models.values())[-1]
         for metric in list(last["metrics"])[:2]:
-            points = []
-            for label, result in models.items():
-                value = result["metrics"][metric]
-                points.append((label, *(100 * x for x in (value["value"], *value["ci95"]))))
+            points = [(label, *in_percent(result, metric)) for label, result in models.items()]
             uniform = last["controls"].get(f"uniform_{metric}")
             line = None if uniform is None else ("uniform", 100 * uniform)
-            yield Panel(f"{benchmark}: {metric}", "percent", tuple(points), line)
+            yield Panel(f"{benchmark}: {metric}", "percent", points, line)
 
 
-def sample_rows(run: Run, number: int = 10) -> tuple[list[str], list[tuple[str, ...]]]:
+def sample_rows(run: Run, number: int) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the free answers of every measured model to the same questions, as a table.
 
     Returns:

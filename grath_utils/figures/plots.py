@@ -2,7 +2,8 @@
 
 Colours are Okabe and Ito's (distinct for colour-blind readers), and never the only sign: line
 style, marker, hatch or label says the same, so that a grey print still reads. Every interval shown
-is 95 %.
+is 95 %. A *result* is what :func:`.measure.evaluate` returns, a *log* the rows of
+``training_log.jsonl``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from operator import itemgetter
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -23,13 +23,18 @@ from matplotlib.patches import Patch
 
 from grath_utils.evaluation.statistics import t_interval
 
-# --- the course's look ---------------------------------------------------------------------------
+Row = Mapping[str, Any]
+Interval = Sequence[float] | None  # its two ends
+Bars = Mapping[str, Mapping[str, float]]  # name of a bar -> part -> size
+Looks = Mapping[str, tuple[str, str]]  # part -> colour, and the hatch that says the same in grey
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 MODEL_COLOURS = (GREY, BLUE, GREEN, PURPLE, SKY, ORANGE)
-MODEL_MARKERS = "osD^vP"
-
+MODEL_LOOKS = [{"fmt": m, "color": c} for m, c in zip("osD^vP", MODEL_COLOURS, strict=True)]
+CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}
+REJECTED = {"color": VERMILION, "linestyle": "--", "markersize": 4}
+ZERO = {"color": GREY, "linewidth": 1, "linestyle": ":"}
 STYLE = {
     "figure.dpi": 90,  # notebooks with outputs stay below 400 KB each
     "savefig.dpi": 150,
@@ -43,9 +48,6 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}
-REJECTED = {"color": VERMILION, "linestyle": "--", "markersize": 4}
-ZERO = {"color": GREY, "linewidth": 1, "linestyle": ":"}
 
 
 def use_style() -> None:
@@ -64,68 +66,56 @@ def new_axes(
 
 @cache
 def _load_backend() -> None:
-    """Load matplotlib's backend now.
+    """Load the backend, whose switch to interactive mode ``rc_context`` would undo.
 
-    Loaded inside ``rc_context``, its switch to interactive mode would be undone with the context,
-    and a notebook would show the first figure only.
+    A notebook would then show its first figure only.
     """
     plt.switch_backend(plt.get_backend())
 
 
-def _errors(value: float, ci95: Sequence[float] | None) -> list[list[float]] | None:
-    """Return matplotlib's form of an interval: how far it reaches below and above the value."""
-    return None if ci95 is None else [[max(value - ci95[0], 0)], [max(ci95[1] - value, 0)]]
+def _panels(n: int, columns: int, height: float, **options: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its first ``n`` axes, in rows; the others are hidden."""
+    rows = math.ceil(n / columns)
+    figure, grid = new_axes(rows, columns, height=height * rows, squeeze=False, **options)
+    for spare in grid.flat[n:]:
+        spare.set_axis_off()
+    return figure, list(grid.flat[:n])
 
 
-def _draw_change(
-    axes: Axes, row: float, value: float, ci95: Sequence[float] | None, unclear: str = GREY
+def _reach(value: float, ci95: Interval) -> np.ndarray | None:
+    """Return how far an interval reaches below and above the value, as error bars want it."""
+    return None if ci95 is None else np.clip([[value - ci95[0]], [ci95[1] - value]], 0, None)
+
+
+def _changes(
+    axes: Axes, rows: Sequence[tuple[str, float | None, Interval]], unclear: str = GREY
 ) -> None:
-    """Draw a change across a row: a diamond where its interval excludes 0, else a circle.
+    """Draw rows of (name, change, interval), in points, around a line of no change.
 
-    A circle without an interval is hollow; ``unclear`` fills the others.
+    A diamond's interval excludes 0, a circle's does not; without one it is hollow.
     """
-    if ci95 is not None and (ci95[0] > 0 or ci95[1] < 0):
-        look = {"fmt": "D", "color": BLUE}
-    else:
+    for i, (_, value, ci95) in enumerate(rows):
         look = {"fmt": "o", "color": GREY, "mfc": "white" if ci95 is None else unclear}
-    axes.errorbar([value], [row], xerr=_errors(value, ci95), capsize=4, **look)
-
-
-def _centre_on_zero(axes: Axes) -> None:
-    """Draw the line of no change in the middle, at least one point to each side."""
+        if ci95 is not None and (ci95[0] > 0 or ci95[1] < 0):
+            look = {"fmt": "D", "color": BLUE}
+        if value is not None:
+            value, ci95 = 100 * value, ci95 and [100 * end for end in ci95]
+            axes.errorbar(value, i, xerr=_reach(value, ci95), capsize=4, **look)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.axvline(0, color="black", linewidth=1)
+
+
+def _centre_on_zero(axes: Axes, rows: int) -> None:
+    """Show as much on both sides of 0, at least one point, and the first row on top."""
     reach = max(*map(abs, axes.get_xlim()), 1)
-    axes.set_xlim(-reach, reach)
+    axes.set(xlim=(-reach, reach), ylim=(rows - 0.4, -0.6))
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Name the rows of a bar chart, the first one on top."""
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-
-
-def _bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], plain: Sequence[bool], fmt: str
-) -> None:
-    """Draw a row with a bar and its value for each name; those that are not plain are hatched."""
-    colours = [BLUE if yes else ORANGE for yes in plain]
-    hatches = ["" if yes else "///" for yes in plain]
-    bars = axes.barh(range(len(names)), values, color=colours, hatch=hatches, edgecolor="white")
-    axes.bar_label(bars, fmt=fmt, padding=4)
-    _name_rows(axes, names)
-
-
-def _model_look(place: int) -> dict[str, str]:
-    return {"fmt": MODEL_MARKERS[place % 6], "color": MODEL_COLOURS[place % 6]}
-
-
-def _models(axis: Axes, labels: Sequence[str], points: Sequence[Any], **look: Any) -> None:
-    """Draw (label, value, low, high) for models side by side; low and high may be None."""
-    for label, value, low, high in points:
+def _models(axis: Axes, labels: Sequence[str], points: Sequence[tuple], **look: Any) -> None:
+    """Draw (label, value, interval) for models side by side."""
+    for label, value, ci95 in points:
         place = labels.index(label)
-        error = _errors(value, None if low is None else (low, high))
-        axis.errorbar([place], [value], yerr=error, **look, **_model_look(place))
+        axis.errorbar(place, value, yerr=_reach(value, ci95), **look, **MODEL_LOOKS[place % 6])
     axis.set_xticks(range(len(labels)), map(_model_name, labels))
     axis.grid(axis="x", visible=False)
 
@@ -139,23 +129,56 @@ def _model_name(label: str) -> str:
     return f"round {_model_order(label)}" if _model_order(label) else "base"
 
 
-def _in_percent(result: Mapping[str, Any], metric: str) -> tuple[float, float, float]:
-    """Return a metric of an evaluation as value, low and high, in percent."""
+def in_percent(result: Row, metric: str) -> tuple[float, list[float]]:
+    """Return a metric of a result and its interval."""
     found = result["metrics"][metric]
-    return tuple(100 * value for value in (found["value"], *found["ci95"]))
+    return 100 * found["value"], [100 * end for end in found["ci95"]]
 
 
-# --- pairs ---------------------------------------------------------------------------------------
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Name the rows of a bar chart, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
 
 
-def plot_reject_reasons(pairs: int, rejects: Sequence[Mapping[str, Any]]) -> Figure:
+def _bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], plain: Iterable[Any], fmt: str
+) -> None:
+    """Draw a row with a bar and its value for each name; those that are not plain are hatched."""
+    colours, hatches = zip(*[(BLUE, "") if yes else (ORANGE, "///") for yes in plain], strict=True)
+    bars = axes.barh(range(len(names)), values, color=colours, hatch=hatches, edgecolor="white")
+    axes.bar_label(bars, fmt=fmt, padding=4)
+    _name_rows(axes, names)
+
+
+def _stack(axes: Axes, bars: Bars, looks: Looks) -> None:
+    """Draw a bar of parts for each name."""
+    for row, parts in enumerate(bars.values()):
+        end = 0.0
+        for part, size in parts.items():
+            colour, hatch = looks[part]
+            look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.6}
+            axes.barh(row, size, left=end, height=0.62, **look)
+            end += size
+    _name_rows(axes, list(bars))
+
+
+def _explain(figure: Figure, looks: Looks) -> None:
+    """Say below a figure which colour and hatch is which part."""
+    patches = [
+        Patch(facecolor=c, hatch=h, edgecolor="white", label=p) for p, (c, h) in looks.items()
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(looks), fontsize=9)
+
+
+def plot_reject_reasons(pairs: int, rejects: Sequence[Row]) -> Figure:
     """Show how many completions became pairs, and why the others did not."""
     reasons = Counter(str(row["reason"]).replace("_", " ") for row in rejects).most_common()
     names, counts = zip(("usable pair", pairs), *reasons, strict=True)
     figure, axes = new_axes(height=1.0 + 0.36 * len(names))
     _bars(axes, names, counts, [name == "usable pair" for name in names], "%d")
-    axes.set_xlabel("completions")
-    axes.margins(x=0.12)
+    axes.set(xlabel="completions", xmargin=0.12)
     return figure
 
 
@@ -170,9 +193,6 @@ def plot_lengths(pairs: Sequence[Any]) -> Figure:
     axes.set(xlabel="words in the answer", ylabel="answers")
     axes.legend()
     return figure
-
-
-# --- training ------------------------------------------------------------------------------------
 
 
 def plot_dpo_loss(beta: float = 0.1) -> Figure:
@@ -198,22 +218,21 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
     beta scales it to the margin.
     """
     figure, axes = new_axes(height=3.2)
-    places, beside = np.linspace(-40, 40, 401), np.array([-12, 12])
-    margin = beta * contrast
+    places, beside, margin = np.linspace(-40, 40, 401), np.array([-12, 12]), beta * contrast
     loss, slope = np.logaddexp(0, -margin), -beta / (1 + math.exp(margin))
     axes.plot(places, np.logaddexp(0, -beta * places), color=BLUE, label=f"loss, beta = {beta:.3g}")
     tangent = {"color": VERMILION, "linestyle": "--", "label": f"slope {slope:.3g} (tangent)"}
     axes.plot(contrast + beside, loss + slope * beside, **tangent)
-    axes.plot([contrast], [loss], "o", color=BLUE)
+    axes.plot(contrast, loss, "o", color=BLUE)
     axes.set_title(f"margin {margin:+.2f}, loss {loss:.3f}", fontsize=10.5, loc="left")
     axes.set_xlabel("contrast: log-ratio of chosen minus log-ratio of rejected (nats)")
-    axes.set(ylabel="loss (nats)", xlim=(-40, 40))
-    axes.set_ylim(-0.15, max(4.2, 1.1 * loss))  # the pair stays in sight
+    # The pair stays in sight.
+    axes.set(ylabel="loss (nats)", xlim=(-40, 40), ylim=(-0.15, max(4.2, 1.1 * loss)))
     axes.legend(loc="upper right", fontsize=9)
     return figure
 
 
-def plot_training(log: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+def plot_training(log: Sequence[Row], title: str = "") -> Figure:
     """Show a round's loss, margin, log-probabilities and gradient norm."""
     figure, grid = new_axes(2, 2, width=8.5, height=6.2)
     loss, margin, answers, gradient = grid.flat
@@ -241,20 +260,15 @@ def plot_training(log: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     return figure
 
 
-def _curve(
-    axis: Axes, rows: Sequence[Mapping[str, Any]], key: str, *, begin: int = 0, **look: Any
-) -> None:
+def _curve(axis: Axes, rows: Sequence[Row], key: str, *, begin: int = 0, **look: Any) -> None:
     """Draw a number of a training log over its steps, where it was logged."""
     points = [(begin + row["step"], row[key]) for row in rows if key in row]
     if points:
         axis.plot(*zip(*points, strict=True), **look)
 
 
-def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
-    """Show log-probabilities and the margin over all rounds, from the training log of each.
-
-    Held-out rows are shown where there are any.
-    """
+def plot_rounds(logs: Sequence[Sequence[Row]]) -> Figure:
+    """Show log-probabilities and the margin over all rounds; held out where there are such rows."""
     figure, axes = new_axes(1, 2, width=9.6, height=3.3)
     answers, margin = axes
     begin = 0
@@ -282,10 +296,9 @@ def plot_rounds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
 
 def plot_dashboard(panels: Sequence[Any]) -> Figure:
     """Show each of :func:`.dashboard.dashboard_panels` in a small panel, over the rounds."""
-    rows = math.ceil(len(panels) / 4)
-    figure, axes = new_axes(rows, 4, width=10.0, height=2.05 * rows)
+    figure, axes = _panels(len(panels), 4, 2.05, width=10.0)
     labels = sorted({label for panel in panels for label, *_ in panel.points}, key=_model_order)
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    for axis, panel in zip(axes, panels, strict=True):
         _models(axis, labels, panel.points, capsize=3, markersize=5)
         if panel.line:
             name, height = panel.line
@@ -298,12 +311,7 @@ def plot_dashboard(panels: Sequence[Any]) -> Figure:
         axis.set_ylabel(panel.unit, fontsize=8.5)
         axis.tick_params(labelsize=8)
         axis.set_xlim(-0.5, len(labels) - 0.5)
-    for spare in axes.flat[len(panels) :]:
-        spare.set_axis_off()
     return figure
-
-
-# --- quantization --------------------------------------------------------------------------------
 
 
 def plot_levels(
@@ -311,11 +319,8 @@ def plot_levels(
 ) -> Figure:
     """Show the levels of a 4-bit type over the weights of blocks, and how weights are rounded.
 
-    Args:
-        levels: the type's levels, in [-1, 1], ascending.
-        weights: weights divided by the largest of their block.
-        codes: the index of the level that each of the first ``shown`` weights is rounded to.
-        shown: how many weights to show being rounded.
+    ``levels`` are in [-1, 1], ``weights`` divided by the largest of their block; ``codes`` are the
+    indices of the levels that the weights are rounded to, which the first ``shown`` show.
     """
     figure, (left, right) = new_axes(1, 2, width=10.0, height=3.3)
     left.hist(weights, bins=60, range=(-1, 1), color=SKY, density=True)
@@ -333,12 +338,9 @@ def plot_levels(
     right.set_title("each weight goes to its nearest level", fontsize=10)
     for axis in (left, right):
         axis.grid(visible=False)
-    # Below the axes: wherever it stood inside, it could hide a weight.
-    figure.legend(fontsize=9, loc="outside lower right", ncols=2)
+    figure.legend(fontsize=9, loc="outside lower right", ncols=2)  # inside, it could hide a weight
     return figure
 
-
-# --- evaluation ----------------------------------------------------------------------------------
 
 METRIC_NAMES = {
     "mc1": "MC1",
@@ -349,7 +351,7 @@ METRIC_NAMES = {
 }
 
 
-def plot_metrics(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+def plot_metrics(results: Mapping[str, Mapping[str, Row]]) -> Figure:
     """Show every metric of every model of :func:`.state.results`, with its 95 % interval."""
     panels = [
         (benchmark, metric)
@@ -357,18 +359,18 @@ def plot_metrics(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figu
         for metric in next(iter(models.values()))["metrics"]
         if metric in METRIC_NAMES
     ]
-    width = 2.1 * len(panels) + 1.4
-    figure, axes = new_axes(1, len(panels), width=width, height=3.6, squeeze=False)
-    for axis, (benchmark, metric) in zip(axes.flat, panels, strict=True):
-        points = [(label, *_in_percent(r, metric)) for label, r in results[benchmark].items()]
+    n = len(panels)
+    figure, axes = _panels(n, n, 3.6, width=2.1 * n + 1.4)
+    for axis, (benchmark, metric) in zip(axes, panels, strict=True):
+        points = [(label, *in_percent(r, metric)) for label, r in results[benchmark].items()]
         _models(axis, list(results[benchmark]), points, capsize=4, markersize=7)
-        for i, (_, value, _, _) in enumerate(points):
+        for i, (_, value, _) in enumerate(points):
             beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
             axis.annotate(f"{value:.1f}", (i, value), fontsize=9, **beside)
         axis.tick_params(axis="x", labelsize=9)
-        axis.set_xlim(-0.5, len(points) - 0.2)
         axis.set_title(f"{benchmark}\n{METRIC_NAMES[metric]}", fontsize=10)
-    axes[0, 0].set_ylabel("percent, with 95 % interval")
+        axis.set_xlim(-0.5, len(points) - 0.2)
+    axes[0].set_ylabel("percent, with 95 % interval")
     return figure
 
 
@@ -382,59 +384,42 @@ def plot_choices(
     """Show the score of each answer to one question; false ones (label 0) are hatched."""
     figure, axes = new_axes(width=8.6, height=0.9 + 0.42 * len(choices))
     kinds = ["true" if label else "false" for label in labels]
-    names = [f"{choice}  ({kind})" for choice, kind in zip(choices, kinds, strict=True)]
-    fmt = "%.1f" if max(map(abs, scores)) > 1 else "%.3f"
-    _bars(axes, [textwrap.fill(name, 46) for name in names], scores, labels, fmt)
-    axes.margins(x=0.2)
-    axes.set_xlabel(unit)
+    names = [textwrap.fill(f"{c}  ({k})", 46) for c, k in zip(choices, kinds, strict=True)]
+    _bars(axes, names, scores, labels, "%.1f" if max(map(abs, scores)) > 1 else "%.3f")
+    axes.set(xlabel=unit, xmargin=0.2)
     return figure
 
 
-def plot_differences(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
+def plot_differences(rows: Sequence[tuple[str, Row]]) -> Figure:
     """Show paired changes with their 95 % intervals around the line of no change.
 
     A row is a name and a difference as :func:`.measure.compare` returns it.
     """
     figure, axes = new_axes(width=7.6, height=1.0 + 0.42 * len(rows))
-    for i, (_, difference) in enumerate(rows):
-        least = 100 * difference["smallest_detectable"]
-        axes.barh([i], [2 * least], left=[-least], height=0.5, color=GREY, alpha=0.15)
-        low, high = difference["ci95"]
-        _draw_change(axes, i, 100 * difference["value"], (100 * low, 100 * high))
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    _centre_on_zero(axes)
+    least = np.array([100 * difference["smallest_detectable"] for _, difference in rows])
+    axes.barh(range(len(rows)), 2 * least, left=-least, height=0.5, color=GREY, alpha=0.15)
+    _changes(axes, [(name, change["value"], change["ci95"]) for name, change in rows])
+    _centre_on_zero(axes, len(rows))
     axes.set_xlabel("change in points, with 95 % interval (grey band: too small to be seen here)")
     return figure
 
 
-def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+def plot_sweep(panels: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
     """Show the change in every cell of a sweep: each seed, their mean, its interval over seeds.
 
-    Args:
-        panels: (title, cells), one panel for each metric; a cell has ``name``, ``seeds`` (a value
-            for each seed), ``mean`` and ``ci95`` (None for fewer than two). All panels have the
-            same cells in the same order.
+    A panel is (title, cells) for one metric, with the same cells in all panels. A cell has
+    ``name``, ``seeds`` (a value for each), ``mean`` and ``ci95`` (None for fewer than two).
     """
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    n = len(panels[0][1])
-    figure, axes = new_axes(
-        rows, columns, width=5.4 * columns, height=rows * (1.1 + 0.34 * n), squeeze=False
-    )
-    for place, (axis, (title, cells)) in enumerate(zip(axes.flat, panels, strict=False)):
+    columns, n = min(2, len(panels)), len(panels[0][1])
+    figure, axes = _panels(len(panels), columns, 1.1 + 0.34 * n, width=5.4 * columns)
+    for place, (axis, (title, cells)) in enumerate(zip(axes, panels, strict=True)):
         for i, cell in enumerate(cells):
-            seeds = [100 * value for value in cell["seeds"]]
-            axis.plot(seeds, [i + 0.22] * len(seeds), "|", color=ORANGE, markersize=9)
-            if seeds:
-                ci95 = cell["ci95"] and [100 * end for end in cell["ci95"]]
-                _draw_change(axis, i, 100 * cell["mean"], ci95)
-        axis.set_yticks(range(n), ["" if place % columns else cell["name"] for cell in cells])
-        axis.set_ylim(n - 0.4, -0.6)
-        _centre_on_zero(axis)
+            for value in cell["seeds"]:
+                axis.plot(100 * value, i + 0.22, "|", color=ORANGE, markersize=9)
+        named = place % columns == 0
+        _changes(axis, [(c["name"] if named else "", c["mean"], c["ci95"]) for c in cells])
+        _centre_on_zero(axis, n)
         axis.set_title(title, fontsize=10.5)
-    for spare in axes.flat[len(panels) :]:
-        spare.set_axis_off()
     figure.supxlabel(
         "change from the base model, in points (ticks: seeds; marker: their mean, with 95 %\n"
         "interval over seeds; diamond: interval without 0; hollow: one seed, so no interval)",
@@ -443,15 +428,15 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> Fig
     return figure
 
 
-def plot_controls(results: Mapping[str, Mapping[str, Any]]) -> Figure:
+def plot_controls(results: Mapping[str, Row]) -> Figure:
     """Show every model's MC1 on a benchmark beside what question-blind rules reach on it."""
     controls = next(iter(results.values()))["controls"]
     rules = {rule: 100 * value for rule, value in controls.items() if rule != "uniform_mc2"}
     rows, n = range(len(results) + len(rules)), len(results)
     figure, axes = new_axes(width=7.8, height=1.0 + 0.36 * len(rows))
     for i, result in enumerate(results.values()):
-        value, *ci95 = _in_percent(result, "mc1")
-        axes.errorbar([value], [i], xerr=_errors(value, ci95), capsize=4, **_model_look(i))
+        value, ci95 = in_percent(result, "mc1")
+        axes.errorbar(value, i, xerr=_reach(value, ci95), capsize=4, **MODEL_LOOKS[i % 6])
     look = {"height": 0.55, "color": "#dddddd", "hatch": "///", "edgecolor": "white"}
     bars = axes.barh(rows[n:], rules.values(), **look)
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
@@ -462,42 +447,34 @@ def plot_controls(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def plot_category_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Figure:
-    """Show MC2 in each category before and after, and the paired change with its interval.
-
-    Both are results of :func:`.measure.evaluate` on the same items.
-    """
+def plot_category_change(before: Row, after: Row) -> Figure:
+    """Show MC2 in each category in two results on the same items, and the paired change."""
     values: dict[str, list[tuple[float, float]]] = {}
     for first, second in zip(before["items"], after["items"], strict=True):
         both = (first["metrics"]["mc2"], second["metrics"]["mc2"])
         values.setdefault(first.get("category") or "all", []).append(both)
-    rows = [(name, 100 * np.array(both)) for name, both in values.items()]  # (items, 2) each
-    rows.sort(key=lambda row: np.diff(row[1]).mean())
-    figure, (left, right) = new_axes(
-        1, 2, width=10.0, height=1.2 + 0.3 * len(rows), width_ratios=(3, 2)
-    )
-    for i, (_, both) in enumerate(rows):
-        was, now = both.mean(axis=0)
+    means = {name: np.mean(both, axis=0) for name, both in values.items()}
+    names = sorted(values, key=lambda name: np.diff(means[name]))
+    height = 1.2 + 0.3 * len(names)
+    figure, (left, right) = new_axes(1, 2, width=10.0, height=height, width_ratios=(3, 2))
+    for i, name in enumerate(names):
+        was, now = 100 * means[name]
         left.plot([was, now], [i, i], color=GREY, linewidth=1.2)
-        left.plot([was], [i], "o", color=GREY, label="" if i else "before")
-        left.plot([now], [i], "D", color=BLUE, label="" if i else "after")
-        changes = np.diff(both)[:, 0]
-        _draw_change(right, i, changes.mean(), t_interval(changes), unclear="white")
-    names = [f"{name} (n = {len(both)})" for name, both in rows]
-    left.set_yticks(range(len(rows)), names, fontsize=9)
+        left.plot(was, i, "o", color=GREY, label="" if i else "before")
+        left.plot(now, i, "D", color=BLUE, label="" if i else "after")
+    changes = [np.diff(values[name])[:, 0] for name in names]
+    _changes(right, [("", change.mean(), t_interval(change)) for change in changes], "white")
+    counted = [f"{name} (n = {len(values[name])})" for name in names]
+    left.set_yticks(range(len(names)), counted, fontsize=9)
     left.set_xlabel("MC2, percent")
-    right.set_yticks(range(len(rows)), [])
-    right.axvline(0, color="black", linewidth=1)
     right.set_xlabel("change in points, with 95 % interval\n(filled diamond: without 0)")
     for axis in (left, right):
-        axis.set_ylim(-0.7, len(rows) - 0.3)
+        axis.set_ylim(-0.7, len(names) - 0.3)
     figure.legend(fontsize=9, loc="outside upper left", ncols=2)  # inside, it could hide a point
     return figure
 
 
-# --- what a run takes ----------------------------------------------------------------------------
-
-MEMORY_LOOKS = {  # part -> colour, and the hatch that says the same in grey
+MEMORY_LOOKS: Looks = {
     "weights": (BLUE, ""),
     "adapter": (ORANGE, "...."),
     "gradient and optimiser": (VERMILION, "////"),
@@ -505,7 +482,7 @@ MEMORY_LOOKS = {  # part -> colour, and the hatch that says the same in grey
     "logits": (PURPLE, "xxxx"),
     "working space": ("#bbbbbb", ""),
 }
-STAGE_LOOKS = {
+STAGE_LOOKS: Looks = {
     "write pairs": (BLUE, ""),
     "train": (ORANGE, "////"),
     "measure": (PURPLE, "xxxx"),
@@ -513,31 +490,28 @@ STAGE_LOOKS = {
 }
 
 
-def plot_memory(
-    models: Mapping[str, Mapping[str, Mapping[str, float]]], limits: Mapping[str, float]
-) -> Figure:
+def plot_memory(models: Mapping[str, Bars], limits: Mapping[str, float]) -> Figure:
     """Show where the memory of training goes: a panel for each model, a bar for each way.
 
-    Args:
-        models: model -> way of training -> part (see ``MEMORY_LOOKS``) -> bytes.
-        limits: what each of two devices holds, in bytes, by its name.
+    A bar has parts of ``MEMORY_LOOKS``; ``limits`` is what each of two devices holds. All in bytes.
     """
-    rows = math.ceil(len(models) / 2)
+    rows = len(models) // 2
     figure, axes = new_axes(rows, 2, width=10.4, height=0.7 + 2.2 * rows)
     behind = {"facecolor": "white", "linewidth": 0, "pad": 1}  # a line may pass here
+    beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "bbox": behind}
     for axis, (model, ways) in zip(axes.flat, models.items(), strict=True):
-        ends = _stack(axis, ways, MEMORY_LOOKS, unit=1e9)
+        bars = {way: {p: size / 1e9 for p, size in parts.items()} for way, parts in ways.items()}
+        _stack(axis, bars, MEMORY_LOOKS)
+        ends = [sum(parts.values()) for parts in bars.values()]
         for i, end in enumerate(ends):
             size = f"{end:,.0f} GB" if end > 100 else f"{end:.1f} GB"
-            axis.annotate(
-                size, (end, i), (5, 0), textcoords="offset points", va="center", bbox=behind
-            )
+            axis.annotate(size, (end, i), **beside)
         right = 1.25 * max(ends)
-        by_size = sorted(limits.items(), key=itemgetter(1))
-        for (name, size), side in zip(by_size, ("right", "left"), strict=True):  # may be close
-            if size / 1e9 < right:
-                axis.axvline(size / 1e9, color="black", linewidth=1.1, linestyle="--")
-                axis.text(size / 1e9, -0.52, f" {name} ", ha=side, va="bottom", fontsize=9)
+        devices = sorted((size / 1e9, name) for name, size in limits.items())
+        for (size, name), side in zip(devices, ("right", "left"), strict=True):  # may be close
+            if size < right:
+                axis.axvline(size, color="black", linewidth=1.1, linestyle="--")
+                axis.text(size, -0.52, f" {name} ", ha=side, va="bottom", fontsize=9)
         axis.set(title=model, xlim=(0, right), ylim=(len(ends) - 0.5, -0.95))
     for axis in axes.flat[-2:]:
         axis.set_xlabel("GB")
@@ -545,7 +519,7 @@ def plot_memory(
     return figure
 
 
-def plot_stage_times(runs: Mapping[str, Mapping[str, float]]) -> Figure:
+def plot_stage_times(runs: Bars) -> Figure:
     """Show where the hours of whole runs go, in percent: run -> kind of stage -> seconds."""
     shares = {
         name: {kind: 100 * s / sum(times.values()) for kind, s in times.items()}
@@ -556,32 +530,3 @@ def plot_stage_times(runs: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set(xlim=(0, 100), xlabel="percent of the run's time")
     _explain(figure, STAGE_LOOKS)
     return figure
-
-
-def _stack(
-    axes: Axes,
-    bars: Mapping[str, Mapping[str, float]],
-    looks: Mapping[str, tuple[str, str]],
-    unit: float = 1.0,
-) -> list[float]:
-    """Draw a bar of parts for each name, and return where the bars end."""
-    ends = []
-    for i, parts in enumerate(bars.values()):
-        end = 0.0
-        for name, size in parts.items():
-            colour, hatch = looks[name]
-            look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.6}
-            axes.barh([i], [size / unit], left=end, height=0.62, **look)
-            end += size / unit
-        ends.append(end)
-    _name_rows(axes, list(bars))
-    return ends
-
-
-def _explain(figure: Figure, looks: Mapping[str, tuple[str, str]]) -> None:
-    """Say below a figure which colour and hatch is which part."""
-    patches = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name)
-        for name, (colour, hatch) in looks.items()
-    ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(looks), fontsize=9)
