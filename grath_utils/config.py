@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import shlex
 import types
 import typing
@@ -25,17 +26,8 @@ from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.files import read_yaml
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    ge: float = -math.inf,
-    gt: float = -math.inf,
-    le: float = math.inf,
-) -> Any:
-    """Declare a field with its documentation and the values that it may take (>=, > and <=)."""
-    limits = {"choices": choices, "ge": ge, "gt": gt, "le": le}
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """Declare a field, its help, and what it may be: ``choices``, ``ge`` (>=), ``gt``, ``le``."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -120,13 +112,10 @@ class LoraConfig:
     )
 
 
-DPO_LOSSES = tuple(
+DPO_LOSSES = tuple(  # what TRL's DPOTrainer computes by name, as a test checks
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero "
     "apo_down discopop sft sigmoid_norm".split()
 )
-"""What TRL's DPOTrainer computes by name; a test holds the list to the installed version."""
-
-
 PROMPT_FORMATS = ("chat", "qa")
 
 
@@ -248,8 +237,6 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
-# --- reading -------------------------------------------------------------------------------------
-
 PROFILES = Path(__file__).resolve().parent / "profiles"
 
 
@@ -268,8 +255,7 @@ def load_config(
 
     Args:
         profile: a name in ``grath_utils/profiles/``, or the path of a YAML file.
-        overrides: ``"dpo.beta=0.05 loop.iterations=3"``, the same as a list of strings, or a
-            mapping from dotted keys to values.
+        overrides: see :func:`parse_overrides`.
         seed: replaces the profile's seed.
 
     Raises:
@@ -296,22 +282,21 @@ def _read_profile(profile: str) -> dict[str, Any]:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
-    for section in Config().to_dict().keys() - {"profile", "seed"}:
-        if section in tree and tree[section] is None:
-            tree[section] = {}  # a section header with nothing below it
-    return {**tree, "profile": str(path.resolve()) if is_file else profile}
+    sections = Config().to_dict().keys() - {"profile", "seed"}
+    empty = {name: {} for name in sections & tree.keys() if tree[name] is None}  # only a header
+    return {**tree, **empty, "profile": str(path.resolve()) if is_file else profile}
 
 
 def changed_settings(config: Config) -> dict[str, Any]:
     """Return the settings in which a configuration differs from its profile, the seed apart."""
-    plain = load_config(config.profile).flat()
-    changed = {key: value for key, value in config.flat().items() if value != plain[key]}
-    changed.pop("seed", None)
-    return changed
+    plain = load_config(config.profile, seed=config.seed).flat()
+    return {key: value for key, value in config.flat().items() if value != plain[key]}
 
 
 def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """Return ``{'dpo.beta': 0.05}`` for ``"dpo.beta=0.05"`` (values are read as YAML).
+
+    A list of such strings, or the mapping itself, does as well.
 
     Raises:
         ConfigError: a part is not ``key=value``, or a key is given twice.
@@ -351,7 +336,6 @@ def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(tree, Mapping):
         raise ConfigError(f'{where}: "{prefix[:-1]}" holds {tree!r}; expected keys below it')
     kinds = typing.get_type_hints(cls)
-    limits = {spec.name: spec.metadata for spec in dataclasses.fields(cls)}
     values = {}
     for key, value in tree.items():
         if key not in kinds:
@@ -363,7 +347,7 @@ def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
         name = f'{where}: "{prefix}{key}"'
         values[key] = _typed(value, kinds[key], name)
         if values[key] is not None:
-            _check_limits(values[key], limits[key], name)
+            _check_limits(values[key], cls.__dataclass_fields__[key].metadata, name)
     return cls(**values)
 
 
@@ -396,22 +380,26 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
+LIMITS = {
+    "ge": (operator.ge, "the least is"),
+    "gt": (operator.gt, "it must be above"),
+    "le": (operator.le, "the most is"),
+}
+
+
 def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
-    if limits["choices"] and value not in limits["choices"]:
-        near = did_you_mean(str(value), limits["choices"])
-        raise ConfigError(f'{name} cannot be "{value}"{near}')
+    choices = limits.get("choices", [value])
+    if value not in choices:
+        raise ConfigError(f'{name} cannot be "{value}"{did_you_mean(value, choices)}')
     if not isinstance(value, (int, float)):
         return
     if math.isnan(value):
         raise ConfigError(f"{name} is not a number (NaN)")
     if math.isinf(value):
         raise ConfigError(f"{name} is {value}; it must be finite")
-    if value < limits["ge"]:
-        raise ConfigError(f"{name} is {value}; the least is {limits['ge']}")
-    if value <= limits["gt"]:
-        raise ConfigError(f"{name} is {value}; it must be above {limits['gt']}")
-    if value > limits["le"]:
-        raise ConfigError(f"{name} is {value}; the most is {limits['le']}")
+    for key, (holds, problem) in LIMITS.items():
+        if key in limits and not holds(value, limits[key]):
+            raise ConfigError(f"{name} is {value}; {problem} {limits[key]}")
 
 
 def _check_together(config: Config, where: str) -> None:
@@ -441,20 +429,17 @@ def _check_together(config: Config, where: str) -> None:
 
 def describe_options() -> list[tuple[str, Any, str]]:
     """Return (dotted key, default, help) for every option, in order: the reference for users."""
-    rows = []
+    rows, sections = [], typing.get_type_hints(Config)
     for key, default in Config().flat().items():
         section, _, name = key.rpartition(".")
-        cls = typing.get_type_hints(Config)[section] if section else Config
-        facts = cls.__dataclass_fields__[name].metadata
-        choices = f" [{' | '.join(facts['choices'])}]" if facts["choices"] else ""
+        facts = sections.get(section, Config).__dataclass_fields__[name].metadata
+        choices = f" [{' | '.join(facts['choices'])}]" if "choices" in facts else ""
         rows.append((key, default, facts["help"] + choices))
     return rows
 
 
 def differing_keys(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
     """Return lines such as ``dpo.beta: 0.1 here, 0.05 there`` for every differing key."""
-    here, there = ours.flat(), dict(_flatten(theirs))
-    both = [
-        (key, here.get(key, "(absent)"), there.get(key, "(absent)")) for key in sorted(here | there)
-    ]
+    here, there, absent = ours.flat(), dict(_flatten(theirs)), "(absent)"
+    both = [(key, here.get(key, absent), there.get(key, absent)) for key in sorted(here | there)]
     return [f"{key}: {a} here, {b} there" for key, a, b in both if a != b]

@@ -1,11 +1,7 @@
 """Files: where they are, how they are written whole, and how long work is kept for resuming.
 
-Three parts:
-
-* *Places*: the project's own data, the cache, a benchmark mirror.
-* *Whole files*: every file is written aside and then renamed, so that a reader never sees half of
-  one, whatever happened to the writer (POSIX ``rename`` is atomic within a file system).
-* *The journal*: the finished parts of long work, from which a killed process resumes.
+Every file is written aside and then renamed, so that a reader never sees half of one, whatever
+happened to the writer (POSIX ``rename`` is atomic within a file system).
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +27,9 @@ from grath_utils.errors import ConfigError, DataError, RunError, UsageError
 
 
 def data_dir() -> Path:
-    """Return the folder with the project's own data (questions, probe, retention set).
-
-    In a checkout this is ``data/`` beside the package; an installed wheel carries a copy inside.
-    """
+    """Return the folder with the project's own data (questions, probe, retention set)."""
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "data", package / "own_data"):
+    for folder in (package.parent / "data", package / "own_data"):  # a checkout, or a wheel
         if (folder / "questions.jsonl").is_file():
             return folder
     raise UsageError(
@@ -86,8 +79,7 @@ def mirror_dir() -> Path | None:
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a path beside ``target`` to write to; it takes ``target``'s place only on success.
 
-    Works for a file and for a whole folder. On any error the target is left as it was and the
-    half-written thing is removed.
+    Works for a file and for a whole folder. On any error the target is left as it was.
 
     Raises:
         RunError: the disk is full or the place cannot be written to.
@@ -102,7 +94,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         with explained_write_errors(target):
             yield partial
-            _sync(partial)
+            for file in filter(Path.is_file, [partial, *partial.rglob("*")]):
+                # Windows refuses to flush a file that was opened for reading only.
+                with open(file, "r+b") as handle:
+                    os.fsync(handle.fileno())
             if target.is_dir():
                 # A folder cannot be replaced in one step: move the old one out of the way first.
                 os.replace(target, scratch / "replaced")
@@ -124,7 +119,9 @@ def explained_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = "no space left" in str(error).lower() or _no_space_left(Path(target).parent)
+        full = "no space left" in str(error).lower()
+        with suppress(OSError):
+            full |= shutil.disk_usage(Path(target).parent).free < 1 << 15
         if isinstance(error, RunError) or not (full or isinstance(error, OSError)):
             raise
         reason = "No space left on device" if full else getattr(error, "strerror", None) or error
@@ -134,34 +131,16 @@ def explained_write_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _no_space_left(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < 1 << 15
-    except OSError:
-        return False
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or every file of a folder, to the disk."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    for file in files:
-        # Windows refuses to flush a file that was opened for reading only.
-        with open(file, "r+b") as handle:
-            os.fsync(handle.fileno())
-
-
 def sweep_partials(folder: Path) -> int:
     """Remove what a killed writer left aside in ``folder`` (and below); return how many."""
-    left = [p for p in Path(folder).rglob(".*.*") if p.is_dir() and _is_scratch(p)]
+    left = []
+    for path in filter(Path.is_dir, Path(folder).rglob(".*.*")):
+        name = path.name[1:].rpartition(".")[0]  # ``.NAME.RANDOM``, with at most these in it
+        if all(child.name in (name, "replaced") for child in path.iterdir()):
+            left.append(path)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return len(left)
-
-
-def _is_scratch(path: Path) -> bool:
-    """Return True for a folder of :func:`atomic_path`: ``.NAME.RANDOM``, with at most NAME."""
-    name = path.name[1:].rsplit(".", 1)[0]
-    return all(child.name in (name, "replaced") for child in path.iterdir())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -201,8 +180,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL file into a list of objects; blank lines are ignored.
 
     Raises:
-        DataError: the file is missing or not UTF-8, or a line is not a JSON object; the message
-            names the line.
+        DataError: the file cannot be read, or a line is not a JSON object; the message names it.
     """
     rows = []
     # Not splitlines(): it would also split at U+2028 and other separators inside a JSON string.
@@ -240,8 +218,7 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML or gives a key twice; the message says
-            where.
+        ConfigError: the file cannot be read, is not YAML or gives a key twice.
     """
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDoubledKeys)
@@ -328,24 +305,21 @@ class Journal:
             whole.append((raw, row))
         head = whole[0][1] if whole else {}
         if head.get("identity") != self.identity or not all("part" in row for _, row in whole[1:]):
-            self._set_aside()
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
+                return {}
+            aside = self.path.with_name(f"{self.path.name}.old")
+            os.replace(self.path, aside)
+            warnings.warn(
+                f"{self.path} was left by work with other inputs; it is now {aside.name}, and the "
+                "work starts from the beginning",
+                stacklevel=2,
+            )
             return {}
         # Append after the last whole line, or the next one would be joined to a torn one.
         with open(self.path, "r+b") as handle:
             handle.truncate(sum(len(raw) for raw, _ in whole))
         return {row["part"]: row["rows"] for _, row in whole[1:]}
-
-    def _set_aside(self) -> None:
-        if self.path.stat().st_size == 0:
-            self.path.unlink()
-            return
-        aside = self.path.with_name(f"{self.path.name}.old")
-        os.replace(self.path, aside)
-        warnings.warn(
-            f"{self.path} was left by work with other inputs; it is now {aside.name}, and the work "
-            "starts from the beginning",
-            stacklevel=3,
-        )
 
     def append(self, part: int, rows: Sequence[Any]) -> None:
         """Add a finished part and flush it to the disk.

@@ -1,11 +1,8 @@
 """Which round to keep, and when to stop: decided without ever looking at a test.
 
-After each round the model is measured on what it was not trained on: the held-out pairs of
-iteration 0, and its own free answers to held-out questions. Two things follow from that:
-
-* *Alarms*: signs that the model has collapsed, whatever its margin says (:func:`alarms`).
-* The *choice*: of the rounds without alarm, the earliest whose held-out margin is within one
-  standard error of the best (:func:`choose_round`).
+After each round the model is measured on the held-out pairs of iteration 0, and on its own free
+answers to held-out questions (:func:`measure_signals`). From these come the :func:`alarms`, signs
+that it has collapsed whatever its margin says, and the choice (:func:`choose_round`).
 """
 
 from __future__ import annotations
@@ -32,22 +29,15 @@ from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import split_words
 
 SIGNALS_SCHEMA = 1
-ASKED = 32
-"""Held-out questions that are answered freely, at most."""
+ASKED = 32  # held-out questions that are answered freely, at most
 FREE_ANSWER_TOKENS = 48
 RESAMPLES = 2000
 
-# What is an alarm. A few dozen answers cannot tell small changes from chance, so these are coarse:
-# each is far outside what sampling gives, and each is a way in which models have been lost.
-LENGTH_FACTOR = 3.0
-"""Answers three times shorter or longer than the base model's."""
-DISTINCT_LOSS = 0.25
-"""Share of distinct two-word sequences lost: the answers have become the same few phrases."""
-SHARE_RISE = 0.25
-"""Rise in the share of answers that refuse, or that turn in circles."""
-
-
-# --- measuring -----------------------------------------------------------------------------------
+# A few dozen answers cannot tell small changes from chance, so alarms are coarse: each is far
+# outside what sampling gives, and each is a way in which models have been lost.
+LENGTH_FACTOR = 3.0  # answers three times shorter or longer than the base model's
+DISTINCT_LOSS = 0.25  # share of distinct two-word sequences lost: the same few phrases are left
+SHARE_RISE = 0.25  # rise in the share of answers that refuse, or that turn in circles
 
 
 def measure_signals(
@@ -67,7 +57,6 @@ def measure_signals(
         pairs: the held-out pairs of iteration 0, the same for every round; may be empty.
         questions: held-out questions; the first :data:`ASKED` are answered, greedily.
         dpo: the format and the limits with which pairs become tokens.
-        progress: show bars.
 
     Returns:
         ``pairs`` (their ids), ``chosen`` and ``rejected`` (summed log-probabilities, nats), ``kl``
@@ -94,7 +83,7 @@ def measure_signals(
             kl = None
         elif policy is not base:
             kl = kl_per_token(policy, base, examples)
-    asked = list(questions)[:ASKED]
+    asked = questions[:ASKED]
     prompts = [render_chat(policy.tokenizer, question_messages(q.text)) for q in asked]
     written = generate(policy, prompts, max_new_tokens=FREE_ANSWER_TOKENS, progress=progress)
     answers = [completion.text.strip() for completion in written]
@@ -119,7 +108,7 @@ def text_health(questions: Sequence[str], answers: Sequence[str]) -> dict[str, f
     comment") are shares of the answers.
     """
     texts = [split_words(answer) for answer in answers]
-    two_words = [pair for text in texts for pair in pairwise(text)]
+    sequences = [two for text in texts for two in pairwise(text)]
 
     def share(*reasons: Reason) -> float:
         found = [
@@ -131,13 +120,10 @@ def text_health(questions: Sequence[str], answers: Sequence[str]) -> dict[str, f
 
     return {
         "words": sum(map(len, texts)) / max(len(texts), 1),
-        "distinct": len(set(two_words)) / max(len(two_words), 1),
+        "distinct": len(set(sequences)) / max(len(sequences), 1),
         "repetition": share(Reason.REPETITION),
         "non_answers": share(Reason.EMPTY, Reason.NON_ANSWER),
     }
-
-
-# --- reading the measurements --------------------------------------------------------------------
 
 
 def margins(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
@@ -161,10 +147,7 @@ def displacement(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarra
 
 
 def alarms(base: Mapping[str, Any], after: Mapping[str, Any], *, max_kl: float) -> list[str]:
-    """Return the signs of collapse in a round's signals, in words; none is the good case.
-
-    ``max_kl`` is the mean KL(policy || base), in nats a token, from which drift is an alarm.
-    """
+    """Return the signs of collapse in a round's signals, in words; ``max_kl`` in nats a token."""
     found = []
     if after["kl"] and (drift := np.mean(after["kl"])) > max_kl:
         found.append(
@@ -201,21 +184,14 @@ class Choice:
 def choose_round(
     base: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], *, max_kl: float, seed: int
 ) -> Choice:
-    """Choose a round by held-out pairs and alarms, and say whether another should follow.
+    """Choose one of at least one round by its signals, and say whether another should follow.
 
     Of the rounds without alarm the best is that with the largest mean held-out margin over the
     base; the one that is kept is the *earliest* within one standard error of it (the rule of
     Breiman et al., Classification and Regression Trees, 1984): what a later round adds must be
-    more than noise, since each round drifts further.
-
-    A further round is not worth its cost after an alarm, or when the last one did not raise the
-    margin.
-
-    Args:
-        base: the signals of the base model.
-        rounds: those of the rounds so far, in order; at least one.
-        max_kl: see :func:`alarms`.
-        seed: of the bootstrap behind the interval in the text.
+    more than noise, since each round drifts further. A further round is not worth its cost after
+    an alarm, or when the last one did not raise the margin. ``seed`` is that of the bootstrap
+    behind the interval in the text.
     """
     warned = tuple(tuple(alarms(base, after, max_kl=max_kl)) for after in rounds)
     gains = [margins(base, after) for after in rounds]
@@ -253,6 +229,6 @@ def choose_round(
 
 
 def _standard_error(differences: np.ndarray) -> float:
-    """Standard error of the mean of paired differences; 0 for a single pair."""
+    """Return that of the mean of paired differences; 0 for a single pair."""
     n = len(differences)
     return float(differences.std(ddof=1) / n**0.5) if n > 1 else 0.0

@@ -26,21 +26,12 @@ def load_policy(
     device: str | None = None,
     revision: str | None = None,
 ) -> Policy:
-    """Load a model by the name that users give.
+    """Load a model by the name that users give, see :func:`resolve_name`.
 
     What is left out is as the run recorded it for ``RUN_DIR@ITERATION``, and otherwise as
-    :class:`.config.ModelConfig` has it.
-
-    Args:
-        name: ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
-            ``RUN_DIR@ITERATION`` (``runs/cpu@1`` is the model after the second DPO round,
-            ``runs/cpu@base`` the one before the first).
-        quantization: ``none``, ``nf4``, ``fp4`` or ``int8``. Without a GPU the 4-bit types are
-            *simulated*: the weights are rounded through bitsandbytes' own tables and kept in
-            ``dtype``, the same numbers as QLoRA without its memory saving.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
-        device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
-        revision: commit or tag of a Hub model.
+    :class:`.config.ModelConfig` has it. Without a GPU the 4-bit types of ``quantization`` are
+    *simulated*: the weights are rounded through bitsandbytes' own tables and kept in ``dtype``,
+    the same numbers as QLoRA without its memory saving.
 
     Raises:
         ModelError: no such model, or the adapter belongs to another base model.
@@ -58,20 +49,20 @@ def load_policy(
 def resolve_name(name: str) -> tuple[ModelConfig, list[Path]]:
     """Return the base model and the adapters (to merge in order, the last on top) of a name.
 
+    A name is ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
+    ``RUN_DIR@ITERATION``: ``runs/cpu@1`` is the model after the second DPO round, ``runs/cpu@base``
+    the one before the first.
+
     Raises:
         ModelError: the name is that of a run or an adapter which is not there or not whole.
     """
-    if "@" in name and not Path(name).exists():
-        return _resolve_run(name)
-    folder = Path(name).expanduser()
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
-    if (folder / "adapter_config.json").is_file():
-        return adapter_base(folder), [*merged_before(folder), folder]
-    return ModelConfig(name=name), []
-
-
-def _resolve_run(name: str) -> tuple[ModelConfig, list[Path]]:
+    if "@" not in name or Path(name).exists():
+        folder = Path(name).expanduser()
+        if (folder / "adapter" / "adapter_config.json").is_file():
+            folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
+        if (folder / "adapter_config.json").is_file():
+            return adapter_base(folder), [*merged_before(folder), folder]
+        return ModelConfig(name=name), []
     path, _, which = name.rpartition("@")
     run = load_run(path)
     if which == "base":

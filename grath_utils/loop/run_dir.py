@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,15 +31,26 @@ from grath_utils.errors import ConfigError, DataError, RunError
 from grath_utils.files import fingerprint_folder, read_json, sha256_file, sweep_partials, write_json
 
 RUN_SCHEMA = 1
+PACKAGES = (
+    "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib papermill "
+    "jupyterlab numpy"
+)
 BASE = "base"
 
-WITHOUT_EFFECT = ("dpo.report_to",)
-"""Settings that change no result: a run may be continued with other ones."""
+WITHOUT_EFFECT = ("dpo.report_to",)  # changes no result: a run may be continued with another one
 
 
 def model_label(iteration: int | None) -> str:
     """Return the name of a model in a run's folders: ``base``, or ``iter_0`` after round 0."""
     return BASE if iteration is None else f"iter_{iteration}"
+
+
+def _in_run(name: str) -> property:
+    return property(lambda run: run.path / name)
+
+
+def _in_iteration(name: str) -> Callable[[Run, int], Path]:
+    return lambda run, t: run.iteration(t) / name
 
 
 @dataclass(frozen=True)
@@ -49,25 +60,21 @@ class Run:
     path: Path
     config: Config
 
+    manifest = _in_run("manifest.json")
+    questions = _in_run("questions.jsonl")
+    figures = _in_run("figures")
+    report = _in_run("report.html")
+    executed_notebooks = _in_run("notebooks")
+
+    pairs = _in_iteration("pairs.jsonl")
+    rejects = _in_iteration("rejects.jsonl")
+    adapter = _in_iteration("adapter")
+    training_log = _in_iteration("training_log.jsonl")
+    collapsed = _in_iteration("collapsed.json")  # in place of an adapter, with the reason
+
     def iteration(self, t: int) -> Path:
         """Return the folder of iteration ``t`` (0 is the first DPO round)."""
         return self.path / f"iter_{t}"
-
-    def pairs(self, t: int) -> Path:
-        return self.iteration(t) / "pairs.jsonl"
-
-    def rejects(self, t: int) -> Path:
-        return self.iteration(t) / "rejects.jsonl"
-
-    def adapter(self, t: int) -> Path:
-        return self.iteration(t) / "adapter"
-
-    def training_log(self, t: int) -> Path:
-        return self.iteration(t) / "training_log.jsonl"
-
-    def collapsed(self, t: int) -> Path:
-        """Return the note that stands in place of an adapter where a round collapsed."""
-        return self.iteration(t) / "collapsed.json"
 
     def signals(self, model: str) -> Path:
         """Return what a model (``base``, ``iter_0``, ...) was measured on to choose a round."""
@@ -77,26 +84,6 @@ class Run:
         """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
         return self.path / "evaluation" / model / f"{benchmark}.json"
 
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def questions(self) -> Path:
-        return self.path / "questions.jsonl"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def executed_notebooks(self) -> Path:
-        return self.path / "notebooks"
-
     def info(self) -> dict[str, Any]:
         """Return the contents of ``run.json``."""
         return read_json(self.path / "run.json")
@@ -105,10 +92,7 @@ class Run:
 def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None = None) -> Run:
     """Create the run directory, or check that an existing one was made by the same configuration.
 
-    Args:
-        path: the run directory; made if need be.
-        config: the complete configuration.
-        facts: what else to record when it is made (package versions, device, fingerprints).
+    ``facts`` is what else to record when it is made: package versions, device, fingerprints.
 
     Raises:
         ConfigError: the directory was made by another configuration (the keys are named), or it
@@ -126,7 +110,7 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
                 + "\n  ".join(lines)
                 + "\nUse the same settings to continue it, or another run directory"
             )
-        check_untouched(run)
+        _check_untouched(run)
         return run
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file; name a folder for the run")
@@ -141,8 +125,9 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": config.seed,
         "config": config.to_dict(),
+        **(facts or {}),
     }
-    write_json(record, {**made, **(facts or {})})
+    write_json(record, made)
     return run
 
 
@@ -161,7 +146,7 @@ def load_run(path: str | Path) -> Run:
             "`python -m grath_utils run --profile cpu --run-dir DIR`"
         )
     run = Run(folder, config_from_dict(_recorded_config(record), where=str(folder)))
-    check_untouched(run)
+    _check_untouched(run)
     return run
 
 
@@ -178,29 +163,22 @@ def _recorded_config(record: Path) -> dict[str, Any]:
     return config
 
 
-# --- what was made, as it was made ---------------------------------------------------------------
-
-
 def record_made(run: Run, output: Path) -> bool:
     """Note the hash of a stage's output; return whether it takes the place of another one."""
-    return processes.on_main(lambda: _note(run, output))
+
+    def note() -> bool:
+        made = _manifest(run)
+        name, value = output.relative_to(run.path).as_posix(), _hash(output)
+        if made.get(name) == value:
+            return False
+        write_json(run.manifest, {**made, name: value})
+        return name in made
+
+    return processes.on_main(note)
 
 
-def _note(run: Run, output: Path) -> bool:
-    made = _manifest(run)
-    name, value = output.relative_to(run.path).as_posix(), _hash(output)
-    if made.get(name) == value:
-        return False
-    write_json(run.manifest, {**made, name: value})
-    return name in made
-
-
-def check_untouched(run: Run) -> None:
-    """Check that what the stages left is still as they left it; what is missing is made again.
-
-    Raises:
-        RunError: a file or folder was changed; which one, and what can be done.
-    """
+def _check_untouched(run: Run) -> None:
+    """Check that what the stages left is still as they left it; what is missing is made again."""
     for name, value in _manifest(run).items():
         path = run.path / name
         if path.exists() and _hash(path) != value:
@@ -229,8 +207,6 @@ def _hash(path: Path) -> str:
     return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
 
 
-# --- one process at a time -----------------------------------------------------------------------
-
 LOCK_HOLDER = "GRATH_RUN_LOCK"
 """Environment variable: the run directory that this process, or one that started it, has locked."""
 
@@ -249,7 +225,19 @@ def lock_run(run: Run) -> Iterator[None]:
         yield
         return
     lock = FileLock(run.path / ".lock", timeout=0)
-    processes.on_main(lambda: _take(lock, run))
+
+    def take() -> None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{run.path} is in use by another process; wait for it to end, or choose another "
+                "folder"
+            ) from None
+        sweep_partials(run.path)
+
+    processes.on_main(take)
     os.environ[LOCK_HOLDER] = str(run.path)
     try:
         yield
@@ -258,27 +246,17 @@ def lock_run(run: Run) -> Iterator[None]:
         lock.release()
 
 
-def _take(lock: FileLock, run: Run) -> None:
-    run.path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunError(
-            f"{run.path} is in use by another process; wait for it to end, or choose another folder"
-        ) from None
-    sweep_partials(run.path)
-
-
-# --- where it was made ---------------------------------------------------------------------------
-
-
 def environment_facts() -> dict[str, Any]:
     """Return package versions, and what the work runs on, for ``run.json`` and bug reports."""
     import psutil
     import torch
 
-    packages = "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib"
-    packages += " papermill jupyterlab numpy"
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES.split():
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
     device = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
@@ -293,12 +271,4 @@ def environment_facts() -> dict[str, Any]:
         device["accelerator_memory_gib"] = round(memory / 2**30, 1)
     elif torch.backends.mps.is_available():
         device["accelerator"] = "Apple MPS"
-    versions = {name: _version(name) for name in packages.split()}
-    return {"versions": {"python": platform.python_version(), **versions}, "device": device}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return {"versions": versions, "device": device}

@@ -1,13 +1,14 @@
 """The gradual loop over a run directory: write pairs, train, write better pairs, train again.
 
 Each step is a *stage* with one file or folder that says it is done. A stage that is done is left
-alone, so that every call can be repeated, and an interrupted run is continued by starting it again.
-Notebooks and command line call the same stages. After each round the model is measured on held-out
-pairs and free answers, and that alone decides when to stop and which round to keep.
+alone: every call can be repeated, and an interrupted run is continued by starting it again. After
+each round the model is measured on held-out pairs and free answers, and that alone decides when to
+stop and which round to keep.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,8 +39,6 @@ from grath_utils.loop.state import run_state
 from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
 from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
-
-# --- the run -------------------------------------------------------------------------------------
 
 
 def start_run(path: str | Path, config: Config) -> Run:
@@ -84,11 +83,8 @@ def _start_run(path: str | Path, config: Config) -> Run:
             )
     if not run.questions.exists():
         splits = split_held_out(loaded.questions, config.questions.held_out, config.seed)
-        rows = [
-            {"split": split, **question.to_row()}
-            for split, questions in zip(("train", "held_out"), splits, strict=True)
-            for question in questions
-        ]
+        named = zip(("train", "held_out"), splits, strict=True)
+        rows = [{"split": name, **q.to_row()} for name, split in named for q in split]
         with lock_run(run):
             write_jsonl(run.questions, rows)
             record_made(run, run.questions)
@@ -106,10 +102,9 @@ def run_questions(run: Run, split: str | None = None) -> list[Question]:
 
 def run_pairs(run: Run, iteration: int) -> tuple[list[Pair], list[Pair]]:
     """Return an iteration's pairs as (to train on, held out)."""
-    train_ids = {q.id for q in run_questions(run, "train")}
     pairs = read_pairs(run.pairs(iteration))
-    train = [pair for pair in pairs if pair.id in train_ids]
-    return train, [pair for pair in pairs if pair.id not in train_ids]
+    ids = {q.id for q in run_questions(run, "train")}
+    return [p for p in pairs if p.id in ids], [p for p in pairs if p.id not in ids]
 
 
 def load_model(run: Run, iteration: int | None) -> Policy:
@@ -123,9 +118,6 @@ def load_model(run: Run, iteration: int | None) -> Policy:
         raise RunError(f"{run.path}: round {iteration} has not been trained yet")
     policy = model_after(resolve(run.config.model), adapter).load()
     return replace(policy, name=f"{run.path.name}@{BASE if iteration is None else iteration}")
-
-
-# --- stages --------------------------------------------------------------------------------------
 
 
 def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
@@ -253,17 +245,14 @@ def _record(run: Run, iteration: int, *outputs: Path) -> None:
     """
     changed = [path for path in outputs if record_made(run, path)]
     plan = [stage for stage in plan_stages(run) if stage.iteration is not None]
-    first = next((n for n, stage in enumerate(plan) if stage.output in changed), len(plan))
-    left = [s.output for s in plan[first + 1 :] if s.iteration >= iteration and s.done]
+    after = itertools.dropwhile(lambda stage: stage.output not in changed, plan)
+    left = [s.output for s in list(after)[1:] if s.iteration >= iteration and s.done]
     if left:
         names = ", ".join(str(path.relative_to(run.path)) for path in left)
         raise RunError(
             f"{changed[0]} was made again and is not the same as before, so what was made from "
             f"the old one no longer fits. Delete {names} in {run.path}, and run the same again"
         )
-
-
-# --- the plan ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -273,11 +262,10 @@ class Stage:
     id: str
     """``pairs_0``, ``train_0``, ``measure_base``, ``evaluate_iter_0_probe``, ..."""
     title: str
-    """What it does, for people."""
     iteration: int | None
     """None: about the base model."""
     output: Path
-    work: Callable[..., Any]
+    work: Callable[[], Any]
     beside: tuple[Path, ...] = ()
     """What else it leaves; written before ``output``, whose presence says that all is there."""
 
@@ -293,26 +281,28 @@ def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
     """
     state, plan = run_state(run), []
 
-    def measuring(t: int | None, title: str) -> list[Stage]:
-        if not run.config.loop.signals:
-            return []
-        label, work = model_label(t), partial(measure, run, t, progress=progress)
-        return [Stage(f"measure_{label}", title, t, run.signals(label), work)]
+    def work(stage: Callable[..., Any], *which: int | str | None) -> Callable[[], Any]:
+        return partial(stage, run, *which, progress=progress)
+
+    def add_measuring(t: int | None, title: str) -> None:
+        label = model_label(t)
+        if run.config.loop.signals:
+            plan.append(Stage(f"measure_{label}", title, t, run.signals(label), work(measure, t)))
 
     for t in state.planned:
-        work = partial(make_pairs, run, t, progress=progress)
-        title = f"write pairs, iteration {t}"
-        plan.append(Stage(f"pairs_{t}", title, t, run.pairs(t), work, (run.rejects(t),)))
+        title, beside = f"write pairs, iteration {t}", (run.rejects(t),)
+        plan.append(Stage(f"pairs_{t}", title, t, run.pairs(t), work(make_pairs, t), beside))
         if t == 0:  # as soon as there are pairs
-            plan += measuring(None, "measure base on held-out pairs")
-        work, title = partial(train_iteration, run, t, progress=progress), f"train, iteration {t}"
-        plan.append(Stage(f"train_{t}", title, t, run.adapter(t), work, (run.training_log(t),)))
-        plan += measuring(t, f"measure on held-out pairs, iteration {t}")
+            add_measuring(None, "measure base on held-out pairs")
+        title, beside = f"train, iteration {t}", (run.training_log(t),)
+        plan.append(Stage(f"train_{t}", title, t, run.adapter(t), work(train_iteration, t), beside))
+        add_measuring(t, f"measure on held-out pairs, iteration {t}")
     for t in state.evaluated:
+        label = model_label(t)
         for name in run.config.evaluation.benchmarks:
-            label, work = model_label(t), partial(evaluate_model, run, t, name, progress=progress)
             title, out = f"evaluate {label} on {name}", run.evaluation(label, name)
-            plan.append(Stage(f"evaluate_{label}_{name}", title, t, out, work))
+            do = work(evaluate_model, t, name)
+            plan.append(Stage(f"evaluate_{label}_{name}", title, t, out, do))
     return plan
 
 

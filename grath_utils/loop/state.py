@@ -1,7 +1,4 @@
-"""Where a run stands, read at one point: what was measured, which round is kept, what is left.
-
-The rules by which a round is chosen are in :mod:`.choice`; here they meet the run directory.
-"""
+"""Where a run stands, read at one point: what was measured, which round is kept, what is left."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ def run_state(run: Run) -> RunState:
 
 def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Choice:
     """Choose by the signals, or take the last round if ``loop.keep=last`` asks for it."""
-    settings = run.config.loop
+    settings, n = run.config.loop, len(rounds)
     try:
         choice = choose_round(base, rounds, max_kl=settings.max_kl, seed=run.config.seed)
     except (KeyError, TypeError, IndexError) as error:
@@ -68,16 +65,14 @@ def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Cho
             f"{run.signals(BASE).parent}: the signals are not as this program writes them; delete "
             "the folder, and they are measured again"
         ) from error
-    n = len(rounds)
     if settings.keep == "last":
         choice = replace(choice, iteration=n - 1, why=f"round {n}: the last (loop.keep=last)")
+    if not settings.early_stop:
+        return replace(choice, stop=None)
     if run.collapsed(n).exists():
         reason = read_json(run.collapsed(n))["reason"]
         choice = replace(choice, stop=f"round {n + 1} collapsed: {reason}")
-    return choice if settings.early_stop else replace(choice, stop=None)
-
-
-# --- evaluations ---------------------------------------------------------------------------------
+    return choice
 
 
 def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
@@ -85,9 +80,9 @@ def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
     labels = [model_label(t) for t in run_state(run).evaluated]
     found = {
         name: {
-            label: read_json(run.evaluation(label, name))
+            label: read_json(file)
             for label in labels
-            if run.evaluation(label, name).exists()
+            if (file := run.evaluation(label, name)).exists()
         }
         for name in run.config.evaluation.benchmarks
     }
@@ -97,8 +92,8 @@ def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
 def comparison_rows(run: Run) -> list[dict[str, Any]]:
     """Return one row per benchmark and metric: base, chosen model, and the paired difference.
 
-    Every number is taken from the evaluation files or computed from their items. Which round was
-    chosen is decided by :func:`.choice.choose_round`, which never sees these numbers.
+    Every number is taken from the evaluation files or computed from their items; the round was
+    chosen without them.
     """
     settings, rows = run.config.evaluation, []
     labels = (BASE, model_label(run_state(run).final))

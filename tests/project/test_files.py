@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,11 +77,12 @@ def test_a_really_full_device_raises(tmp_path: Path) -> None:
 def test_any_error_while_no_space_is_left_is_explained(tmp_path: Path, monkeypatch) -> None:
     """Model libraries raise errors of many kinds on a full disk, few of them OSError."""
     odd = RuntimeError("[enforce fail at inline_container.cc] unexpected pos 24576 vs 24468")
-    for full, expected, message in (
-        (True, RunError, "No space left"),
-        (False, RuntimeError, "unexpected"),
+    for free, expected, message in (
+        (4096, RunError, "No space left"),
+        (1 << 40, RuntimeError, "unexpected"),
     ):
-        monkeypatch.setattr("grath_utils.files._no_space_left", lambda folder, full=full: full)
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, usage=usage: usage)
         with pytest.raises(expected, match=message), explained_write_errors(tmp_path / "x"):
             raise odd
 
