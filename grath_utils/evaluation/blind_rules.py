@@ -19,13 +19,15 @@ from functools import wraps
 from typing import Any, TypeAlias
 
 from grath_utils.errors import DataError
-from grath_utils.evaluation.benchmarks.base import Item, make_item
+from grath_utils.evaluation.benchmarks.base import Item, make_item, naming
 from grath_utils.evaluation.benchmarks.truthfulqa import truthfulqa_item
 
 Rule: TypeAlias = Callable[[Sequence[str]], list[float]]
 # An item, a row in TruthfulQA's schema, or a (choices, labels) pair.
 Answers: TypeAlias = Item | Mapping[str, Any] | tuple[Sequence[str], Sequence[int]]
 
+RULES: dict[str, Rule] = {}
+"""Every rule for picking one choice, by its name in results."""
 UNIFORM_MC2 = "uniform_mc2"
 NEGATING_WORDS = frozenset(
     "no not never none nothing nobody nowhere cannot without neither nor".split()
@@ -53,37 +55,37 @@ def word_overlap(text_a: str, text_b: str) -> float:
     return len(a & b) / len(a | b) if a | b else 0.0
 
 
-def _pick_the_highest(score: Rule) -> Rule:
+def _rule(score: Rule) -> Rule:
     """Make a rule of a score for each choice: the highest ones share the pick equally."""
 
     @wraps(score)
-    def rule(choices: Sequence[str]) -> list[float]:
+    def pick(choices: Sequence[str]) -> list[float]:
         if isinstance(choices, str) or not choices:
             raise DataError(f"choices must be a list of answer texts, not {choices!r}")
         scores = score(choices)
         picked = [max(scores) - value <= TIE for value in scores]
         return [p / sum(picked) for p in picked]
 
-    return rule
+    RULES[score.__name__] = pick
+    return pick
 
 
-@_pick_the_highest
+@_rule
 def chance(choices: Sequence[str]) -> list[float]:
     """Pick any choice. On MC1 this is the floor: 22.3 % on TruthfulQA."""
     return [0.0 for _ in choices]
 
 
-@_pick_the_highest
+@_rule
 def longest_answer(choices: Sequence[str]) -> list[float]:
-    """Pick the choice with the most characters.
+    """Pick the choice with the most characters: true answers are often hedged and qualified.
 
-    True answers are often hedged and qualified, hence longer; summed log-probabilities pull the
-    other way, toward short answers.
+    Summed log-probabilities pull the other way, toward short answers.
     """
     return [float(len(choice)) for choice in choices]
 
 
-@_pick_the_highest
+@_rule
 def contains_negation(choices: Sequence[str]) -> list[float]:
     """Pick any choice that negates (:func:`has_negation`); with none or all negated, any choice.
 
@@ -93,17 +95,16 @@ def contains_negation(choices: Sequence[str]) -> list[float]:
     return [float(has_negation(choice)) for choice in choices]
 
 
-@_pick_the_highest
+@_rule
 def odd_one_out(choices: Sequence[str]) -> list[float]:
     """Pick the choice with the lowest mean :func:`word_overlap` with the others.
 
-    Several false answers tend to be variations of one misconception, so that the true one
-    stands apart.
+    Several false answers tend to be variations of one misconception; the true one stands apart.
     """
     return _oddity(choices)
 
 
-@_pick_the_highest
+@_rule
 def negation_then_odd_one_out(choices: Sequence[str]) -> list[float]:
     """Pick, of the choices that negate, the one with the lowest mean overlap with all others.
 
@@ -122,17 +123,8 @@ def _oddity(choices: Sequence[str]) -> list[float]:
     ]
 
 
-_RULES = (chance, longest_answer, contains_negation, odd_one_out, negation_then_odd_one_out)
-RULES: dict[str, Rule] = {rule.__name__: rule for rule in _RULES}
-"""Every rule for picking one choice, by its name in results."""
-
-
 def rule_accuracy(rule: Rule, items: Iterable[Answers]) -> list[float]:
     """Return, for each item, the probability that ``rule`` picks a true choice of its MC1 form.
-
-    Args:
-        rule: one of ``RULES``, or any function from choices to probabilities.
-        items: items, rows in TruthfulQA's schema, or ``(choices, labels)`` pairs.
 
     Raises:
         DataError: there are no items, or one is malformed; it is named by its number.
@@ -140,8 +132,8 @@ def rule_accuracy(rule: Rule, items: Iterable[Answers]) -> list[float]:
     accuracies = []
     for item in _as_items(items):
         probabilities = rule([item.choices[i] for i in item.mc1])
-        labels = [item.labels[i] for i in item.mc1]
-        accuracies.append(sum(p for p, label in zip(probabilities, labels, strict=True) if label))
+        picked = zip(probabilities, item.mc1, strict=True)
+        accuracies.append(sum(p for p, i in picked if item.labels[i]))
     return accuracies
 
 
@@ -161,14 +153,11 @@ def blind_rule_scores(items: Iterable[Answers]) -> dict[str, list[float]]:
 def _as_items(answers: Iterable[Answers]) -> list[Item]:
     items = []
     for number, item in enumerate(answers, start=1):
-        try:
+        with naming(f"item {number}"):
             if isinstance(item, Mapping):
                 item = truthfulqa_item(item)
             elif not isinstance(item, Item):
                 item = make_item("", "?", *item)
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            raise DataError(f"item {number}: {what}") from error
         items.append(item)
     if not items:
         raise DataError("there are no items to score")

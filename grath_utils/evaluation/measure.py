@@ -20,11 +20,15 @@ A stopped evaluation resumes: its finished passes are kept in a journal beside t
 
 from __future__ import annotations
 
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 from grath_utils.engine import processes
@@ -32,7 +36,7 @@ from grath_utils.engine.scoring import plan_requests, run_plan
 from grath_utils.errors import UsageError
 from grath_utils.evaluation import statistics
 from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
-from grath_utils.evaluation.benchmarks.base import Benchmark, Item, Protocol
+from grath_utils.evaluation.benchmarks.base import Benchmark, Protocol
 from grath_utils.evaluation.blind_rules import RULES, UNIFORM_MC2, blind_rule_scores
 from grath_utils.evaluation.metrics import choice_probabilities
 from grath_utils.evaluation.protocols import build_requests, find_protocol
@@ -59,7 +63,6 @@ def evaluate(
     """Measure ``policy`` on a benchmark and return the result described above.
 
     Args:
-        policy: the model.
         benchmark: a name, or a benchmark that is already loaded (then ``limit`` is its own).
         protocol: how questions are put; None for the benchmark's default.
         limit: use this many items, drawn by the seed.
@@ -76,24 +79,25 @@ def evaluate(
     """
     if isinstance(benchmark, str):
         benchmark = load_benchmark(benchmark, limit=limit, seed=seed)
-    chosen = find_protocol(benchmark.name, protocol)
-    spec, rules = BENCHMARKS[benchmark.name], {}
+    chosen, spec = find_protocol(benchmark.name, protocol), BENCHMARKS[benchmark.name]
+    started = time.perf_counter()
     if spec.score is None:
         from grath_utils.evaluation.free_answers import evaluate_answers
 
-        measured = evaluate_answers(policy, benchmark, chosen, out=out, progress=progress)
+        found = evaluate_answers(policy, benchmark, chosen, out=out, progress=progress)
+        rules = {}
     else:
-        measured = _evaluate_choices(
+        found = _evaluate_choices(
             policy, benchmark, chosen, batch_tokens=batch_tokens, out=out, progress=progress
         )
-        rules = control_values(benchmark.items)
-    items = measured.pop("items")
-    values = {name: [item["metrics"][name] for item in items] for name in spec.metrics}
+        scores = blind_rule_scores(benchmark.items)
+        rules = {name: sum(values) / len(values) for name, values in scores.items()}
+    items, about, notes, cost = found
+    seconds = round(time.perf_counter() - started, 3)
     metrics = {
-        name: statistics.summarize(column, bootstrap, seed) for name, column in values.items()
+        name: statistics.summarize([item["metrics"][name] for item in items], bootstrap, seed)
+        for name in spec.metrics
     }
-    measured["notes"] += explained_by_rules(metrics, rules)
-    config = policy.config
     result = {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark.name,
@@ -107,14 +111,16 @@ def evaluate(
         "model": {
             "name": policy.name,
             "fingerprint": policy.fingerprint,
-            "quantization": config.quantization,
-            "dtype": config.dtype,
-            "device": config.device,
+            "quantization": policy.config.quantization,
+            "dtype": policy.config.dtype,
+            "device": policy.config.device,
         },
         "metrics": metrics,
         "controls": rules,
-        "per_category": per_category(items, spec.metrics),
-        **measured,
+        "per_category": _per_category(items, spec.metrics),
+        **about,
+        "notes": [*benchmark.notes, *notes, *explained_by_rules(metrics, rules)],
+        "cost": {"seconds": seconds, **cost},
         "items": items,
     }
 
@@ -135,13 +141,11 @@ def _evaluate_choices(
     batch_tokens: int,
     out: Path | None,
     progress: bool,
-) -> dict[str, Any]:
-    """Score every choice; return calibration, notes, cost and items."""
-    started = time.perf_counter()
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[str], dict[str, Any]]:
+    """Score every choice; return items, calibration, notes and cost."""
     spec = BENCHMARKS[benchmark.name]
-    requests = build_requests(benchmark, protocol, policy.tokenizer)
-    flat = [request for group in requests for request in group]
-    plan = plan_requests(policy, flat, batch_tokens=batch_tokens)
+    requests = list(chain(*build_requests(benchmark, protocol, policy.tokenizer)))
+    plan = plan_requests(policy, requests, batch_tokens=batch_tokens)
     identity = fingerprint(
         [
             SCHEMA_VERSION,
@@ -168,11 +172,10 @@ def _evaluate_choices(
             journal.append(number, values)
             bar.update(tokens)
 
-        scores = run_plan(policy, flat, plan, done=done, on_batch=on_batch, split=True)
-    seconds = time.perf_counter() - started
-    rest, items, confidence = iter(scores), [], []
+        scores = run_plan(policy, requests, plan, done=done, on_batch=on_batch, split=True)
+    rest, items, confidence, correct = iter(scores), [], [], []
     for item in benchmark.items:
-        own = [next(rest) for _ in item.choices]
+        own = list(islice(rest, len(item.choices)))
         logprobs = [score.logprob for score in own]
         values = spec.score(item, logprobs)
         items.append(
@@ -186,8 +189,8 @@ def _evaluate_choices(
             }
         )
         confidence.append(max(choice_probabilities(item, logprobs)))
-    correct = [item["metrics"].get("mc1", item["metrics"].get("acc")) for item in items]
-    notes = list(benchmark.notes)
+        correct.append(values["mc1" if "mc1" in values else "acc"])
+    notes = []
     if straddling := sum(score.straddles for score in scores):
         notes.append(
             f"in {straddling} of {len(scores)} answers a token spans the end of the prompt; split "
@@ -195,29 +198,22 @@ def _evaluate_choices(
         )
     if plan.method == "plain":
         notes.append("scored one sequence at a time: this model takes no tree-shaped masks")
-    return {
-        "calibration": statistics.calibration(confidence, correct),
-        "notes": notes,
-        "cost": {
-            "seconds": round(seconds, 3),
-            "resumed": bool(done),
-            "tokens": plan.work.naive,
-            "distinct_tokens": plan.work.distinct,
-            "computed_tokens": plan.work.computed,
-            "peak_memory_mib": _peak_memory_mib(policy),
-        },
-        "items": items,
+    cost = {
+        "resumed": bool(done),
+        "tokens": plan.work.naive,
+        "distinct_tokens": plan.work.distinct,
+        "computed_tokens": plan.work.computed,
+        "peak_memory_mib": _peak_memory_mib(policy),
     }
+    return items, {"calibration": statistics.calibration(confidence, correct)}, notes, cost
 
 
-def per_category(
-    items: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> dict[str, dict[str, dict[str, float]]]:
+def _per_category(items: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return each metric's mean in each category, in the order of the data."""
-    groups: dict[str, list[Mapping[str, float]]] = {}
+    groups = defaultdict(list)
     for item in items:
         if item["category"] is not None:
-            groups.setdefault(item["category"], []).append(item["metrics"])
+            groups[item["category"]].append(item["metrics"])
     return {
         category: {
             name: {"value": sum(row[name] for row in rows) / len(rows), "n": len(rows)}
@@ -225,11 +221,6 @@ def per_category(
         }
         for category, rows in groups.items()
     }
-
-
-def control_values(items: Sequence[Item]) -> dict[str, float]:
-    """Return what each question-blind rule scores on the same items."""
-    return {name: sum(values) / len(values) for name, values in blind_rule_scores(items).items()}
 
 
 def explained_by_rules(
@@ -251,10 +242,6 @@ def explained_by_rules(
 
 def _peak_memory_mib(policy: Policy) -> float | None:
     """Return the highest memory use so far: of the GPU, or of this process; None if unknown."""
-    import sys
-
-    import torch
-
     if policy.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
@@ -265,18 +252,14 @@ def _peak_memory_mib(policy: Policy) -> float | None:
     return round(used / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-# --- before and after ----------------------------------------------------------------------------
-
-
 def compare(
     before: Mapping[str, Any], after: Mapping[str, Any], *, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two results on the same items.
 
     Returns:
-        ``benchmark``, ``n``, ``models`` and for each metric what
-        :func:`.statistics.paired_difference` returns: the change with its paired
-        interval and p-value (exact McNemar for 0/1 metrics).
+        ``benchmark``, ``n``, ``models`` and, for each metric, what
+        :func:`.statistics.paired_difference` says of the change.
 
     Raises:
         UsageError: the results differ in benchmark, protocol, data or items.

@@ -37,12 +37,7 @@ def mc3(scores: Sequence[float], labels: Sequence[int]) -> float:
 
 
 def truthfulqa_metrics(item: Item, scores: Sequence[float]) -> dict[str, float]:
-    """Return MC1, MC2 and MC3 of one item.
-
-    Args:
-        item: with both forms of its choices.
-        scores: (choices,) summed log-probabilities.
-    """
+    """Return MC1, MC2 and MC3 of one item, from its choices' summed log-probabilities."""
     _check(item, scores)
     one = [scores[i] for i in item.mc1]
     several, labels = [scores[i] for i in item.mc2], [item.labels[i] for i in item.mc2]

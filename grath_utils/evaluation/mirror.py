@@ -1,8 +1,4 @@
-"""Write a benchmark mirror from the Hub, for classrooms and machines without network.
-
-What is written is what :mod:`.benchmarks` reads: one JSONL file for each split, with the Hub's own
-columns, at the same pinned revisions.
-"""
+"""Write a benchmark mirror from the Hub, for classrooms and machines without network."""
 
 from __future__ import annotations
 
@@ -20,14 +16,7 @@ def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
     """Copy all splits that benchmarks read (118 files, about 70 MB) from the Hub into a folder.
 
     Each file appears whole or not at all; what is already there is kept, so a second call resumes
-    where a first one stopped.
-
-    Args:
-        to: the folder; made if need be.
-        progress: show a bar.
-
-    Returns:
-        The folder, to be named by ``GRATH_MIRROR``.
+    where a first one stopped. Return the folder, to be named by ``GRATH_MIRROR``.
 
     Raises:
         FetchError: the Hub cannot be reached, or a split came back empty.
@@ -36,15 +25,16 @@ def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
     folder = Path(to).expanduser().resolve()
     if folder.is_file():
         raise UsageError(f"{folder} is a file; name a folder for the mirror")
-    files = list(dict.fromkeys(file for row in BENCHMARKS.values() for file in row.files))
-    for file in tqdm(files, desc=f"mirror to {folder.name}", unit="file", disable=not progress):
-        target = folder / file.path
-        if target.exists():
+    files = {file.path: file for row in BENCHMARKS.values() for file in row.files}
+    for path, file in tqdm(
+        files.items(), desc=f"mirror to {folder.name}", unit="file", disable=not progress
+    ):
+        if (folder / path).exists():
             continue
-        rows = [dict(row) for row in hub_rows(file)]
+        rows = hub_rows(file)
         if not rows:
             raise FetchError(f"{file.dataset}, split {file.split}: the Hub gave no rows")
-        write_jsonl(target, rows)
-    sources = {f.path: f"{f.dataset}@{f.revision}, {f.config}, {f.split}" for f in files}
+        write_jsonl(folder / path, rows)
+    sources = {p: f"{f.dataset}@{f.revision}, {f.config}, {f.split}" for p, f in files.items()}
     write_json(folder / "mirror.json", {"schema_version": 1, "files": sources})
     return folder

@@ -68,35 +68,34 @@ def build_requests(
 
 
 def choose_shots(benchmark: Benchmark, protocol: Protocol) -> list[Sequence[Item]]:
-    """Return each item's solved examples.
+    """Return each item's solved examples, never the item itself.
 
-    ``item``: as lm-eval draws them, one generator through all items in their order; an item keeps
-    its shots whatever part of the benchmark is asked for. Never the item itself.
+    As lm-eval draws them, with one generator through all items in their order: an item keeps its
+    shots whatever part of the benchmark is asked for.
     """
-    count, needed = protocol.shots, protocol.shots + protocol.spare
-    if protocol.draw == "none":
+    count = protocol.shots
+    if not count:
         return [()] * len(benchmark.items)
     if protocol.draw == "first":
-        return [_examples(benchmark, item.category, count)[:count] for item in benchmark.items]
-    pool = _examples(benchmark, "", needed, count)
+        return [_pool(benchmark, protocol, item.category)[:count] for item in benchmark.items]
+    pool, once = _pool(benchmark, protocol, None), protocol.draw == "once"
     generator = random.Random(LM_EVAL_SHOT_SEED)
-    times = 1 if protocol.draw == "once" else benchmark.total
-    drawn = [[pool[i] for i in generator.sample(range(len(pool)), needed)] for _ in range(times)]
+    times = 1 if once else benchmark.total
+    drawn = [generator.sample(pool, count + protocol.spare) for _ in range(times)]
     chosen = []
     for item in benchmark.items:
-        examples = drawn[0 if protocol.draw == "once" else item.position]
         text = (item.question, item.choices)
+        examples = drawn[0 if once else item.position]
         chosen.append([e for e in examples if (e.question, e.choices) != text][:count])
     return chosen
 
 
-def _examples(
-    benchmark: Benchmark, category: str | None, needed: int, shots: int | None = None
-) -> Sequence[Item]:
+def _pool(benchmark: Benchmark, protocol: Protocol, category: str | None) -> Sequence[Item]:
+    """Return the examples to choose from."""
     pool = benchmark.shots.get(category or "", ())
-    if len(pool) < needed:
+    if len(pool) < protocol.shots + protocol.spare:
         where = f"{benchmark.name}, {category}" if category else benchmark.name
         raise DataError(
-            f"{where}: {shots or needed} shots are needed, and there are {len(pool)} examples"
+            f"{where}: {protocol.shots} shots are needed, and there are {len(pool)} examples"
         )
     return pool

@@ -16,19 +16,20 @@ from scipy import stats
 
 from grath_utils.errors import UsageError
 
+LEVEL = 0.95  # of every interval
+POWER = 0.8  # probability of finding an effect that is there
+BINS = 10  # of the reliability diagram
+COVERAGES = (0.25, 0.5, 0.75, 1.0)
 RESAMPLES_AT_ONCE = 2**22  # drawn indices held in memory at a time
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Return the mean of each bootstrap resample.
+    """Return the mean of each bootstrap resample: (resamples,) or (resamples, columns).
 
     Args:
         values: (items,) or (items, columns); all columns of an item are drawn together.
         resamples: number of resamples.
         seed: the same seed draws the same items.
-
-    Returns:
-        (resamples,) or (resamples, columns).
     """
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
@@ -41,14 +42,14 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
 
 def _in_parts(resamples: int, items: int) -> Iterator[int]:
     """Yield how many resamples to draw together, so that memory is bounded."""
-    at_once = max(RESAMPLES_AT_ONCE // max(items, 1), 1)
+    at_once = max(RESAMPLES_AT_ONCE // items, 1)
     for start in range(0, resamples, at_once):
         yield min(at_once, resamples - start)
 
 
-def interval(samples: np.ndarray, level: float = 0.95) -> list[float]:
-    """Return the central interval of samples: ``[low, high]``."""
-    tail = (1 - level) / 2
+def interval(samples: np.ndarray) -> list[float]:
+    """Return the central 95 % of samples: ``[low, high]``."""
+    tail = (1 - LEVEL) / 2
     return np.quantile(samples, [tail, 1 - tail], axis=0).tolist()
 
 
@@ -58,7 +59,7 @@ def summarize(values: Sequence[float], resamples: int, seed: int) -> dict[str, A
     return {"value": float(np.mean(values)), "ci95": interval(means), "n": len(values)}
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+def t_interval(values: Sequence[float]) -> list[float] | None:
     """Return Student's interval of a mean over a few independent runs, or None for one run.
 
     Over seeds there are too few values for a bootstrap, which would give a far too narrow
@@ -66,18 +67,15 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> list[float] | No
     """
     if len(values) < 2:
         return None
-    mean, reach = np.mean(values), t_quantile(len(values) - 1, level) * stats.sem(values)
+    mean, reach = np.mean(values), t_quantile(len(values) - 1) * stats.sem(values)
     return [float(mean - reach), float(mean + reach)]
 
 
-def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """Return the ``t`` that Student's distribution lies within, ``-t`` to ``t``, with ``level``."""
+def t_quantile(freedom: int) -> float:
+    """Return the ``t`` with 95 % of Student's distribution between ``-t`` and ``t``."""
     if freedom < 1:
         raise UsageError(f"{freedom} degrees of freedom; at least 1 is needed")
-    return float(stats.t.ppf((1 + level) / 2, freedom))
-
-
-# --- before and after ----------------------------------------------------------------------------
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
@@ -122,15 +120,16 @@ def paired_difference(
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     difference = second - first
     n = len(difference)
-    binary = bool(np.isin([first, second], (0, 1)).all())
+    if np.isin([first, second], (0, 1)).all():
+        test, p_value = "exact McNemar", mcnemar_exact(first, second)
+    else:
+        test, p_value = "sign-flip randomization", sign_flip_test(difference, resamples, seed)
     spread = float(difference.std(ddof=1)) if n > 1 else 0.0
     return {
         "value": float(difference.mean()),
         "ci95": interval(bootstrap_means(difference, resamples, seed)),
-        "p_value": mcnemar_exact(first, second)
-        if binary
-        else sign_flip_test(difference, resamples, seed),
-        "test": "exact McNemar" if binary else "sign-flip randomization",
+        "p_value": p_value,
+        "test": test,
         "before": float(first.mean()),
         "after": float(second.mean()),
         "n": n,
@@ -144,10 +143,7 @@ def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
     """Adjust p-values for their number (Holm 1979); compare the result with 0.05 as usual.
 
     Args:
-        p_values: by name, or a sequence.
-
-    Returns:
-        The adjusted values in the same form.
+        p_values: by name, or a sequence; the result has the same form.
     """
     if isinstance(p_values, Mapping):
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -162,60 +158,46 @@ def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
     return adjusted.tolist()
 
 
-def smallest_detectable_effect(
-    n: int, spread: float, *, alpha: float = 0.05, power: float = 0.8
-) -> float:
-    """Return the smallest true mean difference that ``n`` items show with probability ``power``.
+def smallest_detectable_effect(n: int, spread: float) -> float:
+    """Return the smallest true mean difference that ``n`` items show in 80 % of all draws.
 
     Args:
         n: number of items.
         spread: standard deviation of the per-item differences. For a 0/1 metric this is about the
             square root of the share of items that change.
-        alpha: two-sided level of the test.
-        power: wanted probability of finding the effect.
     """
     if n < 1:
         raise UsageError(f"n is {n}; at least 1 item is needed")
-    return float(stats.norm.ppf([1 - alpha / 2, power]).sum()) * spread / math.sqrt(n)
+    both_tails = 1 - (1 - LEVEL) / 2
+    return float(stats.norm.ppf([both_tails, POWER]).sum()) * spread / math.sqrt(n)
 
 
-def items_needed(effect: float, spread: float, *, alpha: float = 0.05, power: float = 0.8) -> int:
-    """Return how many items show a true mean difference ``effect`` with probability ``power``."""
+def items_needed(effect: float, spread: float) -> int:
+    """Return how many items show a true mean difference ``effect`` in 80 % of all draws."""
     if effect <= 0:
         raise UsageError(f"the effect is {effect}; it must be above 0")
-    one = smallest_detectable_effect(1, spread, alpha=alpha, power=power)
-    return math.ceil((one / effect) ** 2)
+    return math.ceil((smallest_detectable_effect(1, spread) / effect) ** 2)
 
 
-# --- calibration ---------------------------------------------------------------------------------
-
-
-def calibration(
-    confidence: Sequence[float],
-    correct: Sequence[int],
-    *,
-    bins: int = 10,
-    coverages: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-) -> dict[str, Any]:
+def calibration(confidence: Sequence[float], correct: Sequence[int]) -> dict[str, Any]:
     """Return how far confidence can be believed.
 
     Args:
         confidence: (items,) probability given to the chosen answer.
         correct: (items,) whether it was right.
-        bins: number of equal-width bins on [0, 1]; empty ones are left out.
-        coverages: shares of the items, the most confident ones first. Items of equal confidence
-            at the cut count with their mean accuracy, so the order of the data does not matter.
 
     Returns:
-        ``bins`` (the reliability diagram), ``ece`` (mean distance of accuracy from confidence over
-        them, weighted by items; Naeini et al. 2015) and ``selective_accuracy`` by coverage.
+        ``bins`` of equal width, without empty ones (the reliability diagram); ``ece``, the mean
+        distance of accuracy from confidence over them, weighted by items (Naeini et al. 2015);
+        and ``selective_accuracy`` of the most confident shares of the items. Where the cut falls
+        between equal confidences, these count with their mean accuracy.
     """
     conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    place = np.clip((conf * bins).astype(int), 0, bins - 1)
+    place = np.clip((conf * BINS).astype(int), 0, BINS - 1)
     rows = [
         {
-            "low": b / bins,
-            "high": (b + 1) / bins,
+            "low": b / BINS,
+            "high": (b + 1) / BINS,
             "confidence": float(conf[place == b].mean()),
             "accuracy": float(right[place == b].mean()),
             "n": int((place == b).sum()),
@@ -224,7 +206,7 @@ def calibration(
     ]
     distances = (row["n"] * abs(row["accuracy"] - row["confidence"]) for row in rows)
     selective = []
-    for coverage in coverages:
+    for coverage in COVERAGES:
         count = max(round(coverage * len(conf)), 1)
         cut = np.sort(conf)[-count]
         sure, tied = conf > cut, conf == cut

@@ -17,9 +17,9 @@ from grath_utils.engine.models import Policy
 from grath_utils.errors import ScoringError, UsageError
 from grath_utils.evaluation import free_answers as answers
 from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark
-from grath_utils.evaluation.blind_rules import RULES
+from grath_utils.evaluation.blind_rules import RULES, blind_rule_scores
 from grath_utils.evaluation.free_answers import answer_metrics, cut, declines, repeats
-from grath_utils.evaluation.measure import compare, control_values, evaluate, explained_by_rules
+from grath_utils.evaluation.measure import compare, evaluate, explained_by_rules
 from grath_utils.evaluation.metrics import accuracy_metrics, mc1, mc2, mc3, truthfulqa_metrics
 from grath_utils.files import Journal, read_json
 
@@ -124,7 +124,8 @@ def test_the_controls_stand_beside_the_result(probe_result: dict[str, Any]) -> N
     assert set(rules) == {*RULES, "uniform_mc2"}
     items = load_benchmark("probe", limit=12, seed=1).items
     assert rules["chance"] == pytest.approx(np.mean([1 / len(item.mc1) for item in items]))
-    assert rules == control_values(items)
+    scores = blind_rule_scores(items)
+    assert rules == {name: sum(values) / len(values) for name, values in scores.items()}
 
 
 def test_a_result_that_rules_explain_is_labelled_so() -> None:
@@ -306,7 +307,7 @@ def test_generation_end_to_end(
     items = tuple(
         Item(**{**GEN.__dict__, "id": f"g{n}", "question": f"Why {n}?"}) for n in range(3)
     )
-    benchmark = Benchmark("truthfulqa_gen", "test", items, {}, 3, None, 0, "-")
+    benchmark = Benchmark("truthfulqa_gen", "test", items, {}, 3, None, "-")
     out = tmp_path / "r.json"
     result = evaluate(tiny_policy, benchmark, bootstrap=100, out=out, progress=False)
     assert result["n"] == 3

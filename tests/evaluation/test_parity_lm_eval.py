@@ -166,7 +166,7 @@ def test_a_prompt_beyond_the_context_is_an_error_here_and_cut_there(tiny_policy:
     from lm_eval.models.huggingface import HFLM
 
     item = Item("long", "x" * 3000, ("a", "b"), (1, 0), None, (0, 1), (0, 1), 0)
-    benchmark = Benchmark("retention", "test", (item,), {}, 1, None, 0, "-")
+    benchmark = Benchmark("retention", "test", (item,), {}, 1, None, "-")
     with pytest.raises(
         ScoringError, match=r"item long: .*3\d\d\d tokens, and the model takes 2048"
     ):

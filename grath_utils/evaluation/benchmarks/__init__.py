@@ -86,7 +86,6 @@ def load_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
         shots=loaded.shots,
         total=len(items),
         limit=limit,
-        seed=seed,
         fingerprint=fingerprint(content),
         notes=loaded.notes,
     )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from grath_utils.evaluation.benchmarks import base
 from grath_utils.evaluation.metrics import accuracy_metrics
 
-_file = partial(
-    base.HubFile, "allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453", "ARC-Challenge"
+_REVISION = "210d026faf9955653af8916fad021475a3f00453"
+TRAIN, TEST = (
+    base.HubFile("allenai/ai2_arc", _REVISION, "ARC-Challenge", s) for s in ("train", "test")
 )
-TRAIN = _file("train", "ai2_arc/ARC-Challenge/train.jsonl")
-TEST = _file("test", "ai2_arc/ARC-Challenge/test.jsonl")
 
 
 def _parse(row: base.Row) -> base.Item:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark, or a part of it drawn by the seed."""
+    """A benchmark, or a part of it drawn by a seed."""
 
     name: str
     source: str  # "own data", "mirror FOLDER" or "Hub ID@REVISION"
@@ -44,7 +45,6 @@ class Benchmark:
     shots: Mapping[str, tuple[Item, ...]]  # solved examples by category, "" for all
     total: int  # items in the whole benchmark
     limit: int | None
-    seed: int
     fingerprint: str  # changes whenever an item, its order or a solved example does
     notes: tuple[str, ...] = ()
 
@@ -60,7 +60,7 @@ class Protocol:
     answer: Callable[[Item, int], str] = lambda item, choice: " " + item.choices[choice]
     before: Callable[[Item], str] = lambda item: ""  # text before the shots
     shots: int = 0
-    draw: str = "none"
+    draw: str = "item"
     """``item`` (new shots for each item, as lm-eval draws them), ``once`` (the same shots for all:
     one shared prefix, many times faster) or ``first`` (the first ones of the item's category)."""
     spare: int = 0  # examples drawn beyond ``shots``, so that the item itself can be left out
@@ -102,9 +102,6 @@ class BenchmarkSpec:
     files: tuple[HubFile, ...] = ()  # read from a mirror or the Hub; none for our own data
 
 
-# --- rows to items -------------------------------------------------------------------------------
-
-
 def read_items(file: HubFile | Path, parse: Callable[[Row], Item]) -> tuple[Item, ...]:
     """Return the items of a file, with unique ids.
 
@@ -117,16 +114,23 @@ def read_items(file: HubFile | Path, parse: Callable[[Row], Item]) -> tuple[Item
         rows, where = read_jsonl(file), file.name
     items, seen = [], Counter()
     for position, row in enumerate(rows):
-        try:
+        with naming(f"{where}, row {position + 1}"):
             item = parse(row)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{where}, row {position + 1}: {what}") from error
         seen[item.id] += 1
         if seen[item.id] > 1:  # the same question twice: both count, so both need a name
             item = replace(item, id=f"{item.id}-{seen[item.id]}")
         items.append(replace(item, position=position))
     return tuple(items)
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Raise DataError with the place of a malformed row for whatever its parser raises."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{place}: {what}") from error
 
 
 def make_item(
@@ -181,9 +185,6 @@ def short_id(*parts: Any) -> str:
     return fingerprint(parts)[:10]
 
 
-# --- protocols that several benchmarks share -----------------------------------------------------
-
-
 def question_answer(item: Item) -> str:
     """Return ``Question: ...``, and ``Answer:`` on a line of its own."""
     return f"Question: {item.question}\nAnswer:"
@@ -191,10 +192,11 @@ def question_answer(item: Item) -> str:
 
 def few_shot(question: Callable[[Item], str], shots: int, spare: int = 0) -> tuple[Protocol, ...]:
     """Return lm-eval's few-shot protocol, one with the same shots for all items, and zero-shot."""
-    each = Protocol("lm-eval", f"{shots} shots, drawn for each item", question)
-    once = Protocol("shared", f"{shots} shots, the same for all items: much faster", question)
+    about = f"{shots} shots, drawn for each item"
+    each = Protocol("lm-eval", about, question, shots=shots, spare=spare)
+    about = f"{shots} shots, the same for all items: much faster"
     return (
-        replace(each, shots=shots, spare=spare, draw="item"),
-        replace(once, shots=shots, spare=spare, draw="once"),
+        each,
+        replace(each, name="shared", about=about, draw="once"),
         Protocol("zero-shot", "no shots", question),
     )

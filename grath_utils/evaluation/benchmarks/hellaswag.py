@@ -10,8 +10,7 @@ from grath_utils.evaluation.benchmarks.hub_files import is_available
 from grath_utils.evaluation.metrics import accuracy_metrics
 
 _file = partial(base.HubFile, "Rowan/hellaswag", "218ec52e09a7e7462a5400043bb9a69a41d06b76", None)
-VALIDATION = _file("validation", "hellaswag/validation.jsonl")
-TRAIN = _file("train", "hellaswag/train.jsonl")
+VALIDATION, TRAIN = _file("validation"), _file("train")
 
 
 def _clean(text: str) -> str:

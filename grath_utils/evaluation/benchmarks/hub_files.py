@@ -1,4 +1,4 @@
-"""The files that benchmarks are made of: one name for a split on the Hub and its copy in a mirror.
+"""The files that benchmarks are made of: splits on the Hub, each with its place in a mirror.
 
 Rows come from exactly one place: the mirror that ``GRATH_MIRROR`` names, or the Hub at a pinned
 revision. A file missing from a mirror is an error; nothing is fetched in its place.
@@ -6,7 +6,6 @@ revision. A file missing from a mirror is an error; nothing is fetched in its pl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,18 @@ from grath_utils.files import mirror_dir, read_jsonl
 
 @dataclass(frozen=True)
 class HubFile:
-    """One split of a Hub data set and its place in a mirror."""
+    """One split of a Hub data set."""
 
     dataset: str
     revision: str
     config: str | None
     split: str
-    path: str
-    """Relative to the mirror."""
+
+    @property
+    def path(self) -> str:
+        """Its place in a mirror."""
+        parts = (self.dataset.split("/")[1], self.config, f"{self.split}.jsonl")
+        return "/".join(part for part in parts if part)
 
 
 def read_rows(file: HubFile) -> list[dict[str, Any]]:
@@ -35,7 +38,7 @@ def read_rows(file: HubFile) -> list[dict[str, Any]]:
     """
     mirror = mirror_dir()
     if mirror is None:
-        return list(hub_rows(file))
+        return hub_rows(file)
     if not is_available(file):
         raise DataError(
             f"the mirror {mirror} (GRATH_MIRROR) has no {file.path}; add it with "
@@ -44,21 +47,21 @@ def read_rows(file: HubFile) -> list[dict[str, Any]]:
     return read_jsonl(mirror / file.path)
 
 
-def hub_rows(file: HubFile) -> Iterable[dict[str, Any]]:
+def hub_rows(file: HubFile) -> list[dict[str, Any]]:
     """Download (or take from the Hub's cache) one split, at its pinned revision."""
     from datasets import load_dataset
 
     try:
-        return load_dataset(file.dataset, file.config, split=file.split, revision=file.revision)
+        split = load_dataset(file.dataset, file.config, split=file.split, revision=file.revision)
     except Exception as error:  # datasets raises a different kind for each way to be offline
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FetchError(
-            f"{file.dataset} cannot be fetched from the Hub "
-            f"({reason[0] if reason else type(error).__name__}). Without network there are two "
-            "ways: set GRATH_MIRROR to a benchmark mirror (made elsewhere with "
+            f"{file.dataset} cannot be fetched from the Hub ({reason}). Without network there are "
+            "two ways: set GRATH_MIRROR to a benchmark mirror (made elsewhere with "
             "`python -m grath_utils mirror --to DIR`), or measure on our own data, `--benchmark "
             "probe`"
         ) from error
+    return list(split)
 
 
 def is_available(file: HubFile) -> bool:

@@ -26,8 +26,8 @@ SUBJECTS = """
 LETTERS = "ABCDEFGHIJ"
 
 _file = partial(base.HubFile, "cais/mmlu", "c30699e8356da336a370243923dbaf21066bb9fe")
-DEV = {s: _file(s, "dev", f"mmlu/{s}/dev.jsonl") for s in SUBJECTS}
-TEST = {s: _file(s, "test", f"mmlu/{s}/test.jsonl") for s in SUBJECTS}
+DEV = {subject: _file(subject, "dev") for subject in SUBJECTS}
+TEST = {subject: _file(subject, "test") for subject in SUBJECTS}
 
 
 def _parse(subject: str, row: base.Row) -> base.Item:

@@ -10,10 +10,8 @@ from grath_utils.evaluation.benchmarks.hub_files import is_available, read_rows
 from grath_utils.evaluation.metrics import accuracy_metrics, truthfulqa_metrics
 
 _file = partial(base.HubFile, "truthfulqa/truthful_qa", "741b8276f2d1982aa3d5b832d3ee81ed3b896490")
-MULTIPLE_CHOICE = _file(
-    "multiple_choice", "validation", "truthful_qa/multiple_choice/validation.jsonl"
-)
-GENERATION = _file("generation", "validation", "truthful_qa/generation/validation.jsonl")
+MULTIPLE_CHOICE = _file("multiple_choice", "validation")
+GENERATION = _file("generation", "validation")
 
 # The six question-answer demonstrations of TruthfulQA's own "qa" preset
 # (https://github.com/sylinrl/TruthfulQA, Apache-2.0), as lm-evaluation-harness's truthfulqa tasks
