@@ -33,8 +33,7 @@ GIB = 2**30
 
 QUESTIONS = {("arc_challenge", "train"): 1119, ("arc_easy", "train"): 2251}
 """Sizes of the Hub's question sets (their dataset cards), so that no network is needed."""
-QUESTION_TOKENS = {"own": 15, "arc_challenge": 25, "arc_easy": 22}
-"""Mean tokens of a question, measured (arc_easy: assumed)."""
+QUESTION_TOKENS = {"own": 15, "arc_challenge": 25, "arc_easy": 22}  # means; arc_easy's is assumed
 OTHER_QUESTION_TOKENS = 25
 TEMPLATE_TOKENS = 25  # instruction and markers around a question, in a prompt for pairs
 SHOT_TOKENS = 115  # a demonstration: six are a prompt of 689 tokens
@@ -52,14 +51,14 @@ def question_count(config: Config) -> int:
     Raises:
         DataError: the size of a Hub data set is not known; with ``questions.limit`` it is.
     """
-    source, limit = config.questions, config.questions.limit
-    if source.source == "own" or source.source.endswith((".jsonl", ".csv")):
-        return len(load_questions(source, config.seed).questions)
-    found = QUESTIONS.get((source.source, source.split), limit)
+    settings, source, limit = config.questions, config.questions.source, config.questions.limit
+    if source == "own" or source.endswith((".jsonl", ".csv")):
+        return len(load_questions(settings, config.seed).questions)
+    found = QUESTIONS.get((source, settings.split), limit)
     if found is None:
         raise DataError(
-            f'how many questions "{source.source}" ({source.split}) holds is not known without '
-            "loading it; set questions.limit"
+            f'how many questions "{source}" ({settings.split}) holds is not known without loading '
+            "it; set questions.limit"
         )
     return min(found, limit or found)
 
@@ -130,17 +129,10 @@ def meant_for(profile: str) -> Device | None:
 
 def cpu_device(peak: float, memory: float, *, dtype: str = "bfloat16") -> Device:
     """Return a CPU of ``memory`` bytes whose matrix products reach ``peak`` operations a second."""
-    return Device(
-        name="this CPU",
-        kind="cpu",
-        peak=peak,
-        memory=memory,
-        bandwidth=30e9,
-        reached=tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items()),
-        launch=0.0,
-        dtype=dtype,
-        source="measured now",
-    )
+    reached = tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items())
+    names = {"name": "this CPU", "kind": "cpu", "source": "measured now", "dtype": dtype}
+    rates = {"bandwidth": 30e9, "reached": reached, "launch": 0.0}
+    return Device(peak=peak, memory=memory, **rates, **names)
 
 
 def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
@@ -150,27 +142,22 @@ def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
 
     from grath_utils.engine.models import resolve
 
-    resolved = resolve(model)
-    memory = float(psutil.virtual_memory().total)
+    resolved, memory = resolve(model), float(psutil.virtual_memory().total)
     if resolved.device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         memory = float(gpu.total_memory)
         for key, known in DEVICES.items():
             if key in gpu.name:
                 return replace(known, memory=memory)
-    dtype = resolved.dtype
-    peak = _matmul_rate(getattr(torch, dtype), resolved.device, seconds)
+    peak = _matmul_rate(getattr(torch, resolved.dtype), resolved.device, seconds)
     if resolved.device == "cpu":
-        return cpu_device(peak, memory, dtype=dtype)
-    here = {"name": resolved.device, "dtype": dtype, "source": ""}
+        return cpu_device(peak, memory, dtype=resolved.dtype)
+    here = {"name": resolved.device, "dtype": resolved.dtype, "source": ""}
     return Device(peak=peak, memory=memory, bandwidth=300e9, **here)
 
 
 def _matmul_rate(dtype: Any, device: str, seconds: float) -> float:
-    """Return the rate of products of the size that a row of tokens makes.
-
-    The fastest tenth counts: what others take of the machine is not foreseen.
-    """
+    """Return the rate of products such as a row of tokens makes: of the fastest tenth of them."""
     import torch
     from torch.utils.benchmark import Timer
 
@@ -199,10 +186,10 @@ SAME_INPUT = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "y", "up
 def activation_bytes(shape: Shape, lora: LoraConfig, dtype: str, *, checkpointing: bool) -> int:
     """Return what one token leaves in one layer for the backward pass, in bytes.
 
-    Counted, and held to what autograd saves by a test: queries, keys, values (repeated for all
-    query heads) and attention's output; three tensors of the MLP; two norms in float32, and a
-    number for each norm and for each head's softmax; for each adapted matrix its input in float32
-    (the adapter's type) and the rank-r product. Checkpointing leaves the layer's input.
+    Queries, keys, values (repeated for all query heads) and attention's output; three tensors of
+    the MLP; two norms in float32, and a number for each norm and for each head's softmax; for each
+    adapted matrix its input in float32 (the adapter's type) and the rank-r product. Checkpointing
+    leaves the layer's input.
     """
     size, targets = BYTES[dtype], shape.lora_targets(lora)
     if checkpointing:
@@ -288,15 +275,13 @@ class CostModel:
 
     def seconds(self, kind: str, flops: float, passes: float) -> float:
         """Return the time of work in ``passes`` forward passes: the longest of three."""
-        device, weights = self.device, self.shape.linear_parameters
+        device, shape = self.device, self.shape
         moved = BYTES[device.dtype] if self.quantization == "none" else NF4_MOVED
         bandwidth = device.bandwidth * (GPU_BANDWIDTH_REACHED if device.kind == "gpu" else 1.0)
-        times = (
-            flops / (device.peak * dict(device.reached)[kind]),
-            passes * weights * moved / bandwidth,
-            passes * self.shape.layers * device.launch,
-        )
-        return max(times) / device.count
+        computing = flops / (device.peak * dict(device.reached)[kind])
+        reading = passes * shape.linear_parameters * moved / bandwidth
+        launching = passes * shape.layers * device.launch
+        return max(computing, reading, launching) / device.count
 
     def writing(self, completions: float, prompt: float, new: float, prefix: float) -> float:
         """Seconds of writing: prompts after a shared prefix, then ``new`` tokens each."""
@@ -326,12 +311,10 @@ class CostModel:
     def inference_memory(self, *, write: bool) -> dict[str, float]:
         """Return the bytes of writing pairs (``write``) or of scoring, by part."""
         pairs, dtype, shape = self.config.pairs, self.device.dtype, self.shape
+        rows = pairs.batch_size if write else self.row_tokens
         if write:
-            rows = pairs.batch_size
-            cached = rows * (3 * TEMPLATE_TOKENS + pairs.max_new_tokens)
-            cached += pairs.shots * SHOT_TOKENS
+            cached = rows * (3 * TEMPLATE_TOKENS + pairs.max_new_tokens) + pairs.shots * SHOT_TOKENS
         else:
-            rows = self.row_tokens
             cached = rows + 2 * 1024  # one row and the long beginning that it shares
         return {
             "weights": shape.weight_bytes(dtype, self.quantization),
@@ -392,22 +375,16 @@ def estimate(config: Config, device: Device, *, shape: Shape | None = None) -> l
     ``shape`` is that of the model: None for the configured one's.
 
     Raises:
-        ModelError: the model's shape is not known.
-        DataError: the number of questions is not known.
+        ModelError, DataError: the model's shape, or the number of questions, is not known.
     """
-    model = CostModel(config, device, shape)
-    nothing_done = Run(Path(os.devnull), config)
+    model, nothing_done = CostModel(config, device, shape), Run(Path(os.devnull), config)
     return [model.stage(stage) for stage in plan_stages(nothing_done)]
 
 
 def total(stages: Sequence[StageCost]) -> StageCost:
     """Add stages up; memory is the highest of any."""
-    return StageCost(
-        "total",
-        "the whole run",
-        memory=max((stage.memory for stage in stages), default=0.0),
-        seconds=sum(stage.seconds for stage in stages),
-    )
+    memory = max((stage.memory for stage in stages), default=0.0)
+    return StageCost("total", "the whole run", memory, sum(stage.seconds for stage in stages))
 
 
 # --- against what was measured -------------------------------------------------------------------
@@ -426,14 +403,14 @@ def predict(row: Mapping[str, Any]) -> float:
     model = CostModel(config, device)
     match row["kind"]:
         case "dpo step":
-            pairs = config.dpo.batch_size
-            return model.training(pairs, row["pair_tokens"], row["pair_predicted"])
+            predicted = row["pair_predicted"]
+            return model.training(config.dpo.batch_size, row["pair_tokens"], predicted)
         case "training memory":
             parts = training_memory(config, device, pair_tokens=row["pair_tokens"])
             return sum(parts.values()) / GIB
         case "scoring":
-            items, size = row["items"], BENCHMARKS[row["benchmark"]].size
-            return model.scoring(items, size.tokens, size.predicted, size.context)
+            size = BENCHMARKS[row["benchmark"]].size
+            return model.scoring(row["items"], size.tokens, size.predicted, size.context)
         case "pairs":
             return estimate(config, device)[0].seconds
         case _:  # a whole run

@@ -1,7 +1,7 @@
 """The shape of a Llama-like model, and what follows from it alone: parameters and bytes.
 
-Everything here is counted, nothing is measured. A shape is known for the models that the profiles
-name; for others it is read from ``config.json``, without loading a weight.
+A shape is known for the models that the profiles name; for others it is read from ``config.json``,
+without loading a weight.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from grath_utils.errors import ModelError
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantization (QLoRA, arXiv 2305.14314): 4 bits, an 8-bit scale for
 each block of 64 weights, and a float32 scale for each 256 of those scales: 4.127 bits."""
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": NF4_BYTES}
-BYTES["fp4"] = NF4_BYTES  # other 16 values, the same storage
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+BYTES |= {"nf4": NF4_BYTES, "fp4": NF4_BYTES}  # other 16 values, the same storage
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Shape:
 
     def lora_targets(self, lora: LoraConfig) -> list[str]:
         """Return which of a layer's matrices are adapted."""
-        everything = "all-linear" in lora.targets
-        return [name for name in self.linears if everything or name in lora.targets]
+        return [n for n in self.linears if n in lora.targets or "all-linear" in lora.targets]
 
     def lora_parameters(self, lora: LoraConfig) -> int:
         """Return the weights of an adapter: r (inputs + outputs) for each adapted matrix."""
@@ -102,14 +101,14 @@ KNOWN = {
     "HuggingFaceH4/zephyr-7b-beta": MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL_7B,
 }
+# A shape's fields, by their keys in config.json
 FIELDS = {
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "vocabulary": "vocab_size",
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "vocab_size": "vocabulary",
 }
-"""Field of a shape -> its key in ``config.json``."""
 
 
 def shape_of(model: ModelConfig) -> Shape:
@@ -132,17 +131,16 @@ def shape_of(model: ModelConfig) -> Shape:
             f"{', '.join(sorted(KNOWN))}, not a folder, and not in the Hub cache. Download the "
             "model (or its config.json alone) first"
         ) from error
-    missing = [key for key in FIELDS.values() if key not in settings]
+    missing = [key for key in FIELDS if key not in settings]
     if missing:
         raise ModelError(
             f"{model.name}: config.json lacks {', '.join(missing)}; costs are known for models of "
             "Llama's form only"
         )
-    sizes = {field: int(settings[key]) for field, key in FIELDS.items()}
     return Shape(
         name=Path(model.name).name,
-        kv_heads=int(settings.get("num_key_value_heads") or sizes["heads"]),
-        tied=bool(settings.get("tie_word_embeddings", False)),
-        head_dim=int(settings.get("head_dim") or 0),
-        **sizes,
+        kv_heads=settings.get("num_key_value_heads") or settings["num_attention_heads"],
+        tied=settings.get("tie_word_embeddings", False),
+        head_dim=settings.get("head_dim") or 0,
+        **{field: settings[key] for key, field in FIELDS.items()},
     )

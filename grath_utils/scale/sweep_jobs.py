@@ -1,11 +1,9 @@
 """The two kinds of jobs in a sweep: a shared stage, and a point. Run by its Snakefile::
 
-    python -m grath_utils.scale.sweep_jobs shared SWEEP NAME
-    python -m grath_utils.scale.sweep_jobs point SWEEP NAME
+    python -m grath_utils.scale.sweep_jobs {shared,point} SWEEP NAME
 
-Both work on ordinary run directories (``SWEEP/shared/NAME``, ``SWEEP/runs/NAME``) through the
-stages of :mod:`grath_utils.loop.stages`. A point first takes over what is shared, as files that
-its own stages would have left, and so finds those stages done.
+Both work on ordinary run directories (``SWEEP/shared/NAME``, ``SWEEP/runs/NAME``). A point first
+takes over what is shared, as files that its own stages would have left, and so finds them done.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("sweep", type=Path, help="the sweep's folder, with points.json")
     parser.add_argument("name", help="of the shared stage or the point")
     options = parser.parse_args(arguments)
-    work = {"shared": make_shared, "point": make_point}[options.job]
+    work = make_shared if options.job == "shared" else make_point
     try:
         work(options.sweep, options.name)
     except (GrathError, OSError) as error:
@@ -100,7 +98,7 @@ def take_pairs(run: Run, folder: Path) -> None:
     """Take over the pairs of iteration 0, unless they are there.
 
     Raises:
-        RunError: they were made from other weights or questions, or with another compute type.
+        RunError: they stand on other weights or questions, or another compute type.
     """
     if run.pairs(0).exists():
         return
@@ -116,7 +114,7 @@ def take_base(run: Run, folder: Path) -> None:
     A result names its model by the run directory, so that name becomes this run's; the rest stays.
 
     Raises:
-        RunError: they were made from other weights, or with another compute type.
+        RunError: they stand on other weights, or another compute type.
     """
     for benchmark in run.config.evaluation.benchmarks:
         if not run.evaluation(BASE, benchmark).exists():

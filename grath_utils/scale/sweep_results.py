@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from grath_utils.text import interval
 
 PANELS_OF_A_BENCHMARK = 2  # metrics of each benchmark in the figure; the headline stands first
 LONGEST_ERROR = 300
-MEASURED = ("base", "last", "change")
+PARTS = ("base", "last", "change")  # of what is known about a metric
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ def last_word(log: str) -> tuple[str, str]:
     """Return a job's status and the last thing that its log says."""
     lines = [line.strip() for line in log.replace("\r", "\n").split("\n") if line.strip()]
     last = lines[-1] if lines else "(the log is empty)"
-    status, text = "unfinished", f"stopped without an error (killed?) after: {last}"
     errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     if errors:  # a message may have several lines
         status, text = "failed", " ".join(lines[errors[-1] :]).removeprefix("error: ")
     elif any(line.startswith("Traceback ") for line in lines):
         status, text = "failed", last
+    else:
+        status, text = "unfinished", f"stopped without an error (killed?) after: {last}"
     return status, text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"
 
 
@@ -97,9 +98,6 @@ def collect(out: Path) -> list[PointOutcome]:
     return outcomes
 
 
-# --- rows ----------------------------------------------------------------------------------------
-
-
 def table_row(outcome: PointOutcome) -> dict[str, Any]:
     """Return a point as one row: its keys, then base, last and change of every metric.
 
@@ -108,7 +106,7 @@ def table_row(outcome: PointOutcome) -> dict[str, Any]:
     row = {"point": outcome.name, "status": outcome.status, **outcome.values}
     for metric in outcome.metrics:
         name = f"{metric['benchmark']}.{metric['metric']}"
-        for part in MEASURED:
+        for part in PARTS:
             row |= _with_bounds(f"{name}.{part}", metric[part]["value"], metric[part]["ci95"])
         row |= {f"{name}.p_value": metric["change"]["p_value"], f"{name}.n": metric["n"]}
     return row
@@ -127,10 +125,8 @@ def summarize_cells(done: Sequence[PointOutcome]) -> list[dict[str, Any]]:
     cells = []
     for values, group in groupby(done, key=lambda outcome: cell_of(outcome.values)):
         points, seeds = list(group), defaultdict(list)
-        for metric in (metric for point in points for metric in point.metrics):
-            for part in MEASURED:
-                name = f"{metric['benchmark']}.{metric['metric']}.{part}"
-                seeds[name].append(metric[part]["value"])
+        for row, part in product((row for point in points for row in point.metrics), PARTS):
+            seeds[f"{row['benchmark']}.{row['metric']}.{part}"].append(row[part]["value"])
         metrics = {
             name: {"mean": sum(found) / len(found), "ci95": t_interval(found), "seeds": found}
             for name, found in seeds.items()
@@ -157,9 +153,6 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return pd.DataFrame(plain, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-# --- figure and report ---------------------------------------------------------------------------
-
-
 def _changes(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a cell's changes from the base model by metric, such as ``probe.mc1``."""
     found = cell["metrics"].items()
@@ -168,16 +161,15 @@ def _changes(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def panels(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return the figure's panels: the change in the first metrics of each benchmark."""
-    names = list(dict.fromkeys(name for cell in cells for name in _changes(cell)))
-    of = [name.partition(".")[0] for name in names]
-    kept = [n for i, n in enumerate(names) if of[:i].count(of[i]) < PANELS_OF_A_BENCHMARK]
-    nothing = {"mean": None, "ci95": None, "seeds": []}  # without this benchmark
+    names = dict.fromkeys(name for cell in cells for name in _changes(cell))
+    nothing = {"mean": None, "ci95": None, "seeds": []}  # for a cell without this benchmark
     return [
         (
             name.replace(".", ", "),
             [{"name": label(c["values"]), **_changes(c).get(name, nothing)} for c in cells],
         )
-        for name in kept
+        for _, group in groupby(names, key=lambda name: name.partition(".")[0])
+        for name in islice(group, PANELS_OF_A_BENCHMARK)
     ]
 
 
@@ -188,11 +180,8 @@ def report_text(
     parts = [f"# Sweep: {grid}", counts(outcomes) + "."]
     if cells:
         rows = [
-            {
-                "cell": label(cell["values"]),
-                "seeds": cell["n"],
-                **{name: _points(change) for name, change in _changes(cell).items()},
-            }
+            {"cell": label(cell["values"]), "seeds": cell["n"]}
+            | {name: _points(change) for name, change in _changes(cell).items()}
             for cell in cells
         ]
         parts += [

@@ -50,8 +50,7 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     A sweep's folder may get a grid that has grown: what is there already is used.
 
     Raises:
-        ConfigError: the grid is refused (see :mod:`.grids`), or the folder holds
-            something else than a sweep.
+        ConfigError: the grid is refused, or the folder holds something else than a sweep.
         DataError: the questions of a point cannot be had.
         RunError: another sweep uses the folder, or it cannot be written to.
     """
@@ -109,15 +108,13 @@ def sweep(
         GrathError: some points did not end well; the table holds the others.
     """
     if here:
-        run_here(name, out)
-        code = None
+        code = int(any(outcome.status != "done" for outcome in run_here(name, out)))
     else:
         code = _run_snakemake(name, out, jobs, extra)
     outcomes = collect(out)
-    bad = [outcome for outcome in outcomes if outcome.status != "done"]
-    # 0: all is done, or all that the user's own arguments ask for (a dry run, say).
-    if code == 0 or (here and not bad):
+    if code == 0:  # all is done, or all that the user's own arguments ask for (a dry run, say)
         return outcomes
+    bad = [outcome for outcome in outcomes if outcome.status != "done"]
     if all(outcome.status == "not begun" for outcome in bad):
         raise GrathError(
             f"Snakemake ended with exit code {code} before it had begun "
@@ -176,37 +173,31 @@ def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> lis
 
     The folder is that of :func:`sweep`, and either way resumes what the other began. Grids with
     other keys may use the same folder: a point that has been done under another name is taken over.
-
-    Args:
-        name: a grid's file, or the name of an example.
-        out: the sweep's folder.
-        say: gets one line for each point.
+    ``say`` gets one line for each point.
 
     Raises:
         ConfigError, DataError: the grid is refused; nothing has run.
         RunError: another sweep uses the folder.
     """
-    from grath_utils.scale import sweep_jobs
+    from grath_utils.scale.sweep_jobs import do_logged, row_of_twin
 
     plan, outcomes = plan_sweep(name, out), []
 
     @cache  # a stage that has failed is not tried again for each point
     def share(stage: str) -> bool:
         done = out / "shared" / f"{stage}.done"
-        if not done.exists() and sweep_jobs.do_logged("shared", out, stage):
+        if not done.exists() and do_logged("shared", out, stage):
             write_text(done, "")
         return done.exists()
 
     with lock_sweep(out):
         for point in plan["points"]:
-            row = out / "rows" / f"{point['name']}.json"
-            if not row.exists():
-                (out / "logs" / f"{point['name']}.log").unlink(missing_ok=True)  # of an earlier try
-                twin = sweep_jobs.row_of_twin(out, plan, point["name"])
-                if twin is not None:
-                    write_json(row, twin)
-                elif all(share(point[kind]) for kind in SHARED_SECTIONS):
-                    sweep_jobs.do_logged("point", out, point["name"])
+            name = point["name"]
+            if not (out / "rows" / f"{name}.json").exists():
+                (out / "logs" / f"{name}.log").unlink(missing_ok=True)  # of an earlier try
+                stages = (point[kind] for kind in SHARED_SECTIONS)
+                if row_of_twin(out, plan, name) or all(map(share, stages)):
+                    do_logged("point", out, name)
             outcomes.append(outcome_of(out, point))
             reason = f": {outcomes[-1].error}" if outcomes[-1].error else ""
             say(f"{outcomes[-1].status:10} {label(point['values'])}{reason}")
