@@ -5,18 +5,17 @@ Colours and type are those of :mod:`.plots`, which draws what was measured.
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from scipy.special import softmax
 
 from grath_utils.figures.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_axes
-
-Corners = tuple[float, float, float, float]  # left, bottom, width, height
 
 
 def _canvas(width: float, height: float, x: tuple, y: tuple) -> tuple[Figure, Axes]:
@@ -27,14 +26,13 @@ def _canvas(width: float, height: float, x: tuple, y: tuple) -> tuple[Figure, Ax
     return figure, axes
 
 
-def _box(axes: Axes, corners: Corners, text: str, colour: str, *, hatched: bool = False) -> None:
+def _box(axes: Axes, corners: tuple, text: str, colour: str, hatch: str = "") -> None:
+    """Draw a box; its ``corners`` are left, bottom, width and height."""
     x, y, width, height = corners
-    looks = [{"facecolor": colour + "22", "edgecolor": "none"}]
-    if hatched:  # lighter than the outline, so that the text stays readable
-        lines = {"edgecolor": colour + "44", "linewidth": 0, "hatch": "///"}
-        looks.append({"facecolor": "none", **lines})
-    looks.append({"facecolor": "none", "edgecolor": colour, "linewidth": 1.8})
-    for look in looks:
+    for look in (  # the inside is lighter than the outline, so that the text stays readable
+        {"facecolor": colour + "22", "edgecolor": colour + "44", "linewidth": 0, "hatch": hatch},
+        {"facecolor": "none", "edgecolor": colour, "linewidth": 1.8},
+    ):
         shape = "round,pad=0.02,rounding_size=0.12"
         axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, **look))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10.5)
@@ -45,8 +43,8 @@ def _arrow(axes: Axes, start: tuple, end: tuple, bend: float = 0.0) -> None:
     axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", **look))
 
 
-def _caption(axes: Axes, x: float, y: float, text: str, va: str = "center") -> None:
-    axes.text(x, y, text, ha="center", va=va, fontsize=9.5, style="italic")
+def _caption(axes: Axes, x: float, y: float, text: str) -> None:
+    axes.text(x, y, text, ha="center", va="center", fontsize=9.5, style="italic")
 
 
 def draw_loop() -> Figure:
@@ -73,15 +71,16 @@ def draw_rounds(iterations: int = 2) -> Figure:
     _box(axes, (0.05, 1.6, 0.85, 0.9), "base\n$M_0$", GREY)
     for t in range(iterations):
         left = 1.3 + 3.3 * t
-        for bottom, text, colour, kept in (
-            (2.1, "correct answers", BLUE, False),
-            (1.1, "incorrect answers", VERMILION, t > 0),
-        ):
-            label = f"{text}\n{'kept' if kept else 'written'}"
-            _box(axes, (left, bottom, 1.5, 0.85), label, colour, hatched=kept)
-            _arrow(axes, (left + 1.5, bottom + 0.42), (left + 2.05, 2.05))
-            if not kept:
-                _arrow(axes, (left - 0.4, 2.05), (left, 2.5 if colour == BLUE else 1.55))
+        incorrect, hatch = (
+            ("incorrect answers\nkept", "///") if t else ("incorrect answers\nwritten", "")
+        )
+        _box(axes, (left, 2.1, 1.5, 0.85), "correct answers\nwritten", BLUE)
+        _box(axes, (left, 1.1, 1.5, 0.85), incorrect, VERMILION, hatch)
+        _arrow(axes, (left - 0.4, 2.05), (left, 2.5))
+        if t == 0:
+            _arrow(axes, (left - 0.4, 2.05), (left, 1.55))
+        for y in (2.52, 1.52):
+            _arrow(axes, (left + 1.5, y), (left + 2.05, 2.05))
         _box(axes, (left + 2.05, 1.6, 0.85, 0.9), f"DPO\n→ $M_{{{t + 1}}}$", GREEN)
         axes.text(left + 0.75, 3.2, f"round {t + 1}", ha="center", weight="bold")
     return figure
@@ -102,7 +101,7 @@ def draw_dpo_step() -> Figure:
         _arrow(axes, (4.9, y), (5.9, 2.2 if y > 2 else 1.8))
     _arrow(axes, (8.2, 2.0), (9.1, 2.0))
     _arrow(axes, (9.9, 2.5), (4.0, 3.4), bend=0.3)
-    _caption(axes, 7.0, 3.1, "gradient, to the adapter only", va="baseline")
+    axes.text(7.0, 3.1, "gradient, to the adapter only", ha="center", fontsize=9.5, style="italic")
     return figure
 
 
@@ -126,11 +125,11 @@ def draw_tokens(
     tokens: Sequence[str], mask: Sequence[int], *, colour: str = BLUE, title: str = ""
 ) -> Figure:
     """Draw the texts of tokens as boxes; where the mask is 1, coloured and underlined."""
-    lines = _wrap(tokens, mask, 88)
-    height = 0.5 + 0.36 * len(lines)
-    figure, axes = _canvas(9.0, height, x=(0, 88), y=(-len(lines), 0.1))
-    _draw_lines(axes, lines, 0, colour)
+    figure, axes = _canvas(9.0, 1.0, x=(0, 88), y=(-1, 0.1))
+    bottom = _tokens(axes, tokens, mask, 0, colour)
+    axes.set_ylim(bottom, 0.1)
     axes.set_title(title, fontsize=10.5, loc="left")
+    figure.set_figheight(0.5 - 0.36 * bottom)
     return figure
 
 
@@ -143,54 +142,42 @@ def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequen
     for match in SequenceMatcher(None, correct, incorrect, autojunk=False).get_matching_blocks():
         for marks, start in zip(differs, match[:2], strict=True):
             marks[start : start + match.size] = [0] * match.size
-    parts = [
-        ("question", GREY, _wrap(question, [0] * len(question), 74)),
-        ("correct\n(chosen)", BLUE, _wrap(correct, differs[0], 74)),
-        ("incorrect\n(rejected)", VERMILION, _wrap(incorrect, differs[1], 74)),
-    ]
-    height = sum(len(lines) + 0.5 for _, _, lines in parts)
-    figure, axes = _canvas(9.0, 0.3 + 0.36 * height, x=(-14, 74), y=(-height, 0.1))
-    top = 0.0
-    for name, colour, lines in parts:
-        axes.text(-14, top - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")
-        _draw_lines(axes, lines, top, colour, hatched=colour == VERMILION)
-        top -= len(lines) + 0.5
+    figure, axes = _canvas(9.0, 1.0, x=(-14, 74), y=(-1, 0.1))
+    y = 0.0
+    for name, tokens, marks, colour, hatch in (
+        ("question", question, [0] * len(question), GREY, ""),
+        ("correct\n(chosen)", correct, differs[0], BLUE, ""),
+        ("incorrect\n(rejected)", incorrect, differs[1], VERMILION, "///"),
+    ):
+        axes.text(-14, y - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")
+        y = _tokens(axes, tokens, marks, y, colour, hatch) - 0.5
+    axes.set_ylim(y, 0.1)
+    figure.set_figheight(0.3 - 0.36 * y)
     return figure
 
 
-def _wrap(
-    tokens: Sequence[str], marks: Sequence[int], per_line: float
-) -> list[list[tuple[float, float, str, int]]]:
-    """Lay tokens out in lines; return (x, width, shown text, mark) of each, in characters."""
-    lines, used = [[]], 0.0
+def _tokens(
+    axes: Axes, tokens: Sequence[str], marks: Sequence[int], y: float, colour: str, hatch: str = ""
+) -> float:
+    """Draw tokens as boxes, from ``y`` down in as many lines as they need; return where they end.
+
+    One unit is a character wide and a line high. Tokens with a mark are coloured and underlined.
+    """
+    x, right = 0.0, axes.get_xlim()[1]
     for token, mark in zip(tokens, marks, strict=True):
-        shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7")
-        width = len(shown) + 1.4
-        if used and used + width > per_line:
-            lines.append([])
-            used = 0.0
-        lines[-1].append((used, width - 0.3, shown, mark))
-        used += width
-    return lines
-
-
-def _draw_lines(
-    axes: Axes, lines: Sequence[Sequence], top: float, colour: str, *, hatched: bool = False
-) -> None:
-    """Draw lines of tokens as boxes; those with a mark are coloured and underlined."""
-    for row, line in enumerate(lines):
-        y = top - row
-        for x, width, text, mark in line:
-            face, ink = (colour + "33", "#111111") if mark else ("#f0f0f0", "#555555")
-            corner = (x, y - 0.9)
-            axes.add_patch(Rectangle(corner, width, 0.72, facecolor=face, linewidth=0))
-            if mark and hatched:
-                look = {"facecolor": "none", "edgecolor": colour + "55", "hatch": "///"}
-                axes.add_patch(Rectangle(corner, width, 0.72, linewidth=0, **look))
-            if mark:
-                axes.plot([x, x + width], [y - 0.9] * 2, color=colour, linewidth=2)
-            look = {"ha": "center", "va": "center", "fontsize": 8.5, "family": "monospace"}
-            axes.text(x + width / 2, y - 0.54, text.replace("$", r"\$"), color=ink, **look)
+        shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
+        width = len(token) + 1.1
+        if x and x + width + 0.3 > right:
+            x, y = 0.0, y - 1
+        face, ink = (colour + "33", "#111111") if mark else ("#f0f0f0", "#555555")
+        look = {"facecolor": face, "edgecolor": colour + "55", "hatch": hatch if mark else ""}
+        axes.add_patch(Rectangle((x, y - 0.9), width, 0.72, linewidth=0, **look))
+        if mark:
+            axes.plot([x, x + width], [y - 0.9] * 2, color=colour, linewidth=2)
+        look = {"ha": "center", "va": "center", "fontsize": 8.5, "family": "monospace"}
+        axes.text(x + width / 2, y - 0.54, shown, color=ink, **look)
+        x += width + 0.3
+    return y - 1
 
 
 def draw_mc_scoring(
@@ -203,48 +190,44 @@ def draw_mc_scoring(
         scores: summed log-probability of each (nats).
         labels: 1 for a true answer, 0 for a false one.
     """
-    height = 1.3 + 0.36 * len(choices)
-    figure, (left, right) = new_axes(1, 2, width=9.6, height=height, width_ratios=(3, 2))
-    answers = list(zip(choices, scores, labels, strict=True))
-    best_false = max(score for _, score, label in answers if not label)
-    wins = [score > best_false for _, score, label in answers if label]
-    for i, (_, score, label) in enumerate(answers):
-        mark, colour = ("o", BLUE) if label else ("X", ORANGE)
-        face = "white" if label and score <= best_false else colour
-        left.plot([score], [i], mark, color=colour, markersize=9, markerfacecolor=face)
+    n = len(choices)
+    figure, (left, right) = new_axes(1, 2, width=9.6, height=1.3 + 0.36 * n, width_ratios=(3, 2))
+    scores, true = np.array(scores), np.array(labels, dtype=bool)
+    best_false = scores[~true].max()
+    passes = scores > best_false
+    for i in range(n):
+        mark, colour = ("o", BLUE) if true[i] else ("X", ORANGE)
+        face = "white" if true[i] and not passes[i] else colour
+        left.plot(scores[i], i, mark, color=colour, markersize=9, markerfacecolor=face)
     left.axvline(best_false, color=ORANGE, linestyle="--", linewidth=1.2)
     place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-    left.annotate("best false answer", (best_false, len(choices) - 0.4), fontsize=9, **place)
-    names = [f"{choice}  ({'true' if label else 'false'})" for choice, _, label in answers]
-    left.set_yticks(range(len(names)), [textwrap.fill(name, 40) for name in names])
-    left.set_ylim(len(names) - 0.1, -0.6)
-    left.margins(x=0.12)
-    left.set_xlabel("summed log-probability (nats)")
+    left.annotate("best false answer", (best_false, n - 0.4), fontsize=9, **place)
+    names = [f"{c}  ({'true' if t else 'false'})" for c, t in zip(choices, true, strict=True)]
+    left.set_yticks(range(n), [textwrap.fill(name, 40) for name in names])
+    left.set(xlabel="summed log-probability (nats)", xmargin=0.12, ylim=(n - 0.1, -0.6))
     left.grid(axis="y", visible=False)
     left.set_title(
-        f"MC1: does the first true one pass the line?  {int(wins[0])}\n"
-        f"MC3: which share of the true ones does?  {sum(wins)} of {len(wins)}",
+        f"MC1: does the first true one pass the line?  {int(passes[0])}\n"
+        f"MC3: which share of the true ones does?  {passes.sum()} of {true.sum()}",
         fontsize=10,
         loc="left",
     )
-    weights = [math.exp(score - max(scores)) for score in scores]
-    shares = [(y, weight / sum(weights)) for y, weight in zip(labels, weights, strict=True)]
-    begin = 0.0
-    for label, share in sorted(shares, reverse=True):
+    shares, begin = softmax(scores), 0.0
+    for label, share in sorted(zip(labels, shares, strict=True), reverse=True):
         colour, hatch = (BLUE, "") if label else (ORANGE, "///")
         look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 1.5}
-        bar = right.barh([0], [share], left=begin, height=0.5, **look)
+        bar = right.barh(0, share, left=begin, height=0.5, **look)
         begin += share
         if share > 0.08:
             behind = {"facecolor": "white", "linewidth": 0, "pad": 1.5}  # a hatch hides text
             ink = {"color": "white"} if label else {"color": "black", "bbox": behind}
             right.bar_label(bar, [f"{share:.0%}"], label_type="center", fontsize=9.5, **ink)
-    mc2 = sum(share for label, share in shares if label)
+    mc2 = shares[true].sum()
     right.plot([mc2, mc2], [-0.32, 0.32], color="black", linewidth=1.5)
     right.annotate(f"{mc2:.3f}", (mc2, 0.34), ha="center", va="bottom", fontsize=10)
+    right.set(xlabel="share of the probability (false: hatched)")
     right.set(xlim=(0, 1), ylim=(-1, 1), yticks=[])
     right.grid(visible=False)
     right.spines["left"].set_visible(False)
-    right.set_xlabel("share of the probability (false: hatched)")
     right.set_title("MC2: how much lies on true ones?", fontsize=10, loc="left")
     return figure
