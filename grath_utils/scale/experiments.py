@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from grath_utils.config import changed_settings
+from grath_utils.config import changed_settings, parse_overrides
 from grath_utils.errors import DataError, FetchError, GrathError, UsageError, did_you_mean
 from grath_utils.evaluation.measure import compare
 from grath_utils.files import read_json, write_text
@@ -27,30 +27,17 @@ from grath_utils.scale.sweep_results import PointOutcome
 from grath_utils.scale.sweeps import run_here
 from grath_utils.text import interval
 
-_CPU: Mapping[str, Any] = {
-    "questions.limit": 32,
-    "pairs.candidates": 2,
-    "dpo.steps": 6,
-    "dpo.batch_size": 8,
-    "dpo.warmup_steps": 1,
-    "loop.iterations": 1,
-    "loop.keep": "last",
-    "loop.early_stop": False,
-    "loop.signals": False,
-    "evaluation.limit": 64,
-    "evaluation.every_iteration": False,
-}
+_CPU = parse_overrides(
+    "questions.limit=32 pairs.candidates=2 dpo.steps=6 dpo.batch_size=8 dpo.warmup_steps=1 "
+    "loop.iterations=1 loop.keep=last loop.early_stop=false loop.signals=false "
+    "evaluation.limit=64 evaluation.every_iteration=false"
+)
+_SMOKE = parse_overrides(
+    "questions.limit=8 pairs.candidates=1 dpo.steps=2 dpo.batch_size=2 dpo.micro_batch_size=2 "
+    "dpo.warmup_steps=0 evaluation.limit=6"
+)
 SIZES: Mapping[str, Mapping[str, Any]] = {
-    "smoke": {
-        **_CPU,
-        "questions.limit": 8,
-        "pairs.candidates": 1,
-        "dpo.steps": 2,
-        "dpo.batch_size": 2,
-        "dpo.micro_batch_size": 2,
-        "dpo.warmup_steps": 0,
-        "evaluation.limit": 6,
-    },
+    "smoke": {**_CPU, **_SMOKE},
     "cpu": _CPU,
     # Its pairs are picked; what the experiments vary is mostly how the model writes.
     "cpu-long": {**_CPU, "questions.source": "own", "pairs.mode": "default"},
@@ -92,8 +79,7 @@ def cut_grid(
             what the user has set, and that over the size.
 
     Raises:
-        ConfigError: no such grid.
-        UsageError: the grid does not vary such a key.
+        UsageError: no such grid, or it does not vary such a key.
     """
     grid = read_grid(name)
     for key in axes:
@@ -127,10 +113,7 @@ class Trial:
 def run_experiment(
     grid: Path, *, say: Callable[[str], None] = print
 ) -> tuple[list[Trial], list[PointOutcome]]:
-    """Run a grid of :func:`cut_grid`, or resume it.
-
-    Returns:
-        The finished points in the grid's order, and the outcomes of those that failed.
+    """Run a grid of :func:`cut_grid`, or resume it; return the finished points, and the failed.
 
     Raises:
         GrathError: the grid is refused, or not one point ended well.

@@ -32,10 +32,8 @@ SHARED_SECTIONS = {
     PAIRS: ("seed", "model", "questions", "pairs"),
     BASE: ("seed", "model", "evaluation"),
 }
-"""What the pairs of iteration 0 and the evaluation of the base model depend on.
-
-Not on the training settings: both happen before the first step.
-"""
+"""What a stage that comes before any training depends on: the pairs of iteration 0, the base's
+evaluation."""
 LONGEST_NAME = 72
 
 
@@ -250,11 +248,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
 
 
 def planned_config(plan: Mapping[str, Any], name: str) -> Config:
-    """Return the configuration of a point or a shared stage of ``points.json``.
-
-    Raises:
-        ConfigError: it has neither.
-    """
+    """Return the configuration of a point or a shared stage of ``points.json``, or refuse it."""
     known = {point["name"]: point for point in plan["points"]} | plan["shared"]
     if name not in known:
         raise ConfigError(f'the sweep has no point or stage "{name}"{did_you_mean(name, known)}')

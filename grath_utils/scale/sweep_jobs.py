@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("sweep", type=Path, help="the sweep's folder, with points.json")
     parser.add_argument("name", help="of the shared stage or the point")
     options = parser.parse_args(arguments)
-    work = make_shared if options.job == "shared" else make_point
     try:
+        work = make_shared if options.job == "shared" else make_point
         work(options.sweep, options.name)
     except (GrathError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -95,11 +95,7 @@ def row_of_twin(sweep: Path, plan: Mapping[str, Any], name: str) -> dict[str, An
 
 
 def take_pairs(run: Run, folder: Path) -> None:
-    """Take over the pairs of iteration 0, unless they are there.
-
-    Raises:
-        RunError: they stand on other weights or questions, or another compute type.
-    """
+    """Take over the pairs of iteration 0, unless they are there; see :func:`_same_ground`."""
     if run.pairs(0).exists():
         return
     shared = _same_ground(run, folder, "questions")
@@ -112,9 +108,6 @@ def take_base(run: Run, folder: Path) -> None:
     """Take over the evaluations of the base model that are not there yet.
 
     A result names its model by the run directory, so that name becomes this run's; the rest stays.
-
-    Raises:
-        RunError: they stand on other weights, or another compute type.
     """
     for benchmark in run.config.evaluation.benchmarks:
         if not run.evaluation(BASE, benchmark).exists():
@@ -124,7 +117,11 @@ def take_base(run: Run, folder: Path) -> None:
 
 
 def _same_ground(run: Run, folder: Path, *sections: str) -> Run:
-    """Return the shared run if what a configuration leaves open is the same (``auto``, files)."""
+    """Return the shared run if what a configuration leaves open (``auto``, files) is the same.
+
+    Raises:
+        RunError: it stands on other weights or questions, or on another compute type.
+    """
     shared = load_run(folder)
     ours, theirs = run.info(), shared.info()
     for section in ("model", "resolved", *sections):

@@ -52,7 +52,7 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the grid is refused, or the folder holds something else than a sweep.
         DataError: the questions of a point cannot be had.
-        RunError: another sweep uses the folder, or it cannot be written to.
+        RunError: see :func:`lock_sweep`.
     """
     grid = read_grid(name)
     points = expand(grid)
@@ -78,7 +78,7 @@ def lock_sweep(out: Path) -> AbstractContextManager:
     """Hold a sweep's folder for one process.
 
     Raises:
-        RunError: another process holds it, or it cannot be written to.
+        RunError: another process holds it, or it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -99,12 +99,10 @@ def sweep(
         out: the sweep's folder.
         here: without Snakemake, see :func:`run_here`.
         jobs: points at a time on this machine; they divide its cores among them.
-        extra: further arguments for Snakemake. Where they say how many jobs run and where,
-            ``jobs`` is not used.
+        extra: arguments for Snakemake, which may say instead of ``jobs`` how many run, and where.
 
     Raises:
-        ConfigError, DataError: the grid is refused; nothing has run.
-        UsageError: Snakemake is not installed; nothing has run.
+        UsageError: the grid is refused, or Snakemake is not installed; nothing has run.
         GrathError: some points did not end well; the table holds the others.
     """
     if here:
@@ -171,13 +169,11 @@ def _cores() -> int:
 def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> list[PointOutcome]:
     """Run a grid without Snakemake, one job after the other in this process.
 
-    The folder is that of :func:`sweep`, and either way resumes what the other began. Grids with
-    other keys may use the same folder: a point that has been done under another name is taken over.
-    ``say`` gets one line for each point.
+    Either way resumes what the other began. Grids with other keys may use the same folder: a point
+    that has been done under another name is taken over. ``say`` gets one line for each point.
 
     Raises:
-        ConfigError, DataError: the grid is refused; nothing has run.
-        RunError: another sweep uses the folder.
+        ConfigError, DataError, RunError: see :func:`plan_sweep`; nothing has run.
     """
     from grath_utils.scale.sweep_jobs import do_logged, row_of_twin
 
