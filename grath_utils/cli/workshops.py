@@ -74,13 +74,13 @@ def do_classroom(options: argparse.Namespace) -> None:
     config = load_config(options.profile, options.overrides, seed=options.seed)
 
     classroom = workshop.classroom
-    versions = options.python_version or [classroom.this_machine().python]
-    targets = [classroom.find_target(tag, v) for tag in options.platform for v in versions]
+    here = classroom.this_machine()
+    versions = options.python_version or [here.python]
+    others = [classroom.find_target(tag, v) for tag in options.platform for v in versions]
+    targets = [] if options.no_wheels else [here, *others]
     run = loop.start_run(options.run_dir or course.default_run_dir(config.profile), config)
     mirror = options.mirror or mirror_dir()
-    folder = classroom.make_classroom(
-        options.to, run, targets=targets, mirror=mirror, wheels=not options.no_wheels
-    )
+    folder = classroom.make_classroom(options.to, run, targets=targets, mirror=mirror)
     print(f"Give learners the folder {folder}; they begin with START.md")
 
 

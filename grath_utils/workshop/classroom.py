@@ -51,7 +51,6 @@ LEFT_OUT = {".git", ".venv", ".cache", "runs", "build", "dist", "__pycache__", "
 """Folders that are not part of the course, for a checkout without git."""
 HERE = Path(__file__).parent
 
-
 # --- machines ------------------------------------------------------------------------------------
 
 
@@ -68,27 +67,29 @@ class Target:
     def name(self) -> str:
         return f"{self.system}-{self.machine}-{self.python}".lower()
 
-    def pins(self, lock: Path) -> list[str]:
-        """Return the pins of requirements.lock that hold on such a machine, without torch's.
-
-        pip evaluates conditions such as ``sys_platform == "win32"`` for the machine it runs on.
-        """
-        kinds = {"Linux": ("linux", "posix"), "Darwin": ("darwin", "posix")}
-        sys_platform, os_name = kinds.get(self.system, ("win32", "nt"))
-        values = {
-            "sys_platform": sys_platform,
-            "os_name": os_name,
+    @property
+    def environment(self) -> dict[str, str]:
+        """What conditions such as ``sys_platform == "win32"`` are evaluated with."""
+        windows = self.system == "Windows"
+        return {
+            "sys_platform": "win32" if windows else self.system.lower(),
+            "os_name": "nt" if windows else "posix",
             "platform_system": self.system,
             "platform_machine": self.machine,
             "python_version": self.python,
             "python_full_version": f"{self.python}.0",
         }
+
+    def pins(self, lock: Path) -> list[str]:
+        """Return the pins of requirements.lock that hold on such a machine, without torch's.
+
+        pip itself evaluates conditions for the machine that it runs on.
+        """
         lines = (line.partition("#")[0] for line in lock.read_text(encoding="utf-8").splitlines())
-        locked = [Requirement(line) for line in lines if line.strip()]
         return [
             f"{pin.name}{pin.specifier}"
-            for pin in locked
-            if pin.name != "torch" and (pin.marker is None or pin.marker.evaluate(values))
+            for pin in (Requirement(line) for line in lines if line.strip())
+            if pin.name != "torch" and (not pin.marker or pin.marker.evaluate(self.environment))
         ]
 
 
@@ -98,11 +99,7 @@ def this_machine() -> Target:
 
 
 def find_target(tag: str, python: str) -> Target:
-    """Return what a platform tag of pip stands for.
-
-    Args:
-        tag: such as ``win_amd64``, ``macosx_14_0_arm64``, ``manylinux_2_28_x86_64``.
-        python: such as ``3.12``.
+    """Return what a platform tag of pip stands for, such as ``win_amd64``.
 
     Raises:
         UsageError: a tag of another form, or something that is not a Python version.
@@ -132,7 +129,6 @@ def make_classroom(
     *,
     targets: Sequence[Target] = (),
     mirror: Path | None = None,
-    wheels: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Make or complete a classroom folder, and return it.
@@ -140,9 +136,8 @@ def make_classroom(
     Args:
         to: the folder; made if need be.
         run: the run to pack as a checkpoint; stages that it lacks are done first.
-        targets: kinds of machines besides this one.
+        targets: kinds of machines to pack the packages for.
         mirror: a benchmark mirror to pack.
-        wheels: pack the packages, too.
         say: called with lines of progress.
 
     Raises:
@@ -157,8 +152,7 @@ def make_classroom(
     sources = _sources(root, run, mirror)
     record, lock = folder / MANIFEST, root / LOCK
     old = read_json(record) if record.is_file() else {"targets": [], "files": {}}
-    manifest: dict[str, Any] = {"finished": False, "targets": old["targets"]}
-    manifest["files"] = dict.fromkeys([*old["files"], *sources])
+    manifest = {**old, "finished": False, "files": dict.fromkeys([*old["files"], *sources])}
     write_json(record, manifest)
     say(f"Copying {len(sources)} files to {folder} ...")
     for name, source in sources.items():
@@ -166,9 +160,13 @@ def make_classroom(
         if not (copy.is_file() and filecmp.cmp(source, copy, shallow=False)):
             with atomic_path(copy) as partial:
                 shutil.copyfile(source, partial)
-    there = (entry for entry in old["targets"] if wheels and _is_there(entry, folder, lock))
-    packed = {entry["name"]: entry for entry in there}
-    for target in (this_machine(), *targets) if wheels else ():
+    packed = {
+        entry["name"]: entry
+        for entry in old["targets"]
+        if targets and entry["lock"] == sha256_file(lock)
+        if all((folder / "wheels" / wheel).is_file() for wheel in entry["wheels"])
+    }
+    for target in targets:
         if target.name not in packed or packed[target.name]["missing"]:
             packed[target.name] = collect_wheels(folder / "wheels", lock, target, say=say)
             write_json(record, {**manifest, "targets": [*packed.values()]})
@@ -185,7 +183,7 @@ def make_classroom(
 
 def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> None:
     """Refuse a place that is not free, and a run that a learner's machine could not open."""
-    model, questions = run.config.model.name, run.config.questions.source
+    model, source = run.config.model.name, run.config.questions.source
     if not (root / LOCK).is_file():
         raise UsageError("the notebooks are not here: run this in a checkout of the repository")
     if folder.is_file():
@@ -198,10 +196,10 @@ def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> 
         raise UsageError(
             f'the run uses the model "{model}"; a classroom folder has only the default model'
         )
-    if questions != "own" and not (mirror and questions == "arc_challenge"):
+    if source != "own" and not (mirror and source == "arc_challenge"):
         raise UsageError(
-            f'the run takes its questions from "{questions}", which a classroom folder does not '
-            "have; use questions.source=own"
+            f'the run takes its questions from "{source}", which a classroom folder does not have; '
+            "use questions.source=own"
         )
     if mirror and not any(mirror.rglob("*.jsonl")):
         raise UsageError(
@@ -223,12 +221,6 @@ def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
         **_files_below("mirror", mirror or root, *benchmarks),
         "install.py": HERE / "classroom_install.py",
     }
-
-
-def _is_there(entry: dict[str, Any], folder: Path, lock: Path) -> bool:
-    """Return True if the wheels of a manifest's entry are there and belong to the lock."""
-    wheels = [folder / "wheels" / wheel for wheel in entry.get("wheels", [])]
-    return entry.get("lock") == sha256_file(lock) and all(wheel.is_file() for wheel in wheels)
 
 
 def _course_files(root: Path) -> dict[str, Path]:
@@ -306,25 +298,24 @@ def _fetch_elsewhere(scratch: str, lock: Path, target: Target) -> list[str]:
     options += ["--python-version", target.python]
     options += [word for tag in target.tags for word in ("--platform", tag)]
     pins, torch = target.pins(lock), [set_up.torch_pin()]
-    missing = []
-    if _pip("download", scratch, *options, *pins):
-        missing = [pin for pin in pins if _pip("download", scratch, *options, pin)]
     if target.system == "Linux":  # the plain package would bring CUDA, several gigabytes
         torch += ["--index-url", os.environ.get("GRATH_TORCH_INDEX", set_up.CPU_INDEX)]
-    if _pip("download", scratch, *options, *torch):
-        missing.append(torch[0])
-    return missing
+    # All at once is faster; one by one says which it was.
+    together = not _pip("download", scratch, *options, *pins)
+    wanted = [torch] if together else [*([pin] for pin in pins), torch]
+    return [each[0] for each in wanted if _pip("download", scratch, *options, *each)]
 
 
 def _pip(command: str, scratch: str, *arguments: str) -> str:
     """Run pip, which also finds the wheels collected so far; return why it failed, or nothing."""
     links = ["--find-links", scratch, "--find-links", str(Path(scratch).parent)]
     whole = [sys.executable, *set_up.PIP, command, *links, *arguments, "--quiet"]
-    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    done = subprocess.run(whole, capture_output=True, text=True)
     if done.returncode == 0:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    if any("no space left" in line.lower() for line in lines):
+    if "no space left" in done.stderr.lower():
         raise RunError("no space left on the disk; free some and run the same command again")
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or ["pip gave no reason"])[-1]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return (
+        [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
+    )[-1]

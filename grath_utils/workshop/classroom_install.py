@@ -17,89 +17,56 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SET_UP = "course/grath_utils/workshop/set_up.py"
 
 
-class InstallError(Exception):
-    """The course cannot be installed; the message says why and what to do."""
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--at", metavar="NN", help="put the checkpoint for this notebook in place")
-    options = parser.parse_args(arguments)
+    at = parser.parse_args().at
+    check(HERE)
+    set_up = HERE / "course/grath_utils/workshop/set_up.py"
     python = HERE / "course/.venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    try:
-        manifest = read_manifest(HERE)
-        check_machine(manifest)
-        check_files(HERE, manifest)
-    except InstallError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if subprocess.run([sys.executable, HERE / SET_UP, "--wheels", HERE / "wheels"]).returncode:
+    if subprocess.run([sys.executable, set_up, "--wheels", HERE / "wheels"]).returncode:
         return 1
     remember_places(HERE, python)
-    if options.at:
-        checkpoint = [python, "-m", "grath_utils", "checkpoint", "--at", options.at, "--from", HERE]
-        if subprocess.run(checkpoint).returncode:
-            return 1
+    checkpoint = [python, "-m", "grath_utils", "checkpoint", "--at", at, "--from", HERE]
+    if at and subprocess.run(checkpoint).returncode:
+        return 1
     print(f"\nInstalled. Start it with:\n\n  {python} -m jupyterlab {HERE / 'course/notebooks'}\n")
     return 0
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the folder should hold: ``targets`` and ``files``.
-
-    Raises:
-        InstallError: there is no manifest, or packing was interrupted.
-    """
+def check(folder: Path) -> None:
+    """Exit, saying why, where the folder is unfinished or damaged, or is for other machines."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InstallError(f"{folder} has no readable manifest.json; copy it again") from error
-    if not manifest.get("finished"):
-        raise InstallError(
-            f"{folder} was not packed to the end; whoever made it should run the same command again"
+    except (OSError, ValueError):
+        sys.exit(f"error: {folder} has no readable manifest.json; copy it again")
+    if not manifest["finished"]:
+        sys.exit(
+            f"error: {folder} was not packed to the end; whoever made it should run the same "
+            "command again"
         )
-    return manifest
-
-
-def check_machine(manifest: dict[str, Any]) -> None:
-    """Refuse a machine or a Python that the folder has no packages for.
-
-    Raises:
-        InstallError: names those that it has packages for.
-    """
     if not manifest["targets"]:
-        raise InstallError(
-            "this folder was packed without packages (--no-wheels). With a network, `make setup` "
-            "in course/ installs them; GRATH_CACHE=model is the model then"
+        sys.exit(
+            "error: this folder was packed without packages (--no-wheels). With a network, `make "
+            "setup` in course/ installs them; GRATH_CACHE=model is the model then"
         )
     python = "{}.{}".format(*sys.version_info)
-    system, machine = platform.system(), platform.machine()
+    here = f"Python {python} on {platform.system()} {platform.machine()}"
     known = ["Python {python} on {system} {machine}".format(**t) for t in manifest["targets"]]
-    if f"Python {python} on {system} {machine}" not in known:
-        raise InstallError(
-            f"this is Python {python} on {system} {machine}, and the folder has packages for: "
-            f"{'; '.join(known)}. Use such a Python, or have the folder packed with --platform and "
-            "--python-version for yours"
+    if here not in known:
+        sys.exit(
+            f"error: this is {here}, and the folder has packages for: {'; '.join(known)}. Use such "
+            "a Python, or have the folder packed with --platform and --python-version for yours"
         )
-
-
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file with its checksum.
-
-    Raises:
-        InstallError: names the files that are missing or damaged.
-    """
     wrong = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
     if wrong:
         shown = "\n  ".join(wrong[:10] + ["..."] * (len(wrong) > 10))
-        raise InstallError(
-            f"{len(wrong)} files are missing or damaged; copy the folder again:\n  {shown}"
+        sys.exit(
+            f"error: {len(wrong)} files are missing or damaged; copy the folder again:\n  {shown}"
         )
 
 

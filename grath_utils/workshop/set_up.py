@@ -5,10 +5,7 @@ Standard library only, because nothing is installed yet when this runs::
     python3 grath_utils/workshop/set_up.py [--dev] [--wheels DIR]
 
 A second call finds its stamp and does nothing. All versions are those of requirements.lock, except
-what comes with torch: on Linux, a plain ``pip install torch`` takes the CUDA build and several
-gigabytes of NVIDIA packages. On a machine without an NVIDIA GPU this file first asks pip for its
-*plan* (nothing is downloaded for that), and where the plan has NVIDIA packages, takes PyTorch's own
-CPU build instead.
+what comes with torch (:func:`torch_arguments`).
 """
 
 from __future__ import annotations
@@ -31,36 +28,23 @@ OLDEST_PYTHON = (3, 11)
 PIP = ["-m", "pip", "--disable-pip-version-check"]
 
 
-class SetUpError(Exception):
-    """The environment cannot be made; the message says what to do."""
-
-
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dev", action="store_true", help="install the test tools too")
     parser.add_argument(
         "--wheels", metavar="DIR", type=Path, help="take all packages from here, with no network"
     )
     options = parser.parse_args(arguments)
-    try:
-        if sys.version_info < OLDEST_PYTHON:
-            raise SetUpError(
-                f"Python 3.11 or newer is needed, this is {platform.python_version()} "
-                f"({sys.executable}). Name a newer one: make PYTHON=python3.12 ..."
-            )
-        install(dev=options.dev, wheels=options.wheels)
-    except SetUpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    if sys.version_info < OLDEST_PYTHON:
+        sys.exit(
+            f"error: Python 3.11 or newer is needed, this is {platform.python_version()} "
+            f"({sys.executable}). Name a newer one: make PYTHON=python3.12 ..."
+        )
+    install(dev=options.dev, wheels=options.wheels)
 
 
 def install(*, dev: bool, wheels: Path | None = None) -> None:
-    """Create the environment and install what it lacks.
-
-    Raises:
-        SetUpError: this Python cannot make an environment, or pip failed.
-    """
+    """Create the environment and install what it lacks; exit with a message where that fails."""
     make_venv()
     offline = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
     lock = ROOT / "requirements.lock"
@@ -91,9 +75,9 @@ def make_venv() -> None:
     made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
     if made.returncode != 0:
         shutil.rmtree(VENV, ignore_errors=True)
-        raise SetUpError(
-            "this Python cannot make a virtual environment. On Debian and Ubuntu install it with "
-            f"`sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv`.\n"
+        sys.exit(
+            "error: this Python cannot make a virtual environment. On Debian and Ubuntu install it "
+            f"with `sudo apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv`.\n"
             + (made.stdout + made.stderr).strip()
         )
 
@@ -106,27 +90,24 @@ def pip_install(*arguments: str) -> None:
     """Run ``pip install`` in the environment; it prints only warnings and errors."""
     command = [*PIP, "install", *arguments, "--quiet"]
     if subprocess.run([str(python_of(VENV)), *command]).returncode != 0:
-        raise SetUpError(
-            "installing failed (pip's own message is above). Check the network and the disk, then "
-            f"run the same command again; the step was: {' '.join(command)}"
+        sys.exit(
+            "error: installing failed (pip's own message is above). Check the network and the "
+            f"disk, then run the same command again; the step was: {' '.join(command)}"
         )
 
 
 def torch_pin() -> str:
     """Return the pin of torch in requirements.txt, such as ``torch==2.13.0``."""
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    found = re.search(r"^torch==[\w.]+", text, re.MULTILINE)
-    if not found:
-        raise SetUpError("requirements.txt does not pin torch")
-    return found.group()
+    return re.search(r"^torch==[\w.]+", text, re.MULTILINE).group()
 
 
 def torch_arguments(python: Path, *, cpu: bool = False) -> list[str]:
     """Return what to ask pip for, so that the build of torch suits the machine.
 
-    macOS and Windows: the plain package (CPU, and Metal on a Mac). Linux with an NVIDIA GPU: the
-    plain package (CUDA). Linux without one: the plain package if pip would not take NVIDIA packages
-    with it (a local index of CPU builds, some processors), else PyTorch's CPU index.
+    On Linux, a plain ``pip install torch`` takes the CUDA build and several gigabytes of NVIDIA
+    packages. Without an NVIDIA GPU (or with ``cpu``) pip is therefore asked for its *plan*, which
+    downloads nothing, and where that has NVIDIA packages, PyTorch's own CPU build is taken instead.
     ``GRATH_TORCH_INDEX`` overrides all this with an index of the user's choice.
 
     Args:
@@ -153,11 +134,10 @@ def has_nvidia_gpu() -> bool:
 
 
 def plan_has_cuda(pin: str, python: Path) -> bool:
-    """Return True if ``pip install torch`` would bring NVIDIA packages; downloads nothing."""
+    """Return True if ``pip install torch`` would bring NVIDIA packages."""
     options = ["--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
-    done = subprocess.run(
-        [str(python), *PIP, "install", *options, pin], capture_output=True, text=True
-    )
+    command = [str(python), *PIP, "install", *options, pin]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         return True  # the CPU index may still have it
     names = [entry["metadata"]["name"].lower() for entry in json.loads(done.stdout)["install"]]
@@ -165,4 +145,4 @@ def plan_has_cuda(pin: str, python: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

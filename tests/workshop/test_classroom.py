@@ -8,17 +8,22 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from grath_utils.config import load_config
 from grath_utils.errors import FetchError, UsageError
 from grath_utils.files import read_json, write_json
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import start_run
-from grath_utils.workshop import checkpoints, classroom, classroom_install
+from grath_utils.workshop import checkpoints, classroom, classroom_install, set_up
 from grath_utils.workshop.classroom import collect_wheels, find_target, make_classroom
 
 pytestmark = pytest.mark.slow
@@ -104,7 +109,7 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "pyproject.toml").write_text(
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     )
-    monkeypatch.setattr(classroom.set_up, "ROOT", root)
+    monkeypatch.setattr(set_up, "ROOT", root)
     monkeypatch.setattr(classroom, "notebooks_dir", lambda: root / "notebooks")
     model = tmp_path / "model"
     model.mkdir()
@@ -141,9 +146,9 @@ def test_platform_tags() -> None:
     assert linux.machine == "x86_64"
     assert (linux.tags[0], linux.name) == ("manylinux_2_28_x86_64", "linux-x86_64-3.11")
     assert {"manylinux_2_17_x86_64", "manylinux2014_x86_64"} <= {*linux.tags}
-    for tag, version in (("windows", "3.12"), ("win_amd64", "312"), ("macosx_arm64", "3.12")):
+    for tag, python in (("windows", "3.12"), ("win_amd64", "312"), ("macosx_arm64", "3.12")):
         with pytest.raises(UsageError):
-            find_target(tag, version)
+            find_target(tag, python)
 
 
 # --- wheels --------------------------------------------------------------------------------------
@@ -172,24 +177,72 @@ def test_wheels_for_another_machine_bring_what_only_it_needs(
     assert not [p for p in (tmp_path / "wheels").iterdir() if p.name.startswith(".pip")]
 
 
-def test_the_lock_is_that_of_the_requirements_for_every_patch_release() -> None:
-    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    pins = {line.partition(" ")[0] for line in text.splitlines()}
-    wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    lacking = {line.partition(" ")[0] for line in wanted if line[:1] not in ("", "#")} - pins
-    assert not lacking, f"`make lock` is due: {lacking}"
-    assert not re.search(r"python_full_version [<>=!]+ '\d+\.\d+\.\d", text)
+def pinned(target: classroom.Target) -> dict[str, str]:
+    """Return the locked version of each package on a kind of machine, torch's build apart."""
+    pins = [pin.split("==") for pin in target.pins(ROOT / "requirements.lock")]
+    versions = {canonicalize_name(name): version for name, version in pins}
+    assert len(versions) == len(pins) > 100, "one version of each package"
+    return versions
+
+
+@cache
+def requires(name: str) -> list[Requirement]:
+    """Return what an installed package requires; nothing for one that is not installed."""
+    try:
+        return [*map(Requirement, distribution(name).requires or [])]
+    except PackageNotFoundError:
+        return []
+
+
+def needed(environment: dict[str, str]) -> dict[str, list[Requirement]]:
+    """Return what the course needs on a kind of machine, as far as the packages here tell.
+
+    What is not installed here, such as Windows' own packages, is named but not followed.
+    """
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    todo = [Requirement(line.partition("#")[0]) for line in lines if line[:1] not in ("", "#")]
+    found: dict[str, list[Requirement]] = {}
+    followed = set()
+    while todo:
+        wanted = todo.pop()
+        name = canonicalize_name(wanted.name)
+        found.setdefault(name, []).append(wanted)
+        for extra in {"", *wanted.extras} - {extra for other, extra in followed if other == name}:
+            followed.add((name, extra))
+            values = {**environment, "extra": extra}
+            todo += [r for r in requires(name) if not r.marker or r.marker.evaluate(values)]
+    return found
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 @pytest.mark.parametrize("tag", ["win_amd64", "macosx_14_0_arm64", "manylinux_2_28_x86_64"])
-def test_the_lock_has_one_version_of_each_package_on_each_machine(tag: str, python: str) -> None:
+def test_the_lock_has_what_each_machine_needs(tag: str, python: str) -> None:
     target = find_target(tag, python)
-    pins = target.pins(ROOT / "requirements.lock")
-    names = [pin.partition("==")[0] for pin in pins]
-    assert len(names) == len(set(names)) > 100
-    assert not [name for name in names if name.startswith(("nvidia", "cuda", "triton"))]
-    assert ("pywinpty" in names) == (target.system == "Windows")
+    versions = pinned(target)
+    without = {
+        "torch",
+        *tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["exclude-dependencies"],
+    }
+    for name, wanted in needed(target.environment).items():
+        if name not in without:
+            assert all(each.specifier.contains(versions[name]) for each in wanted), wanted
+    assert not [name for name in versions if name.startswith(("nvidia", "cuda", "triton"))]
+    assert ("pywinpty" in versions) == (target.system == "Windows")
+    assert ("aiohttp" in versions) == (python == "3.12"), "papermill needs it on this one alone"
+
+
+def test_what_is_installed_here_is_what_is_locked() -> None:
+    here = classroom.this_machine()
+    versions = pinned(here)
+    for name in needed(here.environment):
+        if name in versions:
+            assert version(name) == versions[name], f"{name}: `make setup` is due"
+
+
+def test_the_lock_is_that_of_the_requirements_for_every_patch_release() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert set_up.torch_pin() in text.splitlines()
+    assert not re.search(r"python_full_version [<>=!]+ '\d+\.\d+\.\d", text)
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -201,7 +254,8 @@ def test_packed_without_network_installed_without_network(
     mirror = tmp_path / "mirror"
     (mirror / "mmlu").mkdir(parents=True)
     (mirror / "mmlu" / "dev.jsonl").write_text("{}\n")
-    folder = make_classroom(tmp_path / "room", run, mirror=mirror, say=quiet)
+    options = {"targets": [classroom.this_machine()], "mirror": mirror, "say": quiet}
+    folder = make_classroom(tmp_path / "room", run, **options)
     assert {p.name for p in folder.iterdir()} == {
         "START.md", "install.py", "manifest.json",
         "course", "model", "wheels", "checkpoints", "mirror",
@@ -217,12 +271,12 @@ def test_packed_without_network_installed_without_network(
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("course/**/*") if p.is_file()}
     (course / "notebooks" / "00_start_here.ipynb").write_text('{"cells": []}')
     (course / "backend.py").rename(course / "backend2.py")
-    make_classroom(folder, run, mirror=mirror, say=quiet)
+    make_classroom(folder, run, **options)
     assert not (folder / "course" / "backend.py").exists()
     changed = [p.name for p, time in before.items() if p.exists() and p.stat().st_mtime_ns != time]
     assert changed == ["00_start_here.ipynb"]
     (course / "backend2.py").rename(course / "backend.py")
-    make_classroom(folder, run, mirror=mirror, say=quiet)
+    make_classroom(folder, run, **options)
 
     # No package index, no proxy that works: the folder alone.
     offline = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "GRATH_", "HF_"))}
@@ -231,7 +285,7 @@ def test_packed_without_network_installed_without_network(
     done = subprocess.run(install, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr
     assert "-m jupyterlab" in done.stdout
-    python = classroom.set_up.python_of(folder / "course" / ".venv")
+    python = set_up.python_of(folder / "course" / ".venv")
     code = "import os, json, torch, toy_lab; print(json.dumps([torch.version, dict(os.environ)]))"
     said = subprocess.run([python, "-c", code], capture_output=True, text=True, env=offline)
     version, environment = json.loads(said.stdout)
@@ -260,28 +314,26 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_damaged_or_unfinished_folder_is_refused(folder: Path) -> None:
-    manifest = classroom_install.read_manifest(folder)
-    classroom_install.check_files(folder, manifest)
+    classroom_install.check(folder)
     for content in ("{x", "{ }"):
         (folder / "model" / "config.json").write_text(content)
-        with pytest.raises(classroom_install.InstallError, match=r"(?s)1 files .*config.json"):
-            classroom_install.check_files(folder, manifest)
-    write_json(folder / "manifest.json", {**manifest, "finished": False})
-    with pytest.raises(classroom_install.InstallError, match="not packed to the end"):
-        classroom_install.read_manifest(folder)
+        with pytest.raises(SystemExit, match=r"(?s)1 files .*config.json"):
+            classroom_install.check(folder)
+    write_json(folder / "manifest.json", {"finished": False})
+    with pytest.raises(SystemExit, match="not packed to the end"):
+        classroom_install.check(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(classroom_install.InstallError, match="no readable manifest"):
-        classroom_install.read_manifest(folder)
+    with pytest.raises(SystemExit, match="no readable manifest"):
+        classroom_install.check(folder)
 
 
 def test_another_machine_is_told_what_there_is(folder: Path, monkeypatch) -> None:
-    manifest = classroom_install.read_manifest(folder)
-    classroom_install.check_machine(manifest)
     monkeypatch.setattr(classroom_install.platform, "machine", lambda: "riscv64")
-    with pytest.raises(classroom_install.InstallError, match=r"(?s)riscv64.*packages for: Python"):
-        classroom_install.check_machine(manifest)
-    with pytest.raises(classroom_install.InstallError, match="packed without packages"):
-        classroom_install.check_machine({**manifest, "targets": []})
+    with pytest.raises(SystemExit, match=r"(?s)riscv64.*packages for: Python"):
+        classroom_install.check(folder)
+    write_json(folder / "manifest.json", {"finished": True, "targets": [], "files": {}})
+    with pytest.raises(SystemExit, match="packed without packages"):
+        classroom_install.check(folder)
 
 
 def test_what_cannot_be_taken_elsewhere_is_refused(
@@ -314,12 +366,12 @@ def test_a_packing_that_was_stopped_is_resumed(
 
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
         stopped.setattr(classroom, "start_page", killed)
-        make_classroom(tmp_path / "room", run, wheels=False, say=quiet)
-    with pytest.raises(classroom_install.InstallError, match="not packed to the end"):
-        classroom_install.read_manifest(tmp_path / "room")
+        make_classroom(tmp_path / "room", run, say=quiet)
+    with pytest.raises(SystemExit, match="not packed to the end"):
+        classroom_install.check(tmp_path / "room")
     there = {p: p.stat().st_mtime_ns for p in (tmp_path / "room" / "course").rglob("*.py")}
-    folder = make_classroom(tmp_path / "room", run, wheels=False, say=quiet)
+    folder = make_classroom(tmp_path / "room", run, say=quiet)
     assert {p: p.stat().st_mtime_ns for p in there} == there
-    manifest = classroom_install.read_manifest(folder)
-    classroom_install.check_files(folder, manifest)
-    assert "START.md" in manifest["files"]
+    with pytest.raises(SystemExit, match="packed without packages"):
+        classroom_install.check(folder)
+    assert "START.md" in read_json(folder / "manifest.json")["files"]
