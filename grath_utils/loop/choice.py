@@ -56,7 +56,7 @@ def measure_signals(
         base: the model before the first round.
         pairs: the held-out pairs of iteration 0, the same for every round; may be empty.
         questions: held-out questions; the first :data:`ASKED` are answered, greedily.
-        dpo: the format and the limits with which pairs become tokens.
+        dpo: how pairs become tokens.
 
     Returns:
         ``pairs`` (their ids), ``chosen`` and ``rejected`` (summed log-probabilities, nats), ``kl``

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from helpers import config_for, make_tiny_llama, write_pairs
 
-from grath_utils.config import Config, LoopConfig, load_config
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
 from grath_utils.files import read_jsonl, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run, load_run, model_label
@@ -26,33 +25,55 @@ from grath_utils.loop.stages import (
 from grath_utils.loop.state import run_state
 
 
-def test_questions_are_split_once_and_kept(tmp_path: Path, tiny_llama, questions) -> None:
-    config = config_for(tiny_llama, questions)
-    run = start_run(tmp_path / "run", config)
+@pytest.fixture
+def run(tmp_path: Path, tiny_llama: Path, questions: Path) -> Run:
+    """A run of two rounds that was started and no more."""
+    return start_run(tmp_path / "run", config_for(tiny_llama, questions))
+
+
+@pytest.fixture
+def long_run(tmp_path: Path, tiny_llama: Path, questions: Path) -> Run:
+    """One of four rounds that is to keep the best, and whose base model was measured."""
+    settings = {"loop.iterations": 4, "loop.keep": "best", "loop.early_stop": True}
+    run = start_run(tmp_path / "long", config_for(tiny_llama, questions, **settings))
+    write_signals(run, None, 0.0)
+    return run
+
+
+def with_loop(run: Run, **settings: object) -> Run:
+    """Return the same run directory as one of another configuration would be."""
+    return replace(run, config=replace(run.config, loop=replace(run.config.loop, **settings)))
+
+
+def write_signals(run: Run, t: int | None, gain: float, **health: float) -> None:
+    """Leave the signals of a round that gained ``gain`` nats on each held-out pair."""
+    ids = [q.id for q in run_questions(run, "held_out")]
+    fine = {"words": 12.0, "distinct": 0.8, "repetition": 0.0, "non_answers": 0.0}
+    signals = {
+        "pairs": ids,
+        "chosen": [-9.0 + gain] * len(ids),
+        "rejected": [-9.0] * len(ids),
+        "kl": [0.1] * len(ids),
+        "health": {**fine, **health},
+    }
+    write_json(run.signals(model_label(t)), signals)
+
+
+def test_questions_are_split_once_and_kept(run: Run, tmp_path: Path) -> None:
     rows = read_jsonl(run.questions)
     assert sorted(row["id"] for row in rows) == [f"q{i}" for i in range(8)]
     assert sum(row["split"] == "held_out" for row in rows) == 2
     before = run.questions.read_bytes()
-    assert start_run(tmp_path / "run", config).questions.read_bytes() == before
-    other_seed = load_config("smoke", {**_overrides(config)}, seed=1)
-    other = start_run(tmp_path / "other", other_seed)
-    assert {q.id for q in run_questions(other, "held_out")} | {
-        q.id for q in run_questions(run, "held_out")
-    } != {q.id for q in run_questions(run, "held_out")}
+    assert start_run(run.path, run.config).questions.read_bytes() == before
+    other = start_run(tmp_path / "other", replace(run.config, seed=1))
+    assert run_questions(other, "held_out") != run_questions(run, "held_out")
 
 
-def _overrides(config: Config) -> dict[str, object]:
-    plain = load_config(config.profile).flat()
-    return {k: v for k, v in config.flat().items() if v != plain[k] and k != "profile"}
-
-
-def test_changed_questions_are_noticed(tmp_path: Path, tiny_llama, questions) -> None:
-    config = config_for(tiny_llama, questions)
-    start_run(tmp_path / "run", config)
+def test_changed_questions_are_noticed(run: Run, questions: Path) -> None:
     with open(questions, "a", encoding="utf-8") as file:
         file.write('{"id": "q9", "question": "And this one?"}\n')
     with pytest.raises(ConfigError, match="the questions have changed since"):
-        start_run(tmp_path / "run", config)
+        start_run(run.path, run.config)
 
 
 def test_changed_weights_are_noticed(tmp_path: Path, tiny_llama, questions) -> None:
@@ -75,8 +96,7 @@ def test_an_unknown_benchmark_is_named_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_plan_in_order(tmp_path: Path, tiny_llama, questions) -> None:
-    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+def test_the_plan_in_order(run: Run) -> None:
     assert [(stage.id, stage.title) for stage in plan_stages(run)] == [
         ("pairs_0", "write pairs, iteration 0"),
         ("measure_base", "measure base on held-out pairs"),
@@ -93,60 +113,28 @@ def test_the_plan_in_order(tmp_path: Path, tiny_llama, questions) -> None:
         ("evaluate_iter_1_retention", "evaluate iter_1 on retention"),
     ]
     assert not any(stage.done for stage in plan_stages(run))
-    config = load_config("smoke", "loop.iterations=4 evaluation.every_iteration=false")
-    assert run_state(Run(tmp_path / "none", config)).evaluated == (None, 3)
-    config = load_config("smoke", "loop.iterations=1")
-    assert run_state(Run(tmp_path / "none", config)).evaluated == (None, 0)
+    assert run_state(with_loop(run, iterations=1)).evaluated == (None, 0)
 
 
-def write_signals(run, t: int | None, gain: float, **health: float) -> None:
-    """Leave the signals of a round that gained ``gain`` nats on each held-out pair."""
-    ids = [q.id for q in run_questions(run, "held_out")]
-    fine = {"words": 12.0, "distinct": 0.8, "repetition": 0.0, "non_answers": 0.0}
-    write_json(
-        run.signals(model_label(t)),
-        {
-            "pairs": ids,
-            "chosen": [-9.0 + gain] * len(ids),
-            "rejected": [-9.0] * len(ids),
-            "kl": [0.1] * len(ids),
-            "health": {**fine, **health},
-        },
-    )
-
-
-def four_rounds(tmp_path: Path, tiny_llama, questions, **more: object):
-    settings = {"loop.iterations": 4, "loop.keep": "best", "loop.early_stop": True, **more}
-    run = start_run(tmp_path / "run", config_for(tiny_llama, questions, **settings))
-    write_signals(run, None, 0.0)
-    return run
-
-
-def test_a_round_without_gain_ends_the_loop_and_the_best_is_kept(
-    tmp_path: Path, tiny_llama, questions
-) -> None:
-    run = four_rounds(tmp_path, tiny_llama, questions)
-    assert run_state(run).choice is None
+def test_a_round_without_gain_ends_the_loop_and_the_best_is_kept(long_run: Run) -> None:
+    assert run_state(long_run).choice is None
     for t, gain in enumerate([1.0, 3.0]):
-        write_signals(run, t, gain)
-        assert run_state(run).planned == range(4)
-    write_signals(run, 2, 2.0)
-    state = run_state(run)
+        write_signals(long_run, t, gain)
+        assert run_state(long_run).planned == range(4)
+    write_signals(long_run, 2, 2.0)
+    state = run_state(long_run)
     assert state.planned == range(3)
     assert state.final == 1
     assert state.evaluated == (None, 0, 1, 2)
-    assert not any("3" in stage.id for stage in plan_stages(run))
+    assert not any("3" in stage.id for stage in plan_stages(long_run))
     assert "did not raise" in state.choice.stop
-    fewer = replace(run.config, evaluation=replace(run.config.evaluation, every_iteration=False))
-    assert run_state(replace(run, config=fewer)).evaluated == (None, 1, 2)
+    settings = replace(long_run.config.evaluation, every_iteration=False)
+    fewer = replace(long_run, config=replace(long_run.config, evaluation=settings))
+    assert run_state(fewer).evaluated == (None, 1, 2)
 
 
-def test_the_paper_s_rule_keeps_the_last_and_never_stops(
-    tmp_path: Path, tiny_llama, questions
-) -> None:
-    run = four_rounds(
-        tmp_path, tiny_llama, questions, **{"loop.keep": "last", "loop.early_stop": False}
-    )
+def test_the_paper_s_rule_keeps_the_last_and_never_stops(long_run: Run) -> None:
+    run = with_loop(long_run, keep="last", early_stop=False)
     for t, gain in enumerate([3.0, 2.0, 1.0]):
         write_signals(run, t, gain)
     assert run_state(run).planned == range(4)
@@ -158,62 +146,50 @@ def test_the_paper_s_rule_keeps_the_last_and_never_stops(
     assert state.choice.stop is None
 
 
-def test_without_signals_nothing_is_measured_and_the_last_round_stands(
-    tmp_path: Path, tiny_llama, questions
-) -> None:
-    settings = {"loop.keep": "last", "loop.early_stop": False}
-    without = four_rounds(
-        tmp_path / "a", tiny_llama, questions, **settings, **{"loop.signals": False}
-    )
-    plain = four_rounds(tmp_path / "b", tiny_llama, questions, **settings)
+def test_without_signals_nothing_is_measured_and_the_last_round_stands(run: Run) -> None:
+    without = with_loop(run, keep="last", early_stop=False, signals=False)
     stages = [stage.id for stage in plan_stages(without)]
-    assert stages == [s.id for s in plan_stages(plain) if not s.id.startswith("measure")]
-    assert len(stages) == len(plan_stages(plain)) - 5  # the base and four rounds
+    assert stages == [s.id for s in plan_stages(run) if not s.id.startswith("measure")]
+    assert len(stages) == len(plan_stages(run)) - 3  # the base and two rounds
     assert run_state(without).choice is None
-    assert run_state(without).final == 3
+    assert run_state(without).final == 1
 
 
 def test_a_later_round_that_collapses_ends_the_loop_before_it(
-    tmp_path: Path, tiny_llama, questions, monkeypatch: pytest.MonkeyPatch
+    long_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = four_rounds(tmp_path, tiny_llama, questions)
-    write_pairs(run, 0)
-    write_pairs(run, 1)
-    write_pairs(run, 2)
+    for t in range(3):
+        write_pairs(long_run, t)
 
     def collapses(*given: object, **named: object) -> None:
         raise CollapseError("at step 7 the chosen answers have lost 400 nats")
 
     monkeypatch.setattr("grath_utils.loop.stages.train_round", collapses)
     with pytest.raises(CollapseError):
-        train_iteration(run, 0, progress=False)  # nothing to fall back on
-    assert not run.collapsed(0).exists()
-    write_signals(run, 0, 1.0)
+        train_iteration(long_run, 0, progress=False)  # nothing to fall back on
+    assert not long_run.collapsed(0).exists()
+    write_signals(long_run, 0, 1.0)
     for _ in range(2):  # the second time it is left alone
-        train_iteration(run, 1, progress=False)
-    assert not run.adapter(1).exists()
-    state = run_state(run)
+        train_iteration(long_run, 1, progress=False)
+    assert not long_run.adapter(1).exists()
+    state = run_state(long_run)
     assert state.planned == range(1)
     assert state.final == 0
     assert state.choice.stop.startswith("round 2 collapsed: at step 7")
     with pytest.raises(CollapseError):
-        never = replace(run.config, loop=LoopConfig(early_stop=False))
-        train_iteration(replace(run, config=never), 2, progress=False)
+        train_iteration(with_loop(long_run, early_stop=False), 2, progress=False)
 
 
-def test_edited_signals_are_named(tmp_path: Path, tiny_llama, questions) -> None:
-    run = four_rounds(tmp_path, tiny_llama, questions)
-    write_json(run.signals("iter_0"), {"pairs": []})
+def test_edited_signals_are_named(long_run: Run) -> None:
+    write_json(long_run.signals("iter_0"), {"pairs": []})
     with pytest.raises(DataError, match="delete the folder, and they are measured again"):
-        plan_stages(run)
+        plan_stages(long_run)
 
 
 # --- touched by hand -----------------------------------------------------------------------------
 
 
-def test_what_was_changed_by_hand_is_noticed(tmp_path: Path, tiny_llama, questions) -> None:
-    config = config_for(tiny_llama, questions)
-    run = start_run(tmp_path / "run", config)
+def test_what_was_changed_by_hand_is_noticed(run: Run) -> None:
     write_pairs(run, 0)
     train_iteration(run, 0, progress=False)
     for path, change in (
@@ -223,7 +199,7 @@ def test_what_was_changed_by_hand_is_noticed(tmp_path: Path, tiny_llama, questio
     ):
         kept = path.read_bytes()
         change(path)
-        for opened in (lambda: start_run(run.path, config), lambda: load_run(run.path)):
+        for opened in (lambda: start_run(run.path, run.config), lambda: load_run(run.path)):
             with pytest.raises(RunError, match="is not as it was made: .* Restore it, or delete"):
                 opened()
         path.write_bytes(kept)
@@ -232,22 +208,19 @@ def test_what_was_changed_by_hand_is_noticed(tmp_path: Path, tiny_llama, questio
     with pytest.raises(RunError, match="manifest.json is damaged. Delete it"):
         load_run(run.path)
     run.manifest.unlink()
-    assert start_run(run.path, config) == run
+    assert start_run(run.path, run.config) == run
 
 
-def test_what_was_deleted_is_made_again_the_same(tmp_path: Path, tiny_llama, questions) -> None:
-    config = config_for(tiny_llama, questions)
-    run = start_run(tmp_path / "run", config)
+def test_what_was_deleted_is_made_again_the_same(run: Run) -> None:
     write_pairs(run, 0)
     train_iteration(run, 0, progress=False)
     made = run.manifest.read_bytes()
     shutil.rmtree(run.adapter(0))
-    train_iteration(start_run(run.path, config), 0, progress=False)
+    train_iteration(start_run(run.path, run.config), 0, progress=False)
     assert run.manifest.read_bytes() == made
 
 
-def test_what_no_longer_fits_is_named(tmp_path: Path, tiny_llama, questions) -> None:
-    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+def test_what_no_longer_fits_is_named(run: Run) -> None:
     write_pairs(run, 0)
     train_iteration(run, 0, progress=False)
     write_pairs(run, 1)
@@ -259,8 +232,7 @@ def test_what_no_longer_fits_is_named(tmp_path: Path, tiny_llama, questions) -> 
         train_iteration(run, 0, progress=False)
 
 
-def test_training_sees_no_held_out_question(tmp_path: Path, tiny_llama, questions) -> None:
-    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+def test_training_sees_no_held_out_question(run: Run) -> None:
     write_pairs(run, 0)
     train, held_out = run_pairs(run, 0)
     assert {p.id for p in held_out} == {q.id for q in run_questions(run, "held_out")}
@@ -268,8 +240,7 @@ def test_training_sees_no_held_out_question(tmp_path: Path, tiny_llama, question
     assert len(train) == 6
 
 
-def test_two_rounds_and_their_evaluation(tmp_path: Path, tiny_llama, questions) -> None:
-    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+def test_two_rounds_and_their_evaluation(run: Run) -> None:
     with pytest.raises(RunError, match="round 0 has not been trained"):
         load_model(run, 0)
     fingerprints = [load_model(run, None).fingerprint]
@@ -291,10 +262,7 @@ def test_two_rounds_and_their_evaluation(tmp_path: Path, tiny_llama, questions) 
     assert adapter.stat().st_mtime_ns == before
 
 
-def test_what_is_missing_is_said_with_the_way_to_make_it(
-    tmp_path: Path, tiny_llama, questions
-) -> None:
-    run = start_run(tmp_path / "run", config_for(tiny_llama, questions))
+def test_what_is_missing_is_said_with_the_way_to_make_it(run: Run) -> None:
     with pytest.raises(RunError) as caught:
         check_ready(run, [run.questions, run.pairs(0)], "01_pair_generation")
     message = str(caught.value)
