@@ -65,22 +65,21 @@ def encode_requests(
             f"item {requests[0].item}: the tokenizer gives no character offsets, so where the "
             "prompt ends cannot be told; use a model with a fast tokenizer (tokenizer.json)"
         )
-    texts = []
+    texts: list[tuple[str, str]] = []
+    first: dict[tuple[str, str], Request] = {}  # of each distinct text, the first request
     for request in requests:
         if not request.completion:
             raise ScoringError(f"item {request.item}: an empty completion cannot be scored")
         prompt = request.prompt.rstrip()
         texts.append((prompt, request.prompt[len(prompt) :] + request.completion))
-    prompts = list(dict.fromkeys(prompt for prompt, _ in texts if prompt))
+        first.setdefault(texts[-1], request)
+    prompts = list(dict.fromkeys(prompt for prompt, _ in first if prompt))
     heads = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
     start = _start_token(tokenizer)
     if start is not None:  # what an empty prompt is conditioned on: the start of a text
         heads[""] = np.array([start], dtype=np.int32)
 
     encoded: dict[tuple[str, str], Encoded] = {}
-    first: dict[tuple[str, str], Request] = {}  # of each distinct text, the first request
-    for text, request in zip(texts, requests, strict=True):
-        first.setdefault(text, request)
     for text, whole in zip(first, encode_texts(tokenizer, map("".join, first)), strict=True):
         prompt, item = text[0], f"item {first[text].item}"
         if prompt not in heads:
@@ -91,8 +90,8 @@ def encode_requests(
         head = heads[prompt]
         same = np.array_equal(whole[: len(head)], head)
         tail = whole[len(head) :] if prompt or same else whole
-        straddles = bool(prompt) and not same
-        encoded[text] = this = Encoded(head, tuple(tail.tolist()), straddles)
+        this = Encoded(head, tuple(tail.tolist()), straddles=bool(prompt) and not same)
+        encoded[text] = this
         if not this.completion:
             raise ScoringError(
                 f"{item}: the completion {first[text].completion!r} holds no token of its own, "

@@ -28,8 +28,8 @@ def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
 
     On a CPU every training step frees and takes again the same hundreds of megabytes; giving them
     back each time costs page faults for more than half of a step. Decoding, where sizes change from
-    step to step, would only fill the memory with pieces: it keeps smaller blocks. Linux with glibc
-    only; a user who has set the variables ``MALLOC_..._THRESHOLD_`` has decided.
+    step to step, would only fill the memory with pieces: it keeps smaller blocks. A user who has
+    set the variables ``MALLOC_..._THRESHOLD_`` has decided.
     """
     decided = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     if device != "cpu" or decided or not sys.platform.startswith("linux"):

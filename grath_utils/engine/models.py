@@ -48,9 +48,6 @@ class Policy:
         return int(getattr(self.model.config, "max_position_embeddings", 2048))
 
 
-# --- the base model ------------------------------------------------------------------------------
-
-
 def load_base(config: ModelConfig) -> Policy:
     """Load the base model that ``config`` describes, without an adapter, in evaluation mode."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,14 +55,14 @@ def load_base(config: ModelConfig) -> Policy:
     config = resolve(config)
     keep_freed_memory(config.device)
     location = _location(config.name)
-    quantized, on_gpu = config.quantization != "none", config.device == "cuda"
+    source = {"revision": config.revision, "trust_remote_code": False}
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
+    quantized, on_gpu = config.quantization != "none", config.device == "cuda"
     if quantized and on_gpu:
         options["quantization_config"] = bitsandbytes_config(config)
         options["device_map"] = {"": torch.cuda.current_device()}
     with quiet_transformers():
         try:
-            source = {"revision": config.revision, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(location, **source)
             model = AutoModelForCausalLM.from_pretrained(location, **source, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -82,9 +79,7 @@ def load_base(config: ModelConfig) -> Policy:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.use_cache = True
     # Some chat models ship sampling settings: here, each call says what it wants.
-    settings = model.generation_config
-    settings.do_sample = False
-    settings.temperature = settings.top_p = settings.top_k = None
+    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     model.eval()
     identity = [_weights_fingerprint(config, location), config.quantization, config.dtype]
     return Policy(model, tokenizer, config.name, config, fingerprint(identity))
@@ -133,8 +128,8 @@ def _weights_fingerprint(config: ModelConfig, location: str) -> str:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(location, revision=config.revision, local_files_only=True))
-        return fingerprint([location, folder.name])  # the folder's name is the commit
+        stored = snapshot_download(location, revision=config.revision, local_files_only=True)
+        return fingerprint([location, Path(stored).name])  # the folder's name is the commit
     # Hashing gigabytes at every load would be felt: remember it by size and time of change.
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     state = fingerprint([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
@@ -147,22 +142,15 @@ def _weights_fingerprint(config: ModelConfig, location: str) -> str:
     return value
 
 
-# --- adapters ------------------------------------------------------------------------------------
-
-
 def apply_adapters(
     policy: Policy, adapters: list[Path], *, trainable: bool = False, fold_last: bool = False
 ) -> Policy:
-    """Put adapters on a base policy: all but the last are folded into it, the last stays on top.
+    """Put adapters on a base policy, in the order in which they were trained.
 
-    Folding adds an adapter's product to the weights. In a 4-bit or 8-bit layer that would round
-    the sum again, by steps larger than most of what was learned; there, a folded adapter stays
-    beside the weights, frozen: the same function, without the rounding.
-
-    Args:
-        adapters: folders, in the order in which they were trained.
-        trainable: leave the last one trainable.
-        fold_last: fold the last one, too.
+    All but the last (with ``fold_last``, all) are folded into the base: their products are added to
+    the weights. In a 4-bit or 8-bit layer that would round the sum again, by steps larger than most
+    of what was learned; there, a folded adapter stays beside the weights, frozen: the same
+    function, without the rounding. Only the last can be left trainable.
 
     Raises:
         ModelError: an adapter is missing or damaged, or was made for another base model.
@@ -170,10 +158,9 @@ def apply_adapters(
     from peft import PeftModel
 
     model = policy.model
-    count = len(adapters) if fold_last else len(adapters) - 1
     for position, folder in enumerate(adapters):
         _check_adapter(folder, policy)
-        folded = position < count
+        folded = fold_last or position < len(adapters) - 1
         name = f"folded_{position}" if folded else TOP
         try:
             with quiet_transformers():
@@ -189,9 +176,9 @@ def apply_adapters(
         activate_adapters(model, trainable=trainable)
     if not trainable:
         model.eval()
-    identity = [policy.fingerprint, *map(adapter_fingerprint, adapters)]
+    identity = fingerprint([policy.fingerprint, *map(adapter_fingerprint, adapters)])
     applied = (*policy.adapters, *adapters)
-    return replace(policy, model=model, fingerprint=fingerprint(identity), adapters=applied)
+    return replace(policy, model=model, fingerprint=identity, adapters=applied)
 
 
 def activate_adapters(model: Any, *, trainable: bool) -> None:
@@ -240,9 +227,6 @@ def _check_adapter(folder: Path, policy: Policy) -> None:
             f'the adapter in {folder} was trained on "{record.get("base")}" (weights {wanted}), '
             f'not on "{policy.config.name}" (weights {found})'
         )
-
-
-# --- what a model's forward pass takes -----------------------------------------------------------
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

@@ -47,11 +47,11 @@ def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.T
         (E,) token ids; ``sequence`` (E,) index into the padded batch, all chosen answers before all
         rejected ones; ``column`` (E,) the target's position in its sequence, less one.
     """
-    chunks: list[list[int]] = []  # cut where the next pair would make a row too long
-    size = 0
+    chunks: list[list[int]] = []
+    size = row_tokens  # of the last chunk: full, so the first pair begins one
     for i, example in enumerate(examples):
         tokens = sum(len(example[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        if not chunks or size + tokens > row_tokens:
+        if size + tokens > row_tokens:
             chunks.append([])
             size = 0
         chunks[-1].append(i)
@@ -110,12 +110,10 @@ def packed_forward(
     """
 
     def forward(*, input_ids: torch.Tensor, rows: list[dict[str, Any]], **_: Any) -> PerToken:
-        parts = [
-            _target_outputs(
-                row_logits(model, row, dtype, selects=selects), row["which"], row["targets"]
-            )
-            for row in rows
-        ]
+        parts = []
+        for row in rows:
+            logits = row_logits(model, row, dtype, selects=selects)
+            parts.append(_target_outputs(logits, row["which"], row["targets"]))
         place = tuple(torch.cat([row[name] for row in rows]) for name in ("sequence", "column"))
         shape = (input_ids.shape[0], input_ids.shape[1] - 1)
         outputs = [torch.cat(values) for values in zip(*parts, strict=True)]

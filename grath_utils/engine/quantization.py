@@ -31,12 +31,11 @@ def bitsandbytes_config(config: ModelConfig) -> BitsAndBytesConfig:
 
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, quantization: str) -> int:
-    """Round every linear layer but the output head through a quantized type, in place.
+    """Round every linear layer but the output head to a quantized type, in place; count them.
 
-    The weights then hold only values which the quantized type can hold, so forward and backward
-    passes give what QLoRA's dequantize-then-multiply gives. This is how the course runs QLoRA
-    without a GPU: bitsandbytes' own CPU layers are 10 to 20 times slower than bfloat16, and stop
-    giving gradients once they have run inference. Returns how many layers were rounded.
+    Forward and backward passes then give what QLoRA's dequantize-then-multiply gives. This is how
+    the course runs QLoRA without a GPU: bitsandbytes' own CPU layers are 10 to 20 times slower than
+    bfloat16, and stop giving gradients once they have run inference.
     """
     from bitsandbytes import functional as bnb
 

@@ -48,24 +48,13 @@ class SharedPrefixCache(Cache):
         ]
 
     def forward(
-        self,
-        model: PreTrainedModel,
-        ids: torch.Tensor,
-        *,
-        reach: int,
-        start: int = 0,
-        keep: int = 1,
+        self, model: Any, ids: torch.Tensor, *, reach: int, start: int = 0, keep: int = 1
     ) -> torch.Tensor:
         """Feed new tokens to the slots from ``start`` on; :meth:`advance` makes them stay.
 
-        Args:
-            model: attends through this cache (:func:`attend_through`).
-            ids: (batch, width), padding included.
-            reach: length of the longest own part afterwards.
-            keep: the logits after how many of the last input tokens are wanted.
-
-        Returns:
-            Logits (batch, keep, vocabulary).
+        The model attends through this cache (:func:`attend_through`). ``ids`` are (batch, width),
+        padding included; ``reach`` is the length of the longest own part afterwards. Returns the
+        logits after the last ``keep`` input tokens: (batch, keep, vocabulary).
         """
         batch, width = ids.shape
         self._rows, self._reach = slice(start, start + batch), reach
@@ -75,7 +64,6 @@ class SharedPrefixCache(Cache):
         visible = own <= self._places[:, :, None]  # (batch, width, reach): causal, no padding
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         self.mask = torch.where(visible, zero, float("-inf"))[:, None]
-        self._batch_index = torch.arange(start, start + batch, device=self.device)[:, None]
         return model(
             input_ids=ids,
             position_ids=self.position_ids,
@@ -93,10 +81,11 @@ class SharedPrefixCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new (batch, heads, width, dim); return each slot's own part, not the prefix."""
-        for store, new in zip(self.own[layer_idx], (key_states, value_states), strict=True):
-            store[self._batch_index, :, self._places] = new.transpose(1, 2)
-        keys, values = (store[self._rows, :, : self._reach] for store in self.own[layer_idx])
-        return keys, values
+        keys, values = (store[self._rows] for store in self.own[layer_idx])  # views
+        batch = torch.arange(len(keys), device=self.device)[:, None]
+        keys[batch, :, self._places] = key_states.transpose(1, 2)
+        values[batch, :, self._places] = value_states.transpose(1, 2)
+        return keys[:, :, : self._reach], values[:, :, : self._reach]
 
     def advance(self, counts: torch.Tensor | int) -> None:
         """Count the tokens just stored as there to stay; what lies beyond is overwritten later."""
@@ -199,8 +188,6 @@ def compute_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Layers:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-# --- which models can ----------------------------------------------------------------------------
-
 _trials: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
@@ -209,10 +196,9 @@ def why_not_shared(model: PreTrainedModel, longest: int) -> str:
 
     Apart from windows, a few tokens are computed in both ways, once for each model.
     """
-    window = attention_window(model)
+    window, inner = attention_window(model), unwrapped(model)
     if window and window < longest:
         return f"it attends within a window of {window} tokens"
-    inner = unwrapped(model)
     if inner not in _trials:
         _trials[inner] = _trial(model)
     return _trials[inner]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from grath_utils.cli import main
-from grath_utils.config import DPOConfig
-from grath_utils.dpo.global_batch import deal, split_batch
 from grath_utils.engine import processes
-from grath_utils.errors import ConfigError, DataError, UsageError
+from grath_utils.errors import DataError, UsageError
 from grath_utils.files import read_json, read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -27,7 +24,11 @@ LAUNCH += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 LAUNCH += ["--main_process_port=0"]  # a free one
 
 
-# --- one process: nothing to agree on ------------------------------------------------------------
+def launch(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, **more: str) -> None:
+    """Set what a launcher sets in one of its processes."""
+    where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "MASTER_ADDR": "here"}
+    for name, value in (where | more).items():
+        monkeypatch.setenv(name, value)
 
 
 def test_alone_there_is_nothing_to_agree_on() -> None:
@@ -41,65 +42,12 @@ def test_alone_there_is_nothing_to_agree_on() -> None:
 
 
 def test_the_share_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "here"}.items():
-        monkeypatch.setenv(name, value)
     shares = []
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
+        launch(monkeypatch, rank, 3)
         shares.append(processes.own_share(list(range(7))))
     assert shares == [([0, 1, 2], 3), ([3, 4], 3), ([5, 6], 3)]
     assert processes.own_share([]) == ([], 0)
-
-
-# --- the global batch ----------------------------------------------------------------------------
-
-
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    with pytest.raises(ConfigError, match="dpo.batch_size=6 cannot be divided among 4 processes"):
-        split_batch(DPOConfig(batch_size=6, micro_batch_size=2), 4)
-    with pytest.raises(ConfigError, match="dpo.loss=aot looks at all pairs"):
-        split_batch(DPOConfig(batch_size=8, micro_batch_size=8, loss="aot"), 2)
-    assert split_batch(DPOConfig(batch_size=8, micro_batch_size=4, loss="aot"), 2).piece == 4
-
-
-@pytest.mark.parametrize("count", [1, 3, 16, 17, 23, 40])
-@pytest.mark.parametrize("config", [(16, 4), (12, 4), (4, 4), (8, 1), (6, 6)])
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_gradient_is_that_of_one_process(
-    count: int, config: tuple[int, int], world: int
-) -> None:
-    batch, micro = config
-    dpo = DPOConfig(batch_size=batch, micro_batch_size=micro)
-    if batch % world:
-        return  # refused
-    split = split_batch(dpo, world)
-    assert split.piece * split.accumulation * world == batch
-    order = random.Random(count).sample(range(count), count)
-    loss = [random.Random(i).random() for i in range(count)]
-    hands = deal(order, dpo, split)
-    assert len({len(hand) for hand in hands}) == 1, "every process takes equally many turns"
-
-    def mean(indices) -> float:
-        return sum(loss[i] for i in indices) / len(indices)
-
-    steps = range(0, count, batch)
-    for number, start in enumerate(steps):
-        step = order[start : start + batch]
-        cut = [step[i : i + micro] for i in range(0, len(step), micro)]
-        expected = sum(map(mean, cut)) / len(cut)
-        turn = slice(number * split.accumulation, (number + 1) * split.accumulation)
-        own = [hand[turn] for hand in hands]
-        # What the trainer makes of it: a mean over turns, then over processes.
-        found = [sum(p.scale * mean(p.indices) for p in hand) / len(hand) for hand in own]
-        assert sum(found) / world == pytest.approx(expected, rel=1e-12)
-        seen = [i for hand in own for p in hand if p.share for i in p.indices]
-        assert sorted(seen) == sorted(step), "each pair once, none twice"
-        assert sum(p.share for hand in own for p in hand) == pytest.approx(len(cut))
-        if len(step) == batch:
-            assert {p.scale for hand in own for p in hand} == {1.0}
-
-
-# --- two processes -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,28 +99,21 @@ def command(run: Path, settings: list[str]) -> list[str]:
 
 
 def test_two_processes_agree(two: Path) -> None:
+    agreed = {
+        "gathered": [0, 1],
+        "from main": 0,
+        "on main": [0, 1],  # whoever works for all works as if alone
+        "in turns": [["a", "a by 0 of 1"], ["b", "b by 1 of 1"], ["c", "c by 0 of 1"]],
+        "error on main": "DataError: found by process 0",
+        "error elsewhere": "DataError: found by process 1",
+    }
     main_one, other = read_json(two.parent / "seen.json")
-    for name in (
-        "gathered",
-        "from main",
-        "on main",
-        "in turns",
-        "error on main",
-        "error elsewhere",
-    ):
-        assert main_one[name] == other[name], name
-    assert other["gathered"] == [0, 1]
-    assert other["from main"] == 0
-    assert other["on main"] == [0, 1], "whoever works for all works as if alone"
-    turns = [["a", "a by 0 of 1"], ["b", "b by 1 of 1"], ["c", "c by 0 of 1"]]
-    assert other["in turns"] == turns
+    for name, value in agreed.items():
+        assert main_one[name] == other[name] == value, name
     assert [main_one["share"], other["share"]] == [[[0, 1, 2], 3], [[3, 4], 3]]
-    assert other["error on main"] == "DataError: found by process 0"
-    assert other["error elsewhere"] == "DataError: found by process 1"
     assert main_one["whole again"], "what FSDP has split is saved whole"
     assert main_one["locked"]
-    assert "in use by another process" in main_one["stranger"]
-    assert "in use by another process" in other["stranger"]
+    assert all("in use by another process" in seen["stranger"] for seen in (main_one, other))
 
 
 def test_the_same_pairs_byte_for_byte(one: Path, two: Path) -> None:
@@ -215,16 +156,11 @@ def test_only_the_main_process_speaks(two: Path) -> None:
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not processes.sharded()
-    where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
-    for name, value in {**where, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
-        monkeypatch.setenv(name, value)
+    launch(monkeypatch, 0, 2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     assert processes.sharded()
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(UsageError, match="FSDP 2 only"):
         processes.sharded()
-
-
-# --- what cannot be shared -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,8 +173,6 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_what_several_processes_cannot_do(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, arguments, message
 ) -> None:
-    where = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}
-    for name, value in where.items():
-        monkeypatch.setenv(name, value)
+    launch(monkeypatch, 0, 2)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
