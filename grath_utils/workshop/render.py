@@ -2,14 +2,13 @@
 
 ``make render`` takes the outputs from the executed copies in ``RUN/notebooks/``, executes what is
 missing there, and writes them into the notebooks of the repository. What must not be published or
-would change with every run is left out: papermill's own cells and metadata, paths of this machine,
-progress bars. A stamp in the notebook's metadata (``grath``) says what the outputs come from::
+would change with every run is left out. A stamp in a notebook's metadata (``grath``) says what its
+outputs come from::
 
     source_sha256, code_sha256   of the cells, so that a test notices when the outputs are stale
     profile, versions, device    what it was run with; no profile for side trips
-    cost                         seconds, peak_memory_gib, stages and files made, and date of the
-                                 execution that had most to do: one that found the stages done
-                                 shows the same outputs, but says nothing about their cost
+    cost                         of the execution that had the most to do: one that found the
+                                 stages done shows the same outputs
 """
 
 from __future__ import annotations
@@ -55,9 +54,6 @@ _KERNEL_FILE = re.compile(r"\S*ipykernel_\d+[/\\]\d+\.py")
 _ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 
 
-# --- which, and whether they are up to date ------------------------------------------------------
-
-
 def rendered_notebooks() -> list[Path]:
     """Return the notebooks that are committed with outputs: the course's and the side trips.
 
@@ -69,16 +65,22 @@ def rendered_notebooks() -> list[Path]:
 
 
 def source_digest(cells: Iterable[Mapping[str, Any]], *, code_only: bool = False) -> str:
-    """Return the SHA-256 of the sources of cells, as in the notebook's JSON, without outputs.
-
-    ``code_only`` leaves the prose out, on which outputs do not depend.
-    """
+    """Return the SHA-256 of the sources of cells; outputs depend on those of the code alone."""
     sources = [
         [cell["cell_type"], "".join(cell["source"])]
         for cell in cells
         if cell["cell_type"] == "code" or not code_only
     ]
     return hashlib.sha256(json.dumps(sources, ensure_ascii=False).encode("utf-8")).hexdigest()
+
+
+def _code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """Return the cells of code, without the one that papermill injects."""
+    code = (cell for cell in notebook.cells if cell.cell_type == "code")
+    return [cell for cell in code if "injected-parameters" not in cell.metadata.get("tags", [])]
+
+
+# --- what is wrong -------------------------------------------------------------------------------
 
 
 def problems(path: Path) -> list[str]:
@@ -94,22 +96,14 @@ def problems(path: Path) -> list[str]:
         found.append(f"has {size:,} bytes, more than {LARGEST:,}")
     if left := {"papermill", "widgets", "grath_execution"} & notebook.metadata.keys():
         found.append(f"carries metadata of its execution: {', '.join(sorted(left))}")
-    if any(map(_injected, notebook.cells)):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if code != _code_cells(notebook):
         found.append("holds papermill's injected cell")
-    for cell in _code_cells(notebook):
+    for cell in code:
         if cell.source.strip() and cell.execution_count is None:
             found.append(f"cell {cell.id} was not executed")
         found += [f"cell {cell.id} {wrong}" for wrong in map(_wrong_output, cell.outputs) if wrong]
     return found
-
-
-def _code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
-    """Return the cells of code that are the notebook's own."""
-    return [c for c in notebook.cells if c.cell_type == "code" and not _injected(c)]
-
-
-def _injected(cell: nbformat.NotebookNode) -> bool:
-    return "injected-parameters" in cell.metadata.get("tags", [])
 
 
 def _wrong_output(output: nbformat.NotebookNode) -> str | None:
@@ -162,18 +156,20 @@ def render(
             digest = source_digest(source.cells)
             side_trip = path.resolve().parent.name == "appendix"
             profile = None if side_trip else run.config.profile
-            ours = stamp.get("profile") == profile and not again
-            if ours and stamp.get("source_sha256") == digest:
+            if again or stamp.get("profile") != profile:
+                stamp = {}
+            if stamp.get("source_sha256") == digest:
                 say(f"{path.stem:32} up to date")
                 continue
-            if ours and stamp.get("code_sha256") == source_digest(source.cells, code_only=True):
+            if stamp.get("code_sha256") == source_digest(source.cells, code_only=True):
                 source.metadata[STAMP] = {**stamp, "source_sha256": digest}
                 _write(path, source)
                 say(f"{path.stem:32} only its prose was edited")
             else:
                 facts = environment_facts() if side_trip else run.info()
-                copy = _executed(run, path, side_trip)
-                _write(path, take_over(source, copy, facts, profile, _places(run, folder.parent)))
+                executed = nbformat.read(_executed(run, path, side_trip), as_version=4)
+                places = _places(run, folder.parent)
+                _write(path, take_over(source, executed, facts, profile, places))
                 say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")
             for problem in problems(path):
                 say(f"  {problem}")
@@ -181,15 +177,14 @@ def render(
     return written
 
 
-def _executed(run: Run, path: Path, side_trip: bool) -> nbformat.NotebookNode:
+def _executed(run: Run, path: Path, side_trip: bool) -> Path:
     """Return the executed copy of a notebook, made now if there is none from this code."""
-    if side_trip:
-        target = run.executed_notebooks / "appendix" / path.name
-        if not is_current(target, path):
-            execute_notebook(path, target, {})
-    else:
-        (target,) = run_notebooks(run, [path], say=lambda line: None)
-    return nbformat.read(target, as_version=4)
+    if not side_trip:
+        return run_notebooks(run, [path], say=lambda line: None)[0]
+    target = run.executed_notebooks / "appendix" / path.name
+    if not is_current(target, path):
+        execute_notebook(path, target, {})
+    return target
 
 
 def _places(run: Run, root: Path) -> list[tuple[str, str]]:
@@ -215,9 +210,6 @@ def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
     write_text(path, text)
 
 
-# --- pure functions on notebooks -----------------------------------------------------------------
-
-
 def take_over(
     source: nbformat.NotebookNode,
     executed: nbformat.NotebookNode,
@@ -241,7 +233,7 @@ def take_over(
     cells = _code_cells(result)
     if [cell.source for cell in cells] != [cell.source for cell in made]:
         raise GrathError("the executed copy was made from other code; execute the notebook again")
-    # papermill's cell is not here, so the numbers of those below it would lack one.
+    # Numbered again, because papermill's cell is not here.
     for number, (cell, done) in enumerate(zip(cells, made, strict=True), start=1):
         cell.execution_count = number
         cell.outputs = clean_outputs(done.outputs, places)
@@ -251,10 +243,8 @@ def take_over(
             if output.output_type == "execute_result":
                 output.execution_count = number
     last, old = executed.metadata.get("grath_execution", {}), result.metadata.pop(STAMP, {})
-    # An execution that found the stages done says nothing about their cost.
     costs = [last, last.get("earlier"), old.get("cost") if old.get("profile") == profile else None]
     most = max(filter(None, costs), key=work_done, default={})
-    result.metadata.pop("papermill", None)
     result.metadata[STAMP] = {
         "source_sha256": source_digest(source.cells),
         "code_sha256": source_digest(source.cells, code_only=True),
@@ -276,7 +266,7 @@ def clean_outputs(
     """
     cleaned: list[nbformat.NotebookNode] = []
     for output in map(nbformat.from_dict, copy.deepcopy(list(outputs))):
-        output.get("metadata", {}).pop("papermill", None)
+        data = output.get("data", {})
         if output.output_type == "stream":
             # A progress bar rewrites its line with carriage returns.
             lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
@@ -286,17 +276,14 @@ def clean_outputs(
                 cleaned[-1].text += output.text
             elif output.text.strip():
                 cleaned.append(output)
-            continue
-        data = output.get("data", {})
-        if len(data) == 1 and _PROGRESS.search(data.get("text/plain", "")):
-            continue
-        for kind, value in data.items():
-            if kind.startswith("text/"):
-                data[kind] = _neutral(value, places)
-            elif kind == "image/png":
-                picture = smaller_png(base64.b64decode(value))
-                data[kind] = base64.b64encode(picture).decode("ascii")
-        cleaned.append(output)
+        elif len(data) != 1 or not _PROGRESS.search(data.get("text/plain", "")):
+            for kind, value in data.items():
+                if kind.startswith("text/"):
+                    data[kind] = _neutral(value, places)
+                elif kind == "image/png":
+                    picture = smaller_png(base64.b64decode(value))
+                    data[kind] = base64.b64encode(picture).decode("ascii")
+            cleaned.append(output)
     return cleaned
 
 

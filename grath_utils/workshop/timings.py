@@ -42,28 +42,26 @@ def timings_table(run: Run, sources: Sequence[Path]) -> str:
     Raises:
         DataError: no notebook of the run was executed.
     """
-    executed = [
-        path for source in sources if (path := run.executed_notebooks / source.name).is_file()
-    ]
-    if not executed:
+    rows, dates = [], []
+    for source in sources:
+        path = run.executed_notebooks / source.name
+        if not path.is_file():
+            continue
+        notebook = read_json(path)
+        times, took = section_times(notebook), notebook["metadata"].get("grath_execution", {})
+        dates.append(took.get("date", ""))
+        earlier = took.get("earlier") or {}
+        before = len(earlier.get("stages", [])) > len(took.get("stages", []))
+        note = " (most of its work was done before)" if before else ""
+        rows.append((f"**{path.stem}**", note, f"**{duration(times.total())}**"))
+        rows += [("", name, duration(time)) for name, time in times.items() if time >= SHORT]
+        rest = sum(time for time in times.values() if time < SHORT)
+        rows.append(("", "the other sections", duration(rest)))
+    if not rows:
         raise DataError(
             f"{run.path} holds no executed notebook; `python -m grath_utils run --profile "
             f"{run.config.profile} --run-dir {run.path}` executes them"
         )
-    rows, dates = [], []
-    for path in executed:
-        notebook = read_json(path)
-        times, took = section_times(notebook), notebook["metadata"].get("grath_execution", {})
-        dates.append(took.get("date", ""))
-        earlier = (took.get("earlier") or {}).get("stages", [])
-        before = len(earlier) > len(took.get("stages", []))
-        note = " (most of its work was done before)" if before else ""
-        rows.append((f"**{path.stem}**", note, f"**{duration(times.total())}**"))
-        rows += [
-            ("", name, duration(seconds)) for name, seconds in times.items() if seconds >= SHORT
-        ]
-        rest = sum(seconds for seconds in times.values() if seconds < SHORT)
-        rows.append(("", "the other sections", duration(rest)))
     device, dtype = run.info()["device"], run.info()["resolved"]["dtype"]
     return (
         f"Measured {max(dates) or 'some time ago'}: profile `{run.config.profile}`, "
@@ -79,7 +77,7 @@ def refresh(page: Path, text: str) -> None:
     Raises:
         DataError: the page does not have both marks, once each.
     """
-    before, *inside = page.read_text(encoding="utf-8").split(BEGIN)
-    if len(inside) != 1 or inside[0].count(END) != 1 or END in before:
+    parts = re.split(f"({BEGIN}|{END})", page.read_text(encoding="utf-8"))
+    if parts[1::2] != [BEGIN, END]:
         raise DataError(f'{page} needs the lines "{BEGIN}" and "{END}", once each')
-    write_text(page, f"{before}{BEGIN}\n{text}\n{END}{inside[0].partition(END)[2]}")
+    write_text(page, f"{parts[0]}{BEGIN}\n{text}\n{END}{parts[4]}")
