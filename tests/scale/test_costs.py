@@ -26,9 +26,6 @@ CPU = cpu_device(1e12, 24 * GIB)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# --- counted -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [  # as the models' pages on the Hub state them
@@ -78,14 +75,11 @@ def test_four_bits_are_4_127_bits() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(tiny_llama, targets, dtype, checkpointing) -> None:
-    small, large = (
-        saved_bytes(tiny_llama, layers, targets, dtype, checkpointing) for layers in (2, 4)
-    )
-    shape = shape_of(ModelConfig(name=str(tiny_llama)))
-    counted = costs.activation_bytes(
-        shape, LoraConfig(r=4, targets=targets), dtype, checkpointing=checkpointing
-    )
-    assert (large - small) / 2 == pytest.approx(counted, rel=0.01)
+    rest = (targets, dtype, checkpointing)
+    two, four = (saved_bytes(tiny_llama, layers, *rest) for layers in (2, 4))
+    shape, lora = shape_of(ModelConfig(name=str(tiny_llama))), LoraConfig(r=4, targets=targets)
+    counted = costs.activation_bytes(shape, lora, dtype, checkpointing=checkpointing)
+    assert (four - two) / 2 == pytest.approx(counted, rel=0.01)
 
 
 def saved_bytes(folder: Path, layers: int, targets, dtype: str, checkpointing: bool) -> float:
@@ -129,9 +123,6 @@ def test_a_model_of_unknown_shape_is_said_to_be_so(tmp_path: Path) -> None:
         shape_of(ModelConfig(name=str(tmp_path)))
 
 
-# --- estimated -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("profile", profile_names())
 def test_every_stage_of_every_profile_has_an_estimate(profile: str, tmp_path: Path) -> None:
     config = load_config(profile)
@@ -140,22 +131,14 @@ def test_every_stage_of_every_profile_has_an_estimate(profile: str, tmp_path: Pa
     assert all(cost.seconds > 0 and cost.memory > 0 for cost in found)
 
 
-def cost_of(
-    overrides: str = "", profile: str = "cpu", device: costs.Device = CPU
-) -> costs.StageCost:
+def cost_of(overrides: str = "", profile: str = "cpu", device: costs.Device = CPU):
     return total(estimate(load_config(profile, overrides), device))
 
 
 @pytest.mark.parametrize(
     "more",
-    [
-        "dpo.steps=60",
-        "questions.limit=300",
-        "pairs.candidates=8",
-        "loop.iterations=3",
-        "dpo.gradient_checkpointing=true",
-        "model.name=HuggingFaceTB/SmolLM2-360M-Instruct",
-    ],
+    "dpo.steps=60 questions.limit=300 pairs.candidates=8 loop.iterations=3 "
+    "dpo.gradient_checkpointing=true model.name=HuggingFaceTB/SmolLM2-360M-Instruct".split(),
 )
 def test_more_work_takes_longer(more: str) -> None:
     assert cost_of(more).seconds > cost_of().seconds
@@ -196,8 +179,6 @@ def test_unknown_sizes_are_said_to_be_so() -> None:
     assert costs.question_count(load_config("paper-llama2")) == 1119
 
 
-# --- compared ------------------------------------------------------------------------------------
-
 ROWS = read_jsonl(Path(costs.__file__).with_name("measurements.jsonl"))
 KINDS = {"dpo step": "train", "scoring": "score", "pairs": "write"}
 
@@ -214,13 +195,8 @@ def test_the_constants_are_fitted_to_what_was_measured() -> None:
 def test_a_machine_is_predicted_from_measurements_on_others(held_out, monkeypatch) -> None:
     """Without the row, the rate of its kind of work is fitted again: one factor for the rest."""
     kind = KINDS[held_out["kind"]]
-    rest = [
-        row
-        for row in ROWS
-        if row["kind"] == held_out["kind"]
-        and row["device"] == "cpu"
-        and row["peak"] != held_out["peak"]
-    ]
+    alike = [row for row in ROWS if (row["kind"], row["device"]) == (held_out["kind"], "cpu")]
+    rest = [row for row in alike if row["peak"] != held_out["peak"]]
     assert rest
     monkeypatch.setitem(costs.CPU_COSTS, kind, (1.0, 2e-12))  # a guess, not the constants as fitted
     factor = np.mean([row["measured"] / costs.predict(row) for row in rest])
@@ -228,12 +204,12 @@ def test_a_machine_is_predicted_from_measurements_on_others(held_out, monkeypatc
     assert held_out["measured"] / 2 < costs.predict(held_out) < held_out["measured"] * 2
 
 
-@pytest.mark.parametrize("kind", ["run", "training memory"])
-def test_what_no_constant_is_fitted_to_comes_out_within_a_factor(kind: str) -> None:
+def test_what_no_constant_is_fitted_to_comes_out_within_a_factor() -> None:
     """A whole run is the sum of its stages; memory is counted."""
-    for row in ROWS:
-        if row["kind"] == kind:
-            assert row["measured"] / 2 < costs.predict(row) < row["measured"] * 2, row["what"]
+    rows = [row for row in ROWS if row["kind"] in ("run", "training memory")]
+    assert {row["kind"] for row in rows} == {"run", "training memory"}
+    for row in rows:
+        assert row["measured"] / 2 < costs.predict(row) < row["measured"] * 2, row["what"]
 
 
 def test_the_readme_holds_the_table_as_it_is_computed() -> None:
@@ -257,9 +233,6 @@ def test_the_readme_holds_the_table_as_it_is_computed() -> None:
     table = tabulate(rows, columns, tablefmt="github", disable_numparse=True)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table in text, f"README.md, `How long on what`: put in\n{table}"
-
-
-# --- the dry run ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", profile_names())

@@ -34,10 +34,6 @@ def tiny_run(tiny_settings: dict[str, object], tmp_path_factory: pytest.TempPath
     return open_run(tmp_path_factory.mktemp("experiments") / "run", load_config("smoke", settings))
 
 
-def silent(line: str) -> None:
-    pass
-
-
 def test_the_sizes_are_settings_of_their_profiles() -> None:
     for profile, size in SIZES.items():
         config = load_config(profile, size)
@@ -66,16 +62,12 @@ def test_a_cut_grid_is_small_and_keeps_what_the_user_and_the_experiment_set(tmp_
     assert tree["set"]["loop.iterations"] == 2
 
 
-def test_an_axis_goes_before_a_size_and_before_the_user(tmp_path: Path) -> None:
+def test_an_axis_is_one_of_the_grid_s_and_goes_before_size_and_user(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", load_config("smoke", {"questions.limit": 30}))
     axes = {"questions.limit": [4, 8], "seed": [1, 2]}
     points = expand(read_grid(str(cut_grid("what_matters_pairs", run, axes))))
     found = [(point.config.questions.limit, point.config.seed) for point in points]
     assert found == [(4, 1), (4, 2), (8, 1), (8, 2)]
-
-
-def test_a_key_that_the_grid_does_not_vary_is_refused(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run", load_config("smoke"))
     with pytest.raises(UsageError, match=r'does not vary "dpo.chian"; did you mean "dpo.chain"'):
         cut_grid("what_matters_chain", run, {"dpo.chian": ["fresh"]})
 
@@ -92,54 +84,56 @@ def test_an_experiment_runs_shares_and_reads(tiny_run: Run) -> None:
 
     moved = dict(changes(trials))
     assert list(moved) == ["iterations=1: probe mc2", "iterations=2: probe mc2"]
-    (row,) = contrasts(trials)
-    assert row[0] == "iterations=2 against iterations=1: probe mc2"
-    by_item = [
-        [item["metrics"]["mc2"] for item in trial.result("probe")["items"]] for trial in trials
+    ((name, found),) = contrasts(trials)
+    assert name == "iterations=2 against iterations=1: probe mc2"
+    means = [
+        np.mean([item["metrics"]["mc2"] for item in trial.result("probe")["items"]])
+        for trial in trials
     ]
-    assert row[1]["value"] == pytest.approx(np.mean(by_item[1]) - np.mean(by_item[0]))
-    assert row[1]["value"] == pytest.approx(
-        moved["iterations=2: probe mc2"]["value"] - moved["iterations=1: probe mc2"]["value"]
-    )
-    ((name, n, shown, least, verdict),) = verdicts([row])
-    assert (name, n) == (row[0], 6)
-    assert f"{100 * row[1]['value']:+.1f} [" in shown
-    assert float(least) == pytest.approx(100 * row[1]["smallest_detectable"], abs=0.06)
-    low, high = row[1]["ci95"]
-    assert verdict == ("cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER")
-
-    nothing = {**row[1], "value": 0.0, "ci95": [0.0, 0.0], "gained": 0, "lost": 0}
-    assert verdicts([("same", nothing)])[0][3:] == ("unknown", "no item moved")
+    assert found["value"] == pytest.approx(means[1] - means[0])
+    first, second = (change["value"] for change in moved.values())
+    assert found["value"] == pytest.approx(second - first)
 
     # Another experiment has the first point as well: it is not run again.
     runs = folder_of(tiny_run) / "sweep" / "runs"
     before = sorted(path.name for path in runs.iterdir())
-    grid = cut_grid(
-        "what_matters_shots", tiny_run, {"pairs.shots": [0]}, common={"loop.iterations": 1}
-    )
-    (same,), _ = run_experiment(grid, say=silent)
+    common = {"loop.iterations": 1}
+    grid = cut_grid("what_matters_shots", tiny_run, {"pairs.shots": [0]}, common=common)
+    (same,), _ = run_experiment(grid, say=str)
     assert same.run.path == one.run.path
     assert sorted(path.name for path in runs.iterdir()) == before
 
 
-def test_failed_points_are_returned_and_an_experiment_without_any_other_stops(
-    tiny_run: Run,
-) -> None:
+def test_verdicts() -> None:
+    found = {"value": 0.02, "n": 6, "gained": 1, "lost": 1, "smallest_detectable": 0.031}
+    cases = {
+        "higher": {"ci95": [0.01, 0.03]},
+        "cannot tell": {"ci95": [-0.01, 0.05]},
+        "LOWER": {"ci95": [-0.03, -0.01]},
+        "no item moved": {"ci95": [0.0, 0.0], "gained": 0, "lost": 0},
+    }
+    rows = verdicts([(name, found | case) for name, case in cases.items()])
+    assert [row[4] for row in rows] == list(cases)
+    assert rows[0] == ("higher", 6, "+2.0 [+1.0, +3.0]", "3.1", "higher")
+    assert rows[3][3] == "unknown"
+
+
+def test_failed_points_are_returned_and_without_any_other_it_stops(tiny_run: Run) -> None:
     # The course's tiny questions have no candidates to choose from.
     common = {"questions.source": tiny_run.config.questions.source}
     axes = {"pairs.annotated": [False, True]}
     grid = cut_grid("what_matters_answers", tiny_run, axes, common=common)
-    (trial,), (failed,) = run_experiment(grid, say=silent)
+    (trial,), (failed,) = run_experiment(grid, say=str)
     assert trial.name == "annotated=false"
     assert "needs questions with candidates" in failed.error
     axes = {"pairs.annotated": [True]}
     with pytest.raises(GrathError, match="no point of what_matters_answers.yaml ended well"):
-        run_experiment(cut_grid("what_matters_answers", tiny_run, axes, common=common), say=silent)
+        run_experiment(cut_grid("what_matters_answers", tiny_run, axes, common=common), say=str)
 
 
 def test_runs_of_several_seeds_are_named_by_them(tiny_run: Run) -> None:
     grid = cut_grid("what_matters_seed", tiny_run, {"seed": [0, 1]})
-    trials, _ = run_experiment(grid, say=silent)
+    trials, _ = run_experiment(grid, say=str)
     assert [trial.name for trial in trials] == ["seed=0", "seed=1"]
     rows = read_json(folder_of(tiny_run) / "sweep" / "points.json")
     assert len(rows["points"]) == 2
@@ -147,9 +141,7 @@ def test_runs_of_several_seeds_are_named_by_them(tiny_run: Run) -> None:
         contrasts(trials)
 
 
-def test_a_source_that_is_not_there_says_why(
-    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_is_not_there_says_why(tiny_run: Run, tmp_path: Path, monkeypatch) -> None:
     assert why_not(tiny_run, "own") is None
     monkeypatch.setenv("GRATH_MIRROR", str(tmp_path))
     assert "has no ai2_arc/ARC-Challenge/train.jsonl" in str(why_not(tiny_run, "arc_challenge"))

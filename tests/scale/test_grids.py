@@ -13,6 +13,7 @@ from grath_utils.errors import ConfigError
 from grath_utils.scale.grids import (
     BASE,
     PAIRS,
+    Point,
     cell_of,
     expand,
     grid_from_dict,
@@ -25,15 +26,8 @@ from grath_utils.scale.grids import (
 )
 
 
-def points_of(**grid: object):
+def points_of(grid: dict[str, object]) -> list[Point]:
     return expand(grid_from_dict({"profile": "smoke", "grid": grid}))
-
-
-def keyed(**dotted: object) -> dict[str, object]:
-    return {key.replace("__", "."): value for key, value in dotted.items()}
-
-
-# --- refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,25 +97,18 @@ def test_unknown_profiles_and_grids_are_refused_with_the_nearest() -> None:
         read_grid("absent.yaml")
 
 
-# --- points --------------------------------------------------------------------------------------
-
-
 def test_a_grid_is_every_combination_seeds_innermost() -> None:
-    points = points_of(**keyed(seed=[3, 4], dpo__beta=[0.05, 0.1]))
+    points = points_of({"seed": [3, 4], "dpo.beta": [0.05, 0.1]})
     assert [dict(point.values) for point in points] == [
         {"dpo.beta": 0.05, "seed": 3},
         {"dpo.beta": 0.05, "seed": 4},
         {"dpo.beta": 0.1, "seed": 3},
         {"dpo.beta": 0.1, "seed": 4},
     ]
-    assert [label(cell_of(point.values)) for point in points] == ["beta=0.05"] * 2 + [
-        "beta=0.1"
-    ] * 2
+    cells = [label(cell_of(point.values)) for point in points]
+    assert cells == ["beta=0.05", "beta=0.05", "beta=0.1", "beta=0.1"]
     assert points[1].config == load_config("smoke", {"dpo.beta": 0.05}, seed=4)
-
-
-def test_without_seeds_the_profile_s_own_is_the_seed() -> None:
-    (point,) = points_of(**keyed(dpo__beta=[0.05]))
+    (point,) = points_of({"dpo.beta": [0.05]})  # the seed is the profile's own
     assert point.values == {"dpo.beta": 0.05, "seed": 0}
 
 
@@ -139,43 +126,33 @@ def test_common_settings_and_several_profiles() -> None:
 
 
 def test_names_are_plain_distinct_and_stay_when_the_grid_grows() -> None:
-    small = points_of(**keyed(dpo__beta=[0.05], seed=[0]))
-    large = points_of(**keyed(dpo__beta=[0.05, 0.1], seed=[0, 1]))
+    small = points_of({"dpo.beta": [0.05], "seed": [0]})
+    large = points_of({"dpo.beta": [0.05, 0.1], "seed": [0, 1]})
     assert small[0].name == large[0].name
     assert small[0].name.startswith("beta=0.05_seed=0-")
     assert len({point.name for point in large}) == 4
-    odd = points_of(**keyed(questions__source=["some dir/a b.jsonl", "x" * 300 + ".csv"]))
-    for point in odd:
+    for point in points_of({"questions.source": ["some dir/a b.jsonl", "x" * 300 + ".csv"]}):
         assert len(point.name) < 100
         assert not set(point.name) & set("/\\ :*?")
 
 
-# --- what is shared ------------------------------------------------------------------------------
-
-FOR_BOTH = {"seed": 7, "model.quantization": "nf4", "model.dtype": "bfloat16", "model.name": "x/y"}
-FOR_PAIRS = {"questions.limit": 9, "questions.held_out": 0.5, "pairs.shots": 1}
-FOR_BASE = {"evaluation.limit": 5, "evaluation.benchmarks": ["probe"], "evaluation.bootstrap": 100}
-FOR_NEITHER = {
-    "dpo.beta": 0.3,
-    "dpo.reference": "base",
-    "lora.r": 2,
-    "loop.iterations": 3,
-    "evaluation.every_iteration": False,
-}
-
-
-@pytest.mark.parametrize(("key", "value"), [*FOR_BOTH.items(), *FOR_PAIRS.items()])
-def test_the_pairs_are_others_when_what_they_depend_on_is(key: str, value: object) -> None:
-    plain, other = points_of(seed=[0])[0], points_of(**{key: [value]})[0]
-    assert plain.shared(PAIRS).name != other.shared(PAIRS).name
-    assert (plain.shared(BASE).name == other.shared(BASE).name) == (key in FOR_PAIRS)
-
-
-@pytest.mark.parametrize(("key", "value"), [*FOR_BASE.items(), *FOR_NEITHER.items()])
-def test_the_pairs_are_the_same_when_only_other_things_differ(key: str, value: object) -> None:
-    plain, other = points_of(seed=[0])[0], points_of(**{key: [value]})[0]
-    assert plain.shared(PAIRS) == other.shared(PAIRS)
-    assert (plain.shared(BASE) == other.shared(BASE)) == (key in FOR_NEITHER)
+@pytest.mark.parametrize(
+    ("kinds", "settings"),
+    [
+        ({PAIRS, BASE}, {"seed": 7, "model.quantization": "nf4", "model.dtype": "bfloat16"}),
+        ({PAIRS, BASE}, {"model.name": "x/y"}),
+        ({PAIRS}, {"questions.limit": 9, "questions.held_out": 0.5, "pairs.shots": 1}),
+        ({BASE}, {"evaluation.limit": 5, "evaluation.benchmarks": ["probe"]}),
+        ({BASE}, {"evaluation.bootstrap": 100}),
+        (set(), {"dpo.beta": 0.3, "dpo.reference": "base", "lora.r": 2, "loop.iterations": 3}),
+        (set(), {"evaluation.every_iteration": False}),
+    ],
+)
+def test_a_stage_is_another_when_what_it_depends_on_is(kinds: set[str], settings) -> None:
+    (plain,) = points_of({"seed": [0]})
+    for key, value in settings.items():
+        (other,) = points_of({key: [value]})
+        assert {k for k in (PAIRS, BASE) if plain.shared(k).name != other.shared(k).name} == kinds
 
 
 def test_every_setting_but_those_of_training_belongs_to_a_shared_stage() -> None:
@@ -186,19 +163,17 @@ def test_every_setting_but_those_of_training_belongs_to_a_shared_stage() -> None
 
 
 def test_shared_stages_are_shared_across_profiles_that_agree() -> None:
-    tree = {"profile": ["smoke", "cpu"], "grid": {"seed": [0]}}
-    tree["set"] = {
-        key: value
-        for key, value in load_config("smoke").flat().items()
-        if key.split(".")[0] in ("model", "evaluation")
-    }
+    smoke = load_config("smoke").flat().items()
+    base = {key: value for key, value in smoke if key.startswith(("model.", "evaluation."))}
+    tree = {"profile": ["smoke", "cpu"], "set": base, "grid": {"seed": [0]}}
     one, two = expand(grid_from_dict(tree))
     assert one.shared(BASE).name == two.shared(BASE).name
     assert one.shared(PAIRS).name != two.shared(PAIRS).name
 
 
 def test_the_plan_holds_every_configuration() -> None:
-    grid = grid_from_dict({"profile": "smoke", "grid": keyed(dpo__beta=[0.05, 0.1], seed=[0, 1])})
+    axes = {"dpo.beta": [0.05, 0.1], "seed": [0, 1]}
+    grid = grid_from_dict({"profile": "smoke", "grid": axes})
     points = expand(grid)
     plan = json.loads(json.dumps(plan_of(points, grid, "somewhere")))
     assert len(plan["points"]) == 4
