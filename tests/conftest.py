@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
-from helpers import finish, make_tiny_llama, start
+from helpers import finish, make_tiny_llama, start, write_questions
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine.models import Policy, load_base
@@ -87,7 +86,4 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
     """A file with eight questions."""
-    path = tmp_path / "questions.jsonl"
-    rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    return write_questions(tmp_path / "questions.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from grath_utils.config import Config, DPOConfig, LoraConfig, load_config
+from grath_utils.files import write_jsonl
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import run_questions
 from grath_utils.pairs.generate import Pair
@@ -108,6 +108,12 @@ def make_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def write_questions(path: Path, n: int = 8) -> Path:
+    """Write ``n`` questions to a file; return its path."""
+    write_jsonl(path, ({"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(n)))
+    return path
+
+
 def config_for(model: Path, questions: Path, **more: object) -> Config:
     """Return the smoke profile with a tiny model and eight questions."""
     settings = {
@@ -129,5 +135,4 @@ def write_pairs(run: Run, t: int) -> None:
          "iteration": t}
         for q in run_questions(run)
     ]  # fmt: skip
-    run.iteration(t).mkdir(exist_ok=True)
-    run.pairs(t).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(run.pairs(t), rows)

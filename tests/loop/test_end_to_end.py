@@ -7,12 +7,12 @@ import os
 import re
 import shutil
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import finish, start
+from bs4 import BeautifulSoup
+from helpers import config_for, finish, start
 from safetensors.torch import load_file
 
 from grath_utils.config import load_config
@@ -20,7 +20,7 @@ from grath_utils.course.execute import run_notebooks
 from grath_utils.course.notebooks import main_line, numbered_notebooks
 from grath_utils.files import data_dir, read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop.named_models import load_policy
-from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import plan_stages, start_run
 from grath_utils.loop.state import comparison_rows, run_state
 from grath_utils.text import percent
@@ -33,13 +33,6 @@ def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> 
     lines = out.splitlines()
     names = [path.stem for path in numbered_notebooks()]
     assert [path.stem for path in main_line()] == names[:5]
-    assert names[:5] == [
-        "00_start_here",
-        "01_pair_generation",
-        "02_qlora_dpo",
-        "03_iterative_refinement",
-        "04_evaluation",
-    ]
     assert len(lines) > len(names)
     for line, name in zip(lines, names, strict=False):
         assert re.fullmatch(rf"{name} +done in [\d.]+ (s|min)", line)
@@ -65,15 +58,16 @@ def test_the_run_directory_is_as_documented(smoke) -> None:
 
 def test_really_generated_trained_and_evaluated(smoke) -> None:
     run, _ = smoke
-    questions = {row["id"]: row for row in read_jsonl(run.questions)}
+    questions = {row["id"] for row in read_jsonl(run.questions)}
     assert len(questions) == 12
     pairs = read_jsonl(run.pairs(0))
     assert pairs
+    assert {row["id"] for row in pairs} <= questions
     for row in pairs:
-        assert row["id"] in questions
-        assert row["correct"].strip()
-        assert row["incorrect"].strip()
-        assert row["correct"].lower() != row["incorrect"].lower()
+        correct, incorrect = (row[side].strip().lower() for side in ("correct", "incorrect"))
+        assert correct
+        assert incorrect
+        assert correct != incorrect
     first_incorrect = {row["id"]: row["incorrect"] for row in pairs}
     for row in read_jsonl(run.pairs(1)):  # refinement keeps the first incorrect answer
         if row["id"] in first_incorrect:
@@ -96,35 +90,11 @@ def test_the_first_loss_of_the_first_round_is_ln_2(smoke) -> None:
     assert first["loss"] == pytest.approx(0.6931, abs=0.05)
 
 
-class Text(HTMLParser):
-    """Collect the cells of every table row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.inside = False
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag == "tr":
-            self.rows.append([])
-        self.inside = tag in ("td", "th")
-        if self.inside:
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self.inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.rows[-1][-1] += data
-
-
 def test_the_report_shows_the_numbers_of_the_evaluation_files(smoke) -> None:
     run, out = smoke
-    page = Text()
-    page.feed(run.report.read_text(encoding="utf-8"))
-    rows = {tuple(row[:2]): row for row in page.rows if len(row) == 6}
+    page = BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser")
+    table = [[cell.text for cell in row.find_all(["td", "th"])] for row in page.find_all("tr")]
+    rows = {tuple(row[:2]): row for row in table if len(row) == 6}
     for row in comparison_rows(run):
         shown = rows[(row["benchmark"], row["metric"])]
         for label, cell in (("base", shown[3]), ("iter_1", shown[4])):
@@ -182,8 +152,11 @@ def test_a_loop_that_ended_early_is_read_by_the_notebooks_as_it_is(smoke, tmp_pa
     assert "round 2 collapsed" in run.report.read_text(encoding="utf-8")
 
 
-def test_the_notebooks_follow_a_run_whose_pairs_were_picked(tmp_path: Path) -> None:
-    """As in the profile ``cpu-long``, on questions with options that need no network."""
+def test_the_notebooks_follow_a_run_whose_pairs_were_picked(tmp_path: Path, tiny_llama) -> None:
+    """As in the profile ``cpu-long``, on questions with options that need no network.
+
+    A tiny model does: that the notebooks hold on a real one is shown above.
+    """
     options = [
         {"id": row["id"], "question": row["question"]}
         | {"candidates": row["choices"], "gold": row["answer"]}
@@ -192,13 +165,13 @@ def test_the_notebooks_follow_a_run_whose_pairs_were_picked(tmp_path: Path) -> N
     write_jsonl(tmp_path / "options.jsonl", options)
     long = load_config("cpu-long")
     settings = {
-        "questions.source": str(tmp_path / "options.jsonl"),
         "pairs.mode": long.pairs.mode,
         "dpo.prompt_format": long.dpo.prompt_format,
         "lora.targets": list(long.lora.targets),
     }
-    run = start_run(tmp_path / "run", load_config("smoke", settings))
-    run_notebooks(run, main_line(), say=str)
+    config = config_for(tiny_llama, tmp_path / "options.jsonl", **settings)
+    run = start_run(tmp_path / "run", config)
+    run_notebooks(run, main_line()[1:], say=str)
     offered = {row["id"]: row["candidates"] for row in options}
     for t in range(2):
         for row in read_jsonl(run.pairs(t)):
@@ -251,8 +224,6 @@ def test_killed_again_and_again_it_ends_the_same(smoke, tmp_path: Path) -> None:
 
 
 def test_a_second_process_on_the_same_run_stops_and_says_so(smoke) -> None:
-    from grath_utils.loop.run_dir import lock_run
-
     run, _ = smoke
     stranger = {k: v for k, v in os.environ.items() if k != "GRATH_RUN_LOCK"}
     with lock_run(run):

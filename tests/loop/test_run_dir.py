@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,18 +60,19 @@ def test_a_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
         open_run(tmp_path / "thesis.tex", load_config("smoke"))
 
 
+HOLD = """
+import sys, time; from grath_utils.loop.run_dir import load_run, lock_run
+with lock_run(load_run(sys.argv[1])):
+    print("held", flush=True); time.sleep(float(sys.argv[2]))
+"""
+
+
 def test_a_second_process_is_told_and_stops(tmp_path: Path) -> None:
     run = open_run(tmp_path / "r", load_config("smoke"))
-    code = (
-        "import sys; from grath_utils.loop.run_dir import load_run, lock_run\n"
-        "with lock_run(load_run(sys.argv[1])): pass\n"
-    )
 
     def other_process(environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, str(run.path)]
+        command = [sys.executable, "-c", HOLD, str(run.path), "0"]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-    import os
 
     stranger = {k: v for k, v in os.environ.items() if k != "GRATH_RUN_LOCK"}
     with lock_run(run), lock_run(run):  # the holder may take it again
@@ -83,13 +85,8 @@ def test_a_second_process_is_told_and_stops(tmp_path: Path) -> None:
 
 def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:
     run = open_run(tmp_path / "r", load_config("smoke"))
-    code = (
-        "import sys, time; from grath_utils.loop.run_dir import load_run, lock_run\n"
-        "with lock_run(load_run(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)\n"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", HOLD, str(run.path), "60"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(RunError, match="in use"), lock_run(run):

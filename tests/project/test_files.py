@@ -43,25 +43,25 @@ def test_non_finite_numbers_are_refused(tmp_path: Path, value: float) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (KeyError("mine"), KeyError, "mine"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            RunError,
+            r"cannot write .*x\.txt: No space left on device.*free some",
+        ),
+    ],
+)
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: Exception, expected: type[Exception], message: str
+) -> None:
     path = tmp_path / "x.txt"
     write_text(path, "old")
-    with pytest.raises(KeyError), atomic_path(path) as partial:
+    with pytest.raises(expected, match=message), atomic_path(path) as partial:
         partial.write_text("half")
-        raise KeyError
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
-
-
-def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
-    path = tmp_path / "x.txt"
-    write_text(path, "old")
-    with (
-        pytest.raises(RunError, match=r"cannot write .*x\.txt: No space left on device.*free some"),
-        atomic_path(path) as partial,
-    ):
-        partial.write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
