@@ -121,24 +121,22 @@ def generate(
             )
     if not encoded:
         return []
-    if method != "plain":
-        reason = why_not_shared(policy.model, max(map(len, encoded)) + max_new_tokens)
-        if reason and method == "shared":
-            raise UsageError(f"{policy.name} cannot share a prefix: {reason}")
-        if reason:
-            warnings.warn(
-                f"{policy.name} cannot share the prompt's beginning ({reason}): generating in "
-                "plain batches, which is slower",
-                stacklevel=2,
-            )
-            method = "plain"
-    shared: tuple[int, ...] = ()
-    if method != "plain":
-        prefix = prefix or shared_beginning(policy, encoded)
-        shared = prefix.token_ids
-        for number, ids in enumerate(encoded):
-            if len(ids) <= len(shared) or tuple(ids[: len(shared)]) != shared:
-                raise UsageError(f"prompt {number} does not begin with the prefix that was given")
+    longest = max(map(len, encoded)) + max_new_tokens
+    reason = "" if method == "plain" else why_not_shared(policy.model, longest)
+    if reason and method == "shared":
+        raise UsageError(f"{policy.name} cannot share a prefix: {reason}")
+    if reason:
+        warnings.warn(
+            f"{policy.name} cannot share the prompt's beginning ({reason}): generating in "
+            "plain batches, which is slower",
+            stacklevel=2,
+        )
+    plain = method == "plain" or bool(reason)
+    prefix = Prefix((), []) if plain else prefix or shared_beginning(policy, encoded)
+    shared = len(prefix.token_ids)
+    for number, ids in enumerate(encoded):
+        if len(ids) <= shared or tuple(ids[:shared]) != prefix.token_ids:
+            raise UsageError(f"prompt {number} does not begin with the prefix that was given")
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
     listed = policy.model.generation_config.eos_token_id
@@ -147,7 +145,7 @@ def generate(
     job = _Job(policy, max_new_tokens, stop, sampling, batch_size, ends, bar)
     guesses = _encode(policy, drafts) if drafts is not None else [[]] * len(encoded)
     sequences = [
-        _Sequence(job, ids[len(shared) :], guess[: max_new_tokens - 1])
+        _Sequence(job, ids[shared:], guess[: max_new_tokens - 1])
         for ids, guess in zip(encoded, guesses, strict=True)
     ]
     if do_sample:
@@ -155,7 +153,7 @@ def generate(
             stream = np.random.default_rng(int(fingerprint([seed, key]), 16))
             sequence.draws = stream.random(max_new_tokens + 1).tolist()
     with torch.inference_mode(), bar:
-        _run_plain(job, sequences) if method == "plain" else _run(job, sequences, prefix)
+        _run_plain(job, sequences) if plain else _run(job, sequences, prefix)
     return [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in sequences]
 
 
@@ -267,14 +265,10 @@ def sample_tokens(
     top_p: float = 1.0,
     top_k: int = 50,
 ) -> list[int]:
-    """Return the next token of each row.
+    """Return the next token of each row of logits (batch, vocabulary); greedy at temperature 0.
 
-    Args:
-        logits: (batch, vocabulary).
-        draws: one uniform number in [0, 1) for each row; not needed when greedy.
-        temperature: 0 is greedy.
-        top_p: draw from the smallest set of tokens that holds this much probability.
-        top_k: draw from this many most probable tokens; 0 = all of them (slower).
+    Otherwise each row has a uniform draw in [0, 1), and its token comes from the smallest set that
+    holds ``top_p`` of the probability of the ``top_k`` most probable ones (0 = of all: slower).
 
     Raises:
         GrathError: a row has no finite maximum (the weights have diverged).

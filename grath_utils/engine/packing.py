@@ -41,11 +41,10 @@ def row_limit(device: torch.device) -> int:
 def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.Tensor]]:
     """Merge pairs into rows of at most ``row_tokens`` tokens, or of one pair that is longer.
 
-    Returns:
-        One dict a row, with ``P`` places that predict ``E`` answer tokens: what
-        :func:`.scoring.tree_row` gives; ``which`` (E,) index into its ``predictors``; ``targets``
-        (E,) token ids; ``sequence`` (E,) index into the padded batch, all chosen answers before all
-        rejected ones; ``column`` (E,) the target's position in its sequence, less one.
+    A row is a :func:`.scoring.tree_row` and, for each of the ``E`` answer tokens predicted in it:
+    ``which`` of the ``predictors`` does so; ``targets``, its id; ``sequence``, its row in the
+    padded batch (all chosen answers, then all rejected ones); ``column``, its position there less
+    one.
     """
     chunks: list[list[int]] = []
     size = row_tokens  # of the last chunk: full, so the first pair begins one

@@ -1,9 +1,9 @@
 """Several processes of one launch that work on the same run, and how they agree.
 
 ``accelerate launch`` and ``torchrun`` start the same program several times and tell each copy its
-rank. Rank 0 is the *main* process, which alone writes, locks and reports. Started as one process,
-all of this does nothing. Objects travel over gloo, whatever the tensors of training travel over:
-waiting for a process that computes for an hour is no error.
+rank. Rank 0 is the *main* process, which alone writes, locks and reports. Objects travel over gloo,
+whatever the tensors of training travel over: waiting an hour for a process that computes is no
+error. In a single process all of this does nothing, and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -61,18 +61,15 @@ def sharded() -> bool:
 
     FSDP 1, which melts adapter and base together into flat tensors, is a ``UsageError``.
     """
-    asked = _asked_for("ACCELERATE_USE_FSDP") and launched() > 1
-    if asked and os.environ.get("FSDP_VERSION", "1") != "2":
+    asked = launched() > 1 and _asked_for("ACCELERATE_USE_FSDP")
+    if asked and os.environ.get("FSDP_VERSION") != "2":
         raise UsageError("adapters train under FSDP 2 only: accelerate launch --fsdp_version 2 ...")
     return asked
 
 
 @functools.cache
 def join() -> Any:
-    """Meet the other processes, once, and return the group over which objects travel.
-
-    With GPUs, each process takes the one of its local rank from here on.
-    """
+    """Meet the other processes and take the GPU of the local rank; return the group for objects."""
     import torch
     from accelerate import PartialState
 

@@ -214,20 +214,13 @@ def _passes(policy: Policy, plan: Plan, wanted: set[int]) -> Iterator[tuple[int,
             yield number, edge_logprobs(logits, torch.from_numpy(which), targets).cpu().numpy()
 
 
-# --- one row of a trie through a model -----------------------------------------------------------
-
-
 def tree_row(trie: Trie, nodes: np.ndarray, predictors: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return what :func:`row_logits` reads, for a row of ``T`` nodes.
-
-    ``ids`` and ``positions`` (1, T); ``visible`` (T, T) boolean, query first; ``predictors`` (P,),
-    ascending: the places in the row whose logits are wanted.
-    """
+    """Return what :func:`row_logits` reads, for a row of ``T`` nodes."""
     arrays = {
-        "ids": trie.token[nodes][None],
-        "positions": trie.depth[nodes][None],
-        "visible": attention_mask(trie, nodes),
-        "predictors": predictors,
+        "ids": trie.token[nodes][None],  # (1, T)
+        "positions": trie.depth[nodes][None],  # (1, T)
+        "visible": attention_mask(trie, nodes),  # (T, T) boolean, query first
+        "predictors": predictors,  # (P,) ascending: the places whose logits are wanted
     }
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -240,10 +233,9 @@ def row_logits(
     selects: bool,
     cache: Cache | None = None,
 ) -> torch.Tensor:
-    """Return the logits at a row's ``predictors``: (P, vocabulary), in the model's dtype.
+    """Return the logits at the ``predictors`` of a :func:`tree_row`: (P, vocabulary).
 
     Args:
-        row: made by :func:`tree_row`, on the model's device.
         dtype: of the hidden states, and so of the mask.
         selects: the model's forward takes ``logits_to_keep``, so the head runs where it is needed.
         cache: keys and values of a prefix that the whole row sees; the row's own are added.
@@ -274,9 +266,6 @@ def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tens
     total = torch.cat([rows.float().logsumexp(-1) for rows in logits.split(LOGIT_ROWS)])
     which, targets = which.to(logits.device), targets.to(logits.device)
     return logits[which, targets].float() - total[which]
-
-
-# --- can this model do it? -----------------------------------------------------------------------
 
 
 # What a token's log-probability may differ by in a 16-bit type, computed in two orders. It says

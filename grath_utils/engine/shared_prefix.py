@@ -119,9 +119,7 @@ def shared_prefix_attention(
     From the query (batch, heads, width, dim) and the own keys and values as the cache returned
     them (batch, kv heads, reach, dim) to (batch, width, heads, dim) and no attention weights.
     """
-    cache = _active
-    if cache is None:
-        raise RuntimeError(f"{NAME} attention runs only inside attend_through(...)")
+    cache = _active  # set by attend_through
     batch, heads, width, dim = query.shape
     kv_heads = key.shape[1]
     scale = dim**-0.5 if scaling is None else scaling
