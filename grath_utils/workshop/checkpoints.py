@@ -8,8 +8,8 @@ checkpoint that an instructor's classroom folder carries).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path, PurePath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from grath_utils.config import differing_keys
 from grath_utils.engine.models import adapter_fingerprint
@@ -18,48 +18,30 @@ from grath_utils.files import atomic_path, read_jsonl, write_json
 from grath_utils.loop.run_dir import Run, load_run, lock_run, record_made
 from grath_utils.loop.stages import Stage, plan_stages
 
-END = "end"
-NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06", END)
+NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06", "end")
 """Where one can jump to; ``end`` is behind the last stage: a finished run."""
 STAND_ALONE = ("05", "06")
 """Notebooks that need nothing of the earlier ones."""
-STAGE_FILES = ("iter_*/*", "signals/*.json", "evaluation/*/*.json")
-"""What stages leave in a run directory, as patterns."""
 CHECKPOINTS = "checkpoints"
 """The folder of finished runs in a classroom folder (:mod:`.classroom`)."""
 
 
-def notebook_of(path: PurePath) -> str:
-    """Return the number of the notebook whose work leaves a file in a run directory.
-
-    This is the one place that knows: what a notebook needs is what those before it leave.
-    ``path`` is relative to the run directory, such as ``iter_0/pairs.jsonl``.
-    """
-    if path.parts[0] == "evaluation":
+def notebook_of(stage: Stage) -> str:
+    """Return the number of the notebook that does a stage: this is the one place that knows."""
+    if stage.id.startswith("evaluate_"):
         return "04"
-    if path.parts[0] != "iter_0":  # later rounds, and the signals by which a round is chosen
-        return "03"
-    return "01" if path.parts[1] in ("pairs.jsonl", "rejects.jsonl") else "02"
-
-
-def _comes_before(path: PurePath, at: str) -> bool:
-    return at not in STAND_ALONE and notebook_of(path) < at
+    return {"pairs_0": "01", "train_0": "02"}.get(stage.id, "03")
 
 
 def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
     """Return the stages that must be done before a notebook can start, in order.
-
-    Args:
-        run: the run.
-        at: the notebook's number, ``"00"`` to ``"06"``, or ``"end"``.
-        progress: show bars while a stage works.
 
     Raises:
         UsageError: no such notebook; the nearest one is named.
     """
     check_notebook(at)
     plan = plan_stages(run, progress=progress)
-    return [stage for stage in plan if _comes_before(stage.output.relative_to(run.path), at)]
+    return [stage for stage in plan if at not in STAND_ALONE and notebook_of(stage) < at]
 
 
 def check_notebook(at: str) -> None:
@@ -77,9 +59,6 @@ def make_state(
         while todo := [s for s in needed_stages(run, at, progress=progress) if not s.done]:
             say(f"{todo[0].title} ({len(todo)} to do)")
             todo[0].work()
-
-
-# --- from somebody else's finished run -----------------------------------------------------------
 
 
 def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
@@ -105,9 +84,8 @@ def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
     if profile is None and len(found) == 1:
         [profile] = found
     if profile not in found:
-        raise DataError(
-            f"{folder} has checkpoints of {', '.join(sorted(found))}: name one with --profile"
-        )
+        names = ", ".join(sorted(found))
+        raise DataError(f"{folder} has checkpoints of {names}: name one with --profile")
     return load_run(found[profile])
 
 
@@ -123,30 +101,25 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
         RunError: the finished run is not finished.
     """
     _check_same_origin(run, source)
-    if lacking := [stage.title for stage in needed_stages(source, at) if not stage.done]:
+    needed = needed_stages(source, at)
+    if lacking := [stage.title for stage in needed if not stage.done]:
         raise RunError(f"{source.path} is not finished; it lacks: {', '.join(lacking)}")
-    _check_same_results(run, at, source)
-    outputs = {stage.output for stage in plan_stages(source)}
-    parts = [p for kind in STAGE_FILES for p in source.path.glob(kind) if p.name[0] != "."]
+    _check_same_results(run, needed)
     copied = 0
     with lock_run(run):
-        # Each stage's own output last: it says that the rest is there.
-        for path in sorted(parts, key=lambda path: (path in outputs, path)):
+        for path in (path for stage in needed for path in (*stage.beside, stage.output)):
             target = run.path / path.relative_to(source.path)
-            if target.exists() or not _comes_before(target.relative_to(run.path), at):
-                continue
-            with atomic_path(target) as partial:
-                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial)
-            copied += 1
-        for stage in needed_stages(run, at):
-            record_made(run, stage.output)
+            if path.exists() and not target.exists():
+                with atomic_path(target) as partial:
+                    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, partial)
+                copied += 1
+            if target.exists():
+                record_made(run, target)
         here, there = run.info(), source.info()
         if copied:
-            origin = {
-                "notebook": at,
-                **{k: there.get(k) for k in ("created", "resolved", "device")},
-            }
-            write_json(run.path / "run.json", {**here, "checkpoint": origin})
+            origin = {key: there.get(key) for key in ("created", "resolved", "device")}
+            record = {**here, "checkpoint": {"notebook": at, **origin}}
+            write_json(run.path / "run.json", record)
     say(f"{copied} files and folders from {source.path}")
     ours, theirs = (info["resolved"]["dtype"] for info in (here, there))
     if ours != theirs:
@@ -167,19 +140,19 @@ def _check_same_origin(run: Run, source: Run) -> None:
         )
 
 
-def _check_same_results(run: Run, at: str, source: Run) -> None:
+def _check_same_results(run: Run, needed: Sequence[Stage]) -> None:
     """Refuse to put later results beside own ones that they were not made from.
 
     What is measured is not compared: nothing is made from it.
     """
-    for stage in needed_stages(run, at):
-        name = stage.output.relative_to(run.path)
-        if not stage.done or not name.parts[0].startswith("iter_"):
+    for stage in needed:
+        if not stage.id.startswith(("pairs_", "train_")):
             continue
+        own = run.iteration(stage.iteration) / stage.output.name
         content = adapter_fingerprint if stage.output.is_dir() else read_jsonl
-        if content(stage.output) != content(source.path / name):
+        if own.exists() and content(own) != content(stage.output):
             raise ConfigError(
-                f"{run.path} has its own {name.as_posix()}, other than the checkpoint's, and "
-                "what comes later would not belong to it. Put the checkpoint into another run "
-                "directory (--run-dir), or continue from yours without --from"
+                f"{run.path} has its own {own.relative_to(run.path).as_posix()}, other than the "
+                "checkpoint's, and what comes later would not belong to it. Put the checkpoint "
+                "into another run directory (--run-dir), or continue from yours without --from"
             )

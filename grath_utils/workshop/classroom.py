@@ -43,12 +43,14 @@ from grath_utils.files import (
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import run_stages
 from grath_utils.workshop import set_up
-from grath_utils.workshop.checkpoints import CHECKPOINTS, STAGE_FILES
+from grath_utils.workshop.checkpoints import CHECKPOINTS
 
 MANIFEST = "manifest.json"
 LOCK = "requirements.lock"
 LEFT_OUT = {".git", ".venv", ".cache", "runs", "build", "dist", "__pycache__", "classroom"}
 """Folders that are not part of the course, for a checkout without git."""
+STAGE_FILES = ("iter_*/*", "signals/*.json", "evaluation/*/*.json")
+"""What is packed of a run, as patterns: not its notebooks, which name places on this machine."""
 HERE = Path(__file__).parent
 
 # --- machines ------------------------------------------------------------------------------------
@@ -209,7 +211,6 @@ def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> 
 
 def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
     """Return the files to copy, by the names that they get."""
-    # Not the run's notebooks, which name places on this machine.
     state = ["run.json", run.manifest.name, run.questions.name, run.report.name, *STAGE_FILES]
     state += [f"{part}/**/*" for part in STAGE_FILES]
     model = default_model_dir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import pytest
 from helpers import config_for, write_pairs
@@ -68,24 +68,6 @@ def test_the_map_covers_the_notebooks_and_their_own_checks(tmp_path: Path, confi
             scope = {"run": run, "rounds": range(config.loop.iterations)}
             made = {stage.output for stage in checkpoints.needed_stages(run, at)}
             assert set(eval(wanted, scope)) <= made, f"{path.name} needs more"
-
-
-@pytest.mark.parametrize(
-    ("path", "notebook"),
-    [
-        ("iter_0/pairs.jsonl", "01"),
-        ("iter_0/rejects.jsonl", "01"),
-        ("iter_0/adapter", "02"),
-        ("iter_0/adapter/grath.json", "02"),
-        ("iter_0/training_log.jsonl", "02"),
-        ("iter_1/pairs.jsonl", "03"),
-        ("iter_1/adapter", "03"),
-        ("signals/base.json", "03"),
-        ("evaluation/base/probe.json", "04"),
-    ],
-)
-def test_whose_work_a_file_is(path: str, notebook: str) -> None:
-    assert checkpoints.notebook_of(PurePath(path)) == notebook
 
 
 def test_what_is_missing_is_computed_and_nothing_twice(tmp_path: Path, config: Config) -> None:
