@@ -71,11 +71,9 @@ def draw_rounds(iterations: int = 2) -> Figure:
     _box(axes, (0.05, 1.6, 0.85, 0.9), "base\n$M_0$", GREY)
     for t in range(iterations):
         left = 1.3 + 3.3 * t
-        incorrect, hatch = (
-            ("incorrect answers\nkept", "///") if t else ("incorrect answers\nwritten", "")
-        )
+        done, hatch = ("kept", "///") if t else ("written", "")
         _box(axes, (left, 2.1, 1.5, 0.85), "correct answers\nwritten", BLUE)
-        _box(axes, (left, 1.1, 1.5, 0.85), incorrect, VERMILION, hatch)
+        _box(axes, (left, 1.1, 1.5, 0.85), f"incorrect answers\n{done}", VERMILION, hatch)
         _arrow(axes, (left - 0.4, 2.05), (left, 2.5))
         if t == 0:
             _arrow(axes, (left - 0.4, 2.05), (left, 1.55))
@@ -185,10 +183,7 @@ def draw_mc_scoring(
 ) -> Figure:
     """Draw how MC1, MC2 and MC3 read the same scores: a duel, a share, and a count.
 
-    Args:
-        choices: answer texts; the first is MC1's one true answer.
-        scores: summed log-probability of each (nats).
-        labels: 1 for a true answer, 0 for a false one.
+    True answers have the label 1; the first answer is MC1's one true one.
     """
     n = len(choices)
     figure, (left, right) = new_axes(1, 2, width=9.6, height=1.3 + 0.36 * n, width_ratios=(3, 2))
@@ -206,12 +201,9 @@ def draw_mc_scoring(
     left.set_yticks(range(n), [textwrap.fill(name, 40) for name in names])
     left.set(xlabel="summed log-probability (nats)", xmargin=0.12, ylim=(n - 0.1, -0.6))
     left.grid(axis="y", visible=False)
-    left.set_title(
-        f"MC1: does the first true one pass the line?  {int(passes[0])}\n"
-        f"MC3: which share of the true ones does?  {passes.sum()} of {true.sum()}",
-        fontsize=10,
-        loc="left",
-    )
+    mc1 = f"MC1: does the first true one pass the line?  {int(passes[0])}"
+    mc3 = f"MC3: which share of the true ones does?  {passes.sum()} of {true.sum()}"
+    left.set_title(f"{mc1}\n{mc3}", fontsize=10, loc="left")
     shares, begin = softmax(scores), 0.0
     for label, share in sorted(zip(labels, shares, strict=True), reverse=True):
         colour, hatch = (BLUE, "") if label else (ORANGE, "///")
@@ -225,8 +217,8 @@ def draw_mc_scoring(
     mc2 = shares[true].sum()
     right.plot([mc2, mc2], [-0.32, 0.32], color="black", linewidth=1.5)
     right.annotate(f"{mc2:.3f}", (mc2, 0.34), ha="center", va="bottom", fontsize=10)
-    right.set(xlabel="share of the probability (false: hatched)")
     right.set(xlim=(0, 1), ylim=(-1, 1), yticks=[])
+    right.set_xlabel("share of the probability (false: hatched)")
     right.grid(visible=False)
     right.spines["left"].set_visible(False)
     right.set_title("MC2: how much lies on true ones?", fontsize=10, loc="left")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,12 +24,14 @@ from matplotlib.patches import Patch
 from grath_utils.evaluation.statistics import t_interval
 
 Row = Mapping[str, Any]
-Interval = Sequence[float] | None  # its two ends
+Numbers = Sequence[float]
+Interval = Numbers | None  # its two ends
 Bars = Mapping[str, Mapping[str, float]]  # name of a bar -> part -> size
 Looks = Mapping[str, tuple[str, str]]  # part -> colour, and the hatch that says the same in grey
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
+LOGPROB = "summed log-probability (nats)"
 MODEL_COLOURS = (GREY, BLUE, GREEN, PURPLE, SKY, ORANGE)
 MODEL_LOOKS = [{"fmt": m, "color": c} for m, c in zip("osD^vP", MODEL_COLOURS, strict=True)]
 CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}
@@ -87,10 +89,8 @@ def _reach(value: float, ci95: Interval) -> np.ndarray | None:
     return None if ci95 is None else np.clip([[value - ci95[0]], [ci95[1] - value]], 0, None)
 
 
-def _changes(
-    axes: Axes, rows: Sequence[tuple[str, float | None, Interval]], unclear: str = GREY
-) -> None:
-    """Draw rows of (name, change, interval), in points, around a line of no change.
+def _changes(axes: Axes, rows: Sequence[tuple], unclear: str = GREY) -> None:
+    """Draw rows of (name, change or None, interval or None) around a line of no change, in points.
 
     A diamond's interval excludes 0, a circle's does not; without one it is hollow.
     """
@@ -142,9 +142,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _bars(
-    axes: Axes, names: Sequence[str], values: Sequence[float], plain: Iterable[Any], fmt: str
-) -> None:
+def _bars(axes: Axes, names: list[str], values: Numbers, plain: Sequence, fmt: str) -> None:
     """Draw a row with a bar and its value for each name; those that are not plain are hatched."""
     colours, hatches = zip(*[(BLUE, "") if yes else (ORANGE, "///") for yes in plain], strict=True)
     bars = axes.barh(range(len(names)), values, color=colours, hatch=hatches, edgecolor="white")
@@ -177,7 +175,7 @@ def plot_reject_reasons(pairs: int, rejects: Sequence[Row]) -> Figure:
     reasons = Counter(str(row["reason"]).replace("_", " ") for row in rejects).most_common()
     names, counts = zip(("usable pair", pairs), *reasons, strict=True)
     figure, axes = new_axes(height=1.0 + 0.36 * len(names))
-    _bars(axes, names, counts, [name == "usable pair" for name in names], "%d")
+    _bars(axes, names, counts, [True] + [False] * len(reasons), "%d")
     axes.set(xlabel="completions", xmargin=0.12)
     return figure
 
@@ -251,8 +249,7 @@ def plot_training(log: Sequence[Row], title: str = "") -> Figure:
     answers.set_ylabel("log-probability of the answer (nats)")
     answers.set_title("held-out" if held_out else "training", fontsize=10)
     _curve(gradient, train, "grad_norm", label="before clipping", **CHOSEN)
-    gradient.set_ylabel("norm of the gradient")
-    gradient.set_ylim(bottom=0)
+    gradient.set(ylabel="norm of the gradient", ylim=(0, None))
     for axis in grid.flat:
         axis.set_xlabel("optimiser step")
         axis.legend(fontsize=9)
@@ -314,9 +311,7 @@ def plot_dashboard(panels: Sequence[Any]) -> Figure:
     return figure
 
 
-def plot_levels(
-    levels: Sequence[float], weights: Sequence[float], codes: Sequence[int], shown: int = 16
-) -> Figure:
+def plot_levels(levels: Numbers, weights: Numbers, codes: Sequence[int], shown: int = 16) -> Figure:
     """Show the levels of a 4-bit type over the weights of blocks, and how weights are rounded.
 
     ``levels`` are in [-1, 1], ``weights`` divided by the largest of their block; ``codes`` are the
@@ -375,11 +370,7 @@ def plot_metrics(results: Mapping[str, Mapping[str, Row]]) -> Figure:
 
 
 def plot_choices(
-    choices: Sequence[str],
-    scores: Sequence[float],
-    labels: Sequence[int],
-    *,
-    unit: str = "summed log-probability (nats)",
+    choices: Sequence[str], scores: Numbers, labels: Sequence[int], *, unit: str = LOGPROB
 ) -> Figure:
     """Show the score of each answer to one question; false ones (label 0) are hatched."""
     figure, axes = new_axes(width=8.6, height=0.9 + 0.42 * len(choices))
@@ -442,8 +433,7 @@ def plot_controls(results: Mapping[str, Row]) -> Figure:
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
     axes.axhline(n - 0.5, color=GREY, linewidth=0.8)
     _name_rows(axes, [*map(_model_name, results), *(rule.replace("_", " ") for rule in rules)])
-    axes.set_xlim(left=0)
-    axes.set_xlabel("MC1, percent (hatched: never read the question)")
+    axes.set(xlim=(0, None), xlabel="MC1, percent (hatched: never read the question)")
     return figure
 
 
