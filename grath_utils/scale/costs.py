@@ -129,10 +129,17 @@ def meant_for(profile: str) -> Device | None:
 
 def cpu_device(peak: float, memory: float, *, dtype: str = "bfloat16") -> Device:
     """Return a CPU of ``memory`` bytes whose matrix products reach ``peak`` operations a second."""
-    reached = tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items())
-    names = {"name": "this CPU", "kind": "cpu", "source": "measured now", "dtype": dtype}
-    rates = {"bandwidth": 30e9, "reached": reached, "launch": 0.0}
-    return Device(peak=peak, memory=memory, **rates, **names)
+    return Device(
+        name="this CPU",
+        kind="cpu",
+        peak=peak,
+        memory=memory,
+        bandwidth=30e9,
+        reached=tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items()),
+        launch=0.0,
+        dtype=dtype,
+        source="measured now",
+    )
 
 
 def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:

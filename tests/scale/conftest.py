@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from grath_utils.files import write_text
+from grath_utils.files import write_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +14,7 @@ def tiny_settings(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Settings that turn the profile ``smoke`` into a run of a second or two."""
     questions = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(6)]
-    write_text(questions, "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(questions, rows)
     return {
         "model.name": str(tiny_llama),
         "model.dtype": "float32",
