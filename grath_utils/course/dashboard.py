@@ -7,15 +7,15 @@ Two kinds of numbers stand side by side: what a round is *judged* by (held-out p
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from grath_utils.evaluation.statistics import summarize
 from grath_utils.figures.plots import in_percent
 from grath_utils.loop.choice import displacement, margins
-from grath_utils.loop.run_dir import BASE, Run, model_label
+from grath_utils.loop.run_dir import Run, model_label
 from grath_utils.loop.stages import run_questions
-from grath_utils.loop.state import RunState, results, run_state
+from grath_utils.loop.state import results, run_state
 from grath_utils.pairs.audit import audit_pairs, wilson
 from grath_utils.pairs.generate import read_pairs
 from grath_utils.pairs.words import ngram_f1
@@ -32,8 +32,6 @@ ROUND_COLUMNS = (
     "non-answers",
     "alarms",
 )
-
-
 SIGNALS = (  # title, unit, and the values of held-out pairs from the signals of base and round
     ("held-out margin", "nats", margins),
     ("gain of the chosen answers", "nats", displacement),
@@ -102,55 +100,43 @@ class Panel(NamedTuple):
 def dashboard_panels(run: Run) -> list[Panel]:
     """Return the panels of the dashboard, as far as the run has the numbers.
 
-    First the pairs of each round, then what its model is judged by, then what it reached.
+    First the pairs of each round, then what its model is judged by, then what it reached: every
+    benchmark's first two metrics, MC2 beside what equal probabilities would give.
     """
-    state = run_state(run)
-    panels = (*_pair_panels(run, state), *_signal_panels(run, state), *_result_panels(run))
-    return [panel for panel in panels if panel.points]
-
-
-def _pair_panels(run: Run, state: RunState) -> Iterator[Panel]:
-    questions, audits, distances = run_questions(run), [], []
+    state, questions, audits, distances = run_state(run), run_questions(run), [], []
     for t in itertools.takewhile(lambda t: run.pairs(t).exists(), state.planned):
         pairs = read_pairs(run.pairs(t))
         found = audit_pairs(pairs, questions)
         audits.append((model_label(t), found.usable, wilson(found.pairs, found.questions)))
         apart = [1 - ngram_f1(pair.correct, pair.incorrect) for pair in pairs]
         distances.append((model_label(t), *_mean(run, apart)))
-    yield Panel("pairs for each question", "share", audits)
-    yield Panel("distance of the two answers", "1 - n-gram F1", distances)
-
-
-def _signal_panels(run: Run, state: RunState) -> Iterator[Panel]:
-    if not state.base:
-        return
-    models = {BASE: state.base} | {model_label(t): found for t, found in enumerate(state.rounds)}
+    panels = [
+        Panel("pairs for each question", "share", audits),
+        Panel("distance of the two answers", "1 - n-gram F1", distances),
+    ]
+    signals = (state.base, *state.rounds) if state.base else ()
+    measured = dict(zip(map(model_label, (None, *state.planned)), signals, strict=False))
     for title, unit, values in SIGNALS:
-        means = {label: _mean(run, values(state.base, after)) for label, after in models.items()}
+        means = {label: _mean(run, values(state.base, after)) for label, after in measured.items()}
         points = [(label, *mean) for label, mean in means.items() if mean]
-        yield Panel(title, unit, points, ("base", 0.0))
+        panels.append(Panel(title, unit, points, ("base", 0.0)))
     for title, unit, key in HEALTH:
-        points = [(label, after["health"][key], None) for label, after in models.items()]
-        yield Panel(title, unit, points)
-
-
-def _result_panels(run: Run) -> Iterator[Panel]:
-    """Every benchmark's first two metrics; MC2 beside what equal probabilities would give."""
+        points = [(label, after["health"][key], None) for label, after in measured.items()]
+        panels.append(Panel(title, unit, points))
     for benchmark, models in results(run).items():
         last = list(models.values())[-1]
         for metric in list(last["metrics"])[:2]:
             points = [(label, *in_percent(result, metric)) for label, result in models.items()]
             uniform = last["controls"].get(f"uniform_{metric}")
             line = None if uniform is None else ("uniform", 100 * uniform)
-            yield Panel(f"{benchmark}: {metric}", "percent", points, line)
+            panels.append(Panel(f"{benchmark}: {metric}", "percent", points, line))
+    return [panel for panel in panels if panel.points]
 
 
 def sample_rows(run: Run, number: int) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the free answers of every measured model to the same questions, as a table.
 
-    Returns:
-        The columns (question, base, round 1, ...) and one row for each of the first ``number``
-        held-out questions.
+    Its columns are question, base, round 1, ...; its rows the first ``number`` held-out questions.
     """
     state = run_state(run)
     texts = {question.id: question.text for question in run_questions(run, "held_out")}

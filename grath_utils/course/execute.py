@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import psutil
+
 from grath_utils.course.notebooks import run_parameters
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
 from grath_utils.files import atomic_path, read_json
@@ -32,7 +34,6 @@ from grath_utils.loop.stages import plan_stages
 from grath_utils.text import duration
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
-QUIET_KERNEL = "--IPKernelApp.log_level=40"  # errors only: it warns of its own local connection
 
 
 def run_notebooks(
@@ -48,8 +49,7 @@ def run_notebooks(
     code, is not executed again.
 
     Raises:
-        GrathError: a cell failed; the message names notebook and cell, and the notebook as far as
-            it came is kept as ``NAME.failed.ipynb``.
+        GrathError: as :func:`execute_notebook`.
     """
     targets = [run.executed_notebooks / path.name for path in notebooks]
     with lock_run(run):
@@ -59,10 +59,8 @@ def run_notebooks(
                 continue
             if sys.stdout.isatty():  # a passing line: a log file gets only what stays
                 print(f"{path.stem:24} running ...", end="\r", flush=True)
-            start, gained = time.monotonic(), _gains(run, target)
-            execute_notebook(
-                path, target, run_parameters(run), cell_timeout=cell_timeout, facts=gained
-            )
+            start = time.monotonic()
+            execute_notebook(path, target, run_parameters(run), cell_timeout=cell_timeout, run=run)
             say(f"{path.stem:24} done in {duration(time.monotonic() - start)}")
     return targets
 
@@ -81,50 +79,9 @@ def _code(notebook: Path) -> list[str]:
     ]
 
 
-# --- what an execution had to do -----------------------------------------------------------------
-
-
-def _gains(run: Run, target: Path) -> Callable[[], dict[str, Any]]:
-    """Return a function that says what the run has gained from now until it is called."""
-
-    def state() -> tuple[set[str], int]:
-        """Finished stages, and the number of files: experiments show only in those."""
-        files = (path for path in run.path.rglob("[!.]*") if path.is_file())
-        beside = sum(run.executed_notebooks not in path.parents for path in files)
-        return {stage.id for stage in plan_stages(run) if stage.done}, beside
-
-    stages, files = state()
-
-    def gained() -> dict[str, Any]:
-        stages_now, files_now = state()
-        return {
-            "stages": sorted(stages_now - stages),
-            "files": max(files_now - files, 0),
-            "earlier": most_work(target),
-        }
-
-    return gained
-
-
-def most_work(executed: Path) -> dict[str, Any] | None:
-    """Return what that execution of a notebook took which had the most to do.
-
-    A notebook that is executed again after an edit finds its stages done; what the work costs is
-    what the first execution took.
-    """
-    last = executed.is_file() and read_json(executed)["metadata"].get("grath_execution")
-    if not last:
-        return None
-    both = [{k: v for k, v in last.items() if k != "earlier"}, last.get("earlier")]
-    return max(filter(None, both), key=work_done)
-
-
 def work_done(took: Mapping[str, Any]) -> tuple[int, int]:
     """Return how much an execution had to do: stages of the run, and files that it left there."""
     return len(took.get("stages") or []), took.get("files") or 0
-
-
-# --- one notebook --------------------------------------------------------------------------------
 
 
 def execute_notebook(
@@ -133,20 +90,18 @@ def execute_notebook(
     parameters: Mapping[str, Any],
     *,
     cell_timeout: int | None = None,
-    facts: Callable[[], Mapping[str, Any]] = dict,
+    run: Run | None = None,
 ) -> None:
     """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
 
     Args:
-        path: the notebook.
-        target: where the executed copy goes.
         parameters: values for its cell tagged ``parameters``.
         cell_timeout: seconds that one cell may take; None for as long as it needs.
-        facts: asked after the execution for what else to keep in the copy's metadata.
+        run: what it works on; the copy then says what the run gained.
 
     Raises:
         UsageError: a parameter that the notebook does not have (papermill alone only warns).
-        GrathError: a cell failed.
+        GrathError: a cell failed; the notebook as far as it came is kept as ``NAME.failed.ipynb``.
         RunError: a cell took longer than ``cell_timeout``, or the kernel died.
     """
     import papermill
@@ -155,7 +110,7 @@ def execute_notebook(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        known = papermill.inspect_notebook(str(path))
+        known = papermill.inspect_notebook(path)
     for name in parameters:
         if name not in known:
             raise UsageError(f'{path.name} has no parameter "{name}"{did_you_mean(name, known)}')
@@ -164,19 +119,20 @@ def execute_notebook(
     # Kernels import the package also from a checkout that is not installed.
     places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     importable = patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, places)))
+    stages, files = _contents(run) if run else (set(), 0)
     start = time.monotonic()
     with atomic_path(target) as partial, importable, _peak_memory() as peak:
         try:
             papermill.execute_notebook(
-                str(path),
-                str(partial),
+                path,
+                partial,
                 dict(parameters),
-                progress_bar=False,
-                log_output=False,
                 kernel_name="python3",
-                cwd=str(path.parent),
+                cwd=path.parent,
+                progress_bar=False,
                 execution_timeout=cell_timeout,
-                extra_arguments=[QUIET_KERNEL],
+                # Errors only: a kernel warns of its own local connection.
+                extra_arguments=["--IPKernelApp.log_level=40"],
             )
         except PapermillExecutionError as error:
             os.replace(partial, failed)
@@ -198,19 +154,35 @@ def execute_notebook(
                 "batches (dpo.micro_batch_size, evaluation.batch_tokens) and run the same again"
             ) from error
         executed = read_json(partial)
-        executed["metadata"]["grath_execution"] = {
+        executed["metadata"]["grath_execution"] = took = {
             "seconds": round(time.monotonic() - start, 1),
             "peak_memory_gib": round(peak["bytes"] / 2**30, 2),
             "date": datetime.date.today().isoformat(),
-            **facts(),
         }
+        if run:
+            stages_now, files_now = _contents(run)
+            took["stages"] = sorted(stages_now - stages)
+            took["files"] = max(files_now - files, 0)
+            took["earlier"] = _most_work(target)
         # Progress bars would stay at 0 %, sliders be dead; what was drawn beside them stays.
         executed["metadata"].pop("widgets", None)
-        for cell in executed["cells"]:
-            if "outputs" in cell:
-                shown = [out for out in cell["outputs"] if WIDGET not in out.get("data", {})]
-                cell["outputs"] = shown
+        for outputs in (cell["outputs"] for cell in executed["cells"] if "outputs" in cell):
+            outputs[:] = [out for out in outputs if WIDGET not in out.get("data", {})]
         partial.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _contents(run: Run) -> tuple[set[str], int]:
+    """Return a run's finished stages, and its number of files: experiments show only in those."""
+    files = (path for path in run.path.rglob("[!.]*") if path.is_file())
+    beside = sum(run.executed_notebooks not in path.parents for path in files)
+    return {stage.id for stage in plan_stages(run) if stage.done}, beside
+
+
+def _most_work(executed: Path) -> dict[str, Any] | None:
+    """Return what that execution took which had the most to do: later ones find the stages done."""
+    last = read_json(executed)["metadata"].get("grath_execution", {}) if executed.is_file() else {}
+    earlier = last.pop("earlier", None)
+    return max(filter(None, (last, earlier)), key=work_done, default=None)
 
 
 def _unfinished_cell(notebook: Path) -> str:
@@ -224,27 +196,13 @@ def _unfinished_cell(notebook: Path) -> str:
 @contextmanager
 def _peak_memory() -> Iterator[dict[str, int]]:
     """Watch the processes that this one starts; ``bytes`` is the most that they ever held."""
-    import psutil
-
-    def highest_resident(process: psutil.Process) -> int:
-        try:
-            # Linux and Windows keep the peak, so that nothing between two looks is missed.
-            status = Path(f"/proc/{process.pid}/status")
-            if status.is_file():
-                kept = re.search(r"VmHWM:\s*(\d+)", status.read_text())
-                return 1024 * int(kept[1]) if kept else 0
-            info = process.memory_info()
-            return int(getattr(info, "peak_wset", info.rss))
-        except (psutil.Error, OSError):  # it has ended
-            return 0
-
     peak, over, ours = {"bytes": 0}, threading.Event(), psutil.Process()
     before = set(ours.children(recursive=True))
 
     def watch() -> None:
         while not over.wait(0.3):
             started = set(ours.children(recursive=True)) - before
-            peak["bytes"] = max(peak["bytes"], sum(map(highest_resident, started)))
+            peak["bytes"] = max(peak["bytes"], sum(map(_highest_resident, started)))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -253,3 +211,16 @@ def _peak_memory() -> Iterator[dict[str, int]]:
     finally:
         over.set()
         watcher.join()
+
+
+def _highest_resident(process: psutil.Process) -> int:
+    """Return the peak that Linux and Windows keep: nothing between two looks is missed."""
+    try:
+        status = Path(f"/proc/{process.pid}/status")
+        if status.is_file():
+            kept = re.search(r"VmHWM:\s*(\d+)", status.read_text())
+            return 1024 * int(kept[1]) if kept else 0
+        info = process.memory_info()
+        return getattr(info, "peak_wset", info.rss)
+    except (psutil.Error, OSError):  # it has ended
+        return 0

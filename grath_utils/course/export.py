@@ -24,9 +24,6 @@ from grath_utils.loop.state import run_state
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.prompts import question_messages, render_chat
 
-CHECK_PROMPT = "Q: What is made of milk?\nA:"
-"""Both models are asked this when the merged one has been written."""
-
 
 def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
     """Write a model with all of its adapters folded in as a plain model folder, with a card.
@@ -57,20 +54,20 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
     wanted = _logits(apply_adapters(load_base(exact), adapters))
     merged = apply_adapters(load_base(exact), adapters, fold_last=True)
     merged.model.to(getattr(torch, dtype))
+    path, _, iteration = name.rpartition("@")
+    if path and iteration.isdigit():
+        card = model_card(load_run(path), int(iteration))
+    else:
+        card = f"# Merged from `{Path(name).name}`\n\nMade by grath_utils {__version__}.\n"
     if folder.exists():
         folder.rmdir()
     with atomic_path(folder) as partial, quiet_transformers():
         merged.model.save_pretrained(partial, safe_serialization=True)
         merged.tokenizer.save_pretrained(partial)
-        path, _, which = name.rpartition("@")
-        card = f"# Merged from `{Path(name).name}`\n\nMade by grath_utils {__version__}.\n"
-        if path and which.isdigit():
-            card = model_card(load_run(path), int(which))
         write_text(partial / "README.md", card)
     written = load_base(replace(exact, name=str(folder), quantization="none", revision=None))
     difference = (_logits(written) - wanted).abs().max().item()
-    spread = wanted.std().item()
-    if not difference < 0.2 * spread:  # a wrong merge is off by as much as the logits vary
+    if not difference < 0.2 * wanted.std():  # a wrong merge is off by as much as the logits vary
         raise ModelError(
             f"{folder} was written, but its logits differ by up to {difference:.2f} from those of "
             f"{name}: do not use it"
@@ -80,24 +77,21 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
 
 @torch.inference_mode()
 def _logits(policy: Policy) -> torch.Tensor:
-    ids = policy.tokenizer(CHECK_PROMPT, return_tensors="pt")["input_ids"].to(policy.device)
+    prompt = "Q: What is made of milk?\nA:"
+    ids = policy.tokenizer(prompt, return_tensors="pt")["input_ids"].to(policy.device)
     return policy.model(ids, use_cache=False).logits[0, -1].float().cpu()
 
 
 def model_card(run: Run, iteration: int) -> str:
-    """Return the card of a run's model as Markdown: base, data, recipe, results, limits.
+    """Return the card of a run's model as Markdown; the text is that of ``model_card.md``.
 
-    Every number is read from the run directory; what was not measured is said to be so. The text
-    is that of ``model_card.md``.
+    Every number is read from the run directory; what was not measured is said to be so.
     """
     info, state = run.info(), run_state(run)
-    measured = iteration == state.final
+    name = info["model"]["name"]
+    tags = ["grath", "dpo", "truthfulness"]
     card = ModelCard.from_template(
-        ModelCardData(
-            base_model=info["model"]["name"],
-            library_name="peft",
-            tags=["grath", "dpo", "truthfulness"],
-        ),
+        ModelCardData(base_model=name, library_name="peft", tags=tags),
         template_path=str(Path(__file__).with_name("model_card.md")),
         name=run.path.name,
         round=iteration + 1,
@@ -105,7 +99,7 @@ def model_card(run: Run, iteration: int) -> str:
         config=run.config,
         info=info,
         mode=find_mode(run.config.pairs.mode),
-        comparison=comparison_table(run, "github") if measured else "",
+        comparison=comparison_table(run, "github") if iteration == state.final else "",
         choice=choice_line(run),
         version=__version__,
     )
@@ -126,8 +120,8 @@ def ask_both(
     trained = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
     if not trained:
         raise UsageError(f"{run.path}: no round has been trained yet, so there is one model only")
-    shown = run_state(run).final
-    models = [load_model(run, None), load_model(run, shown if shown in trained else trained[-1])]
+    final = run_state(run).final
+    models = [load_model(run, None), load_model(run, final if final in trained else trained[-1])]
     for question in questions:
         answers = []
         for policy in models:

@@ -18,7 +18,7 @@ from grath_utils.loop.stages import start_run
 from grath_utils.text import table
 
 PARAMETERS = ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")
-LAST_OF_THE_MAIN_LINE = "04"
+PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,6 @@ class Table:
 
     def __repr__(self) -> str:
         return table(self.columns, self.rows)
-
-
-# --- which notebooks -----------------------------------------------------------------------------
 
 
 def numbered_notebooks() -> list[Path]:
@@ -57,23 +54,16 @@ def numbered_notebooks() -> list[Path]:
 def main_line() -> list[Path]:
     """Return the notebooks that make a whole run, pairs to evaluation, in order.
 
-    Those numbered higher stand on a run but add nothing to it: experiments beside it, and larger
-    machines.
+    Those from 05 on stand on a run but add nothing to it: experiments, and larger machines.
     """
-    return [path for path in numbered_notebooks() if path.name[:2] <= LAST_OF_THE_MAIN_LINE]
-
-
-# --- their parameters ----------------------------------------------------------------------------
+    return [path for path in numbered_notebooks() if path.name < "05"]
 
 
 def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> Run:
     """Open the run that a notebook's ``parameters`` cell names, and print what it stands on.
 
-    Args:
-        profile: name of a profile.
-        run_dir: the run directory; empty means ``runs/PROFILE`` in the repository.
-        seed: replaces the profile's seed.
-        overrides: such as ``"dpo.beta=0.05 loop.iterations=3"``.
+    An empty ``run_dir`` means ``runs/PROFILE`` in the repository; ``overrides`` are such as
+    ``"dpo.beta=0.05 loop.iterations=3"``.
 
     Raises:
         UsageError: papermill was given a parameter that the notebook does not have.
@@ -82,16 +72,15 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
     config = load_config(profile, overrides, seed=seed)
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()
-    questions, device, resolved = info["questions"], info["device"], info["resolved"]
-    names = ("torch", "transformers", "trl", "peft")
-    packages = ", ".join(f"{name} {info['versions'][name]}" for name in names)
+    questions, resolved, versions = info["questions"], info["resolved"], info["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES)
     print(
         f"Run       {run.path} (profile {profile}, seed {config.seed})\n"
         f"Model     {config.model.name}, quantization {config.model.quantization}\n"
         f"Questions {questions['n']} from {questions['source']}\n"
-        f"Device    {resolved['device']} ({device['accelerator']}), {resolved['dtype']}, "
-        f"{device['cpu_count']} CPU cores\n"
-        f"Packages  Python {info['versions']['python']}, {packages}"
+        f"Device    {resolved['device']} ({info['device']['accelerator']}), {resolved['dtype']}, "
+        f"{info['device']['cpu_count']} CPU cores\n"
+        f"Packages  Python {versions['python']}, {packages}"
     )
     return run
 
@@ -99,8 +88,7 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
 def refuse_unknown_parameters() -> None:
     """Stop where papermill has set a parameter that does not exist: by itself it only warns.
 
-    Papermill puts its values into a cell of their own, below the one tagged ``parameters``; the
-    kernel's history of inputs shows it.
+    Papermill puts its values into a cell of their own, which the kernel's history shows.
 
     Raises:
         UsageError: names the parameter, and the nearest one that there is.
@@ -108,12 +96,11 @@ def refuse_unknown_parameters() -> None:
     from IPython import get_ipython
 
     shell = get_ipython()
-    for source in shell.user_ns.get("In", []) if shell is not None else []:
-        if source.startswith("# Parameters\n"):
-            for name in re.findall(r"^(\w+) = ", source, re.MULTILINE):
-                if name not in PARAMETERS:
-                    near = did_you_mean(name, PARAMETERS)
-                    raise UsageError(f'there is no parameter "{name}"{near}')
+    inputs = shell.user_ns.get("In", []) if shell else []
+    injected = "\n".join(source for source in inputs if source.startswith("# Parameters\n"))
+    for name in re.findall(r"^(\w+) = ", injected, re.MULTILINE):
+        if name not in PARAMETERS:
+            raise UsageError(f'there is no parameter "{name}"{did_you_mean(name, PARAMETERS)}')
 
 
 def default_run_dir(profile: str) -> Path:
@@ -125,19 +112,18 @@ def default_run_dir(profile: str) -> Path:
 
 def run_parameters(run: Run) -> dict[str, Any]:
     """Return the ``parameters`` that make a notebook use this run and its configuration."""
-    config = run.config
     # JSON values are YAML values, and quoting keeps spaces together.
-    parts = (f"{key}={json.dumps(value)}" for key, value in changed_settings(config).items())
+    settings = changed_settings(run.config).items()
     return {
-        "PROFILE": config.profile,
+        "PROFILE": run.config.profile,
         "RUN_DIR": str(run.path),
-        "SEED": config.seed,
-        "OVERRIDES": shlex.join(parts),
+        "SEED": run.config.seed,
+        "OVERRIDES": shlex.join(f"{key}={json.dumps(value)}" for key, value in settings),
     }
 
 
 def changed_parameters(run: Run) -> dict[str, Any]:
     """Return what a reader must change in a ``parameters`` cell as committed to open this run."""
-    plain = {"PROFILE": "cpu", "SEED": 0, "OVERRIDES": ""}
-    plain["RUN_DIR"] = str(default_run_dir(run.config.profile))
-    return {name: value for name, value in run_parameters(run).items() if value != plain[name]}
+    folder = str(default_run_dir(run.config.profile))
+    committed = {"PROFILE": "cpu", "SEED": 0, "OVERRIDES": "", "RUN_DIR": folder}
+    return {name: v for name, v in run_parameters(run).items() if v != committed[name]}

@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from grath_utils.course.dashboard import ROUND_COLUMNS, choice_line, dashboard_panels, round_rows
 from grath_utils.figures.plots import plot_dashboard, plot_metrics, plot_training
@@ -44,15 +44,13 @@ def comparison_table(run: Run, form: str) -> str:
     found = comparison_rows(run)
     if not found:
         return ""
-
-    def shown(metric: dict[str, Any], spec: str = ".1f") -> str:
-        return interval(100 * metric["value"], [100 * end for end in metric["ci95"]], spec)
-
-    rows = [
-        (row["benchmark"], row["metric"], str(row["n"]), shown(row["before"]), shown(row["after"]),
-         shown(row["difference"], "+.1f"))
-        for row in found
-    ]  # fmt: skip
+    rows = []
+    for row in found:
+        numbers = [
+            interval(100 * row[part]["value"], [100 * end for end in row[part]["ci95"]], spec)
+            for part, spec in (("before", ".1f"), ("after", ".1f"), ("difference", "+.1f"))
+        ]
+        rows.append((row["benchmark"], row["metric"], str(row["n"]), *numbers))
     columns = ("benchmark", "metric", "n", *found[0]["labels"], "change (points)")
     return table(columns, rows, form, numbers_from=2 if form == "html" else None)
 
@@ -68,29 +66,38 @@ def summary_table(run: Run) -> str:
 
 def write_report(run: Run) -> Path:
     """Write ``report.html`` and ``figures/`` from what the run directory holds; return its path."""
-    state = run_state(run)
-    label = model_label(state.final)
-    notes, rules = [], []
-    for benchmark, models in results(run).items():
+    state, evaluated, figures = run_state(run), results(run), {}
+    comparison = comparison_table(run, "html")
+    if comparison:
+        figures["before_after"] = plot_metrics(evaluated)
+    if state.choice:
+        figures["dashboard"] = plot_dashboard(dashboard_panels(run))
+    pairs = []
+    for t in state.planned:
+        if run.training_log(t).exists():
+            log = read_jsonl(run.training_log(t))
+            figures[f"training_{t}"] = plot_training(log, f"Round {t + 1}")
+        if run.pairs(t).exists():
+            train, held_out = run_pairs(run, t)
+            rejects = read_jsonl(run.rejects(t)) if run.rejects(t).exists() else []
+            rows = [(pair.question, pair.correct, pair.incorrect) for pair in train[:8]]
+            pairs.append((t, len(train), len(held_out), len(rejects), rows))
+    notes, rules, label = [], [], model_label(state.final)
+    for benchmark, models in evaluated.items():
         shown = models.get(label, {})
         notes += [f"{benchmark}, {label}: {note}" for note in shown.get("notes", [])]
         for rule, value in shown.get("controls", {}).items():
-            if isinstance(value, (int, float)):
-                rules.append((benchmark, rule.replace("_", " "), percent(value)))
-    pairs = []
-    for t in filter(lambda t: run.pairs(t).exists(), state.planned):
-        train, held_out = run_pairs(run, t)
-        rejects = read_jsonl(run.rejects(t)) if run.rejects(t).exists() else []
-        rows = [(pair.question, pair.correct, pair.incorrect) for pair in train[:8]]
-        pairs.append((t, len(train), len(held_out), len(rejects), rows))
+            rules.append((benchmark, rule.replace("_", " "), percent(value)))
     executed = sorted(path.name for path in run.executed_notebooks.glob("[0-9][0-9]_*.ipynb"))
     page = TEMPLATES.get_template("report.html").render(
         run=run,
         config=run.config,
         info=run.info(),
         state=state,
-        comparison=comparison_table(run, "html"),
-        figures=_figures(run),
+        comparison=comparison,
+        figures={
+            name: _save(figure, run.figures / f"{name}.png") for name, figure in figures.items()
+        },
         notes=notes,
         rules=rules,
         pairs=pairs,
@@ -100,22 +107,9 @@ def write_report(run: Run) -> Path:
     return run.report
 
 
-def _figures(run: Run) -> dict[str, str]:
-    """Save the figures of a run under ``figures/``; return them as base64 by their names."""
-    state, figures = run_state(run), {}
-    if comparison_rows(run):
-        figures["before_after"] = plot_metrics(results(run))
-    if state.choice:
-        figures["dashboard"] = plot_dashboard(dashboard_panels(run))
-    for t in state.planned:
-        if run.training_log(t).exists():
-            log = read_jsonl(run.training_log(t))
-            figures[f"training_{t}"] = plot_training(log, f"Round {t + 1}")
-    encoded = {}
-    for name, figure in figures.items():
-        path = run.figures / f"{name}.png"
-        with atomic_path(path) as partial:
-            figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
-        plt.close(figure)
-        encoded[name] = base64.b64encode(path.read_bytes()).decode("ascii")
-    return encoded
+def _save(figure: Figure, path: Path) -> str:
+    """Save a figure as PNG and return it as base64."""
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return base64.b64encode(path.read_bytes()).decode("ascii")

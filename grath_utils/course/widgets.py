@@ -1,9 +1,8 @@
 """Interactive touches: something to drag, to search, to ask.
 
-Each function *shows* a picture or a table first, which is all that a reader of an executed
-notebook, a print or an HTML page needs, and *returns* the controls that change it, or None where
-ipywidgets is not installed. As the last line of a cell, the controls appear below. A change redraws
-what is shown already; nothing is kept in the notebook but the first state.
+Each function *shows* a picture or a table first, all that a reader without a kernel needs, and
+*returns* the controls that redraw it in place, or None where ipywidgets is not installed. As the
+last line of a cell, the controls appear below.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _show(shown: Any) -> tuple[Callable[[Any], None], ModuleType | None]:
     return handle.update if handle is not None else lambda shown: None, kit  # None: no IPython
 
 
-def explore_dpo_loss(beta: float = 0.1, contrast: float = 5.0) -> Any:
+def explore_dpo_loss(beta: float, contrast: float) -> Any:
     """Show the DPO loss of one pair, with sliders for beta and for the pair's contrast.
 
     They start at the given values: beta in 0.01 to 1, the contrast in -40 to 40 nats.
@@ -69,14 +68,11 @@ def explore_dpo_loss(beta: float = 0.1, contrast: float = 5.0) -> Any:
 
 
 def browse_pairs(
-    pairs: Sequence[Pair], rejects: Sequence[Mapping[str, Any]] = (), *, rows: int = 10
+    pairs: Sequence[Pair], rejects: Sequence[Mapping[str, Any]], *, rows: int = 10
 ) -> Any:
-    """Show pairs as a table, with a choice of what to see, a search and pages.
+    """Show usable pairs, so many rows a page, with a choice of what to see and a search.
 
-    Args:
-        pairs: the usable ones.
-        rejects: rows of ``rejects.jsonl`` (``question``, ``completion``, ``reason``).
-        rows: how many a page has.
+    ``rejects`` are the rows of ``rejects.jsonl``.
     """
     usable = Table(
         ["question", "correct (chosen)", "incorrect (rejected)"],
@@ -88,11 +84,7 @@ def browse_pairs(
             ["question", "completion"],
             [(row["question"], row["completion"]) for row in rejects if row["reason"] == reason],
         )
-
-    def page_of(found: Table, number: int) -> Table:
-        return Table(found.columns, found.rows[rows * (number - 1) : rows * number])
-
-    update, kit = _show(page_of(usable, 1))
+    update, kit = _show(Table(usable.columns, usable.rows[:rows]))
     if kit is None:
         return None
     kind = kit.Dropdown(options=list(kinds), description="show")
@@ -100,22 +92,16 @@ def browse_pairs(
     page = kit.BoundedIntText(value=1, min=1, description="page")
     count = kit.Label()
 
-    def matching() -> Table:
-        every, wanted = kinds[kind.value], text.value.casefold()
-        return Table(every.columns, [r for r in every.rows if wanted in " ".join(r).casefold()])
+    def redraw(changed: Any = None) -> None:
+        shown, wanted = kinds[kind.value], text.value.casefold()
+        found = [row for row in shown.rows if wanted in " ".join(row).casefold()]
+        if changed is None or changed.owner is not page:
+            page.max = max(-(-len(found) // rows), 1)
+            page.value = 1
+            count.value = f"{len(found)} found, {page.max} page{'s' if page.max > 1 else ''}"
+        update(Table(shown.columns, found[rows * (page.value - 1) : rows * page.value]))
 
-    def count_pages() -> None:
-        n = len(matching().rows)
-        page.max = max(-(-n // rows), 1)
-        page.value = 1
-        count.value = f"{n} found, {page.max} page{'s' if page.max > 1 else ''}"
-
-    def redraw(change: Any) -> None:
-        if change.owner is not page:
-            count_pages()
-        update(page_of(matching(), page.value))
-
-    count_pages()
+    redraw()
     for control in (kind, text, page):
         control.observe(redraw, "value")
     return kit.VBox([kit.HBox([kind, text]), kit.HBox([page, count])])
@@ -125,8 +111,6 @@ def ask_side_by_side(
     run: Run, questions: Sequence[str] = EXAMPLES, *, max_new_tokens: int = 40
 ) -> Any:
     """Show what the base model and the trained one answer, with a box to ask them more.
-
-    The ``questions`` are asked at once, as examples.
 
     Raises:
         UsageError: no round has been trained yet.

@@ -40,7 +40,7 @@ def no_ipywidgets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_ipywidgets")
 def test_without_ipywidgets_there_is_the_static_state(shown: CapturedIO) -> None:
-    assert explore_dpo_loss() is None
+    assert explore_dpo_loss(0.1, 5.0) is None
     assert len(last(shown, "image/png")) > 10_000
     assert browse_pairs(PAIRS, REJECTS) is None
     assert last(shown).count("<tr>") == 1 + len(PAIRS)
@@ -55,7 +55,7 @@ def test_outside_ipython_nothing_fails(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_dragging_a_slider_redraws_the_loss(shown: CapturedIO) -> None:
-    beta, contrast = explore_dpo_loss(0.1).children
+    beta, contrast = explore_dpo_loss(0.1, 5.0).children
     first = last(shown, "image/png")
     contrast.value = -20.0
     second = last(shown, "image/png")
