@@ -23,15 +23,12 @@ Argument = Callable[[argparse.ArgumentParser], Any]
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the command line."""
-
     work: Callable[[argparse.Namespace], None]
     help: str
     example: str
     arguments: tuple[Argument, ...]
 
     def add_to(self, commands: argparse._SubParsersAction) -> None:
-        """Add this command's parser."""
         parser = commands.add_parser(
             self.work.__name__.removeprefix("do_"),
             help=self.help,

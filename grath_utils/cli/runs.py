@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grath_utils import __version__, course, engine, loop, scale
 from grath_utils.cli import arguments as arg
-from grath_utils.config import Config, ModelConfig, load_config, profile_names
+from grath_utils.config import ModelConfig, load_config, profile_names
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError
 from grath_utils.files import cache_dir, data_dir, mirror_dir, write_text
@@ -48,9 +48,8 @@ def do_run(options: argparse.Namespace) -> None:
     config = load_config(options.profile, options.overrides, seed=options.seed)
     folder = Path(options.run_dir or Path("runs", Path(options.profile).stem))
     if options.dry_run:
-        _show_plan(folder, config)
+        _show_plan(loop.Run(folder, config))
         return
-
     if options.no_notebooks:
         run = loop.start_run(folder, config)
         loop.run_stages(run)
@@ -60,25 +59,30 @@ def do_run(options: argparse.Namespace) -> None:
         course.run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
 
     def conclude() -> None:
-        course.write_report(run)
         chosen = loop.run_state(run).final
         write_text(run.iteration(chosen) / "MODEL_CARD.md", course.model_card(run, chosen))
-        print(f"\nReport: {run.report}\n")
-        print(course.summary_table(run))
+        print()
+        _report(run)
 
     processes.on_main(conclude)
 
 
-def _show_plan(folder: Path, config: Config) -> None:
-    costs = scale.costs
-    run = loop.Run(folder, config)
-    plan = loop.plan_stages(run)
+def _report(run: loop.Run) -> None:
+    course.write_report(run)
+    print(f"Report: {run.report}\n\n{course.summary_table(run)}")
+
+
+def _line(done: bool, title: str) -> str:
+    return f"  {'done' if done else 'to do':7} {title}"
+
+
+def _show_plan(run: loop.Run) -> None:
+    config, costs, plan = run.config, scale.costs, loop.plan_stages(run)
     print(f"{run.path} (profile {config.profile}, seed {config.seed}, model {config.model.name})")
     try:
         amounts, shape = costs.workload(config), scale.shape_of(config.model)
     except GrathError as error:  # the plan is still worth seeing
-        for stage in plan:
-            print(f"  {_state(stage.done)} {stage.title}")
+        print(*(_line(stage.done, stage.title) for stage in plan), sep="\n")
         print(f"no estimate of time and memory: {error}")
         return
     device = costs.this_device(config.model)
@@ -87,7 +91,7 @@ def _show_plan(folder: Path, config: Config) -> None:
     for stage in plan:
         cost = expected[stage.id]
         about = f"{duration(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
-        print(f"  {_state(stage.done)} {stage.title:40} {about}")
+        print(_line(stage.done, f"{stage.title:40} {about}"))
     for what, count in amounts.items():
         print(f"{what}: {count:,}")
     left = costs.total([expected[stage.id] for stage in plan if not stage.done])
@@ -101,13 +105,9 @@ def _show_plan(folder: Path, config: Config) -> None:
     if gpu := costs.meant_for(config.profile):
         cost = costs.total(costs.estimate(config, gpu, shape=shape))
         print(
-            f"on one {gpu.name} (a prediction), all of it: about "
-            f"{duration(cost.seconds)}, {cost.memory / costs.GIB:.1f} GiB of GPU memory"
+            f"on one {gpu.name} (a prediction), all of it: about {duration(cost.seconds)}, "
+            f"{cost.memory / costs.GIB:.1f} GiB of GPU memory"
         )
-
-
-def _state(done: bool) -> str:
-    return "done   " if done else "to do  "
 
 
 @arg.command("show where a run stands", "status --run-dir runs/cpu", arg.RUN_DIR)
@@ -115,8 +115,7 @@ def do_status(options: argparse.Namespace) -> None:
     run = loop.load_run(options.run_dir)
     plan = loop.plan_stages(run)
     print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
-    for stage in plan:
-        print(f"  {_state(stage.done)} {stage.title}")
+    print(*(_line(stage.done, stage.title) for stage in plan), sep="\n")
     print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
     print(course.choice_line(run))
 
@@ -127,10 +126,7 @@ def do_status(options: argparse.Namespace) -> None:
     arg.RUN_DIR,
 )
 def do_report(options: argparse.Namespace) -> None:
-    run = loop.load_run(options.run_dir)
-    course.write_report(run)
-    print(f"Report: {run.report}\n")
-    print(course.summary_table(run))
+    _report(loop.load_run(options.run_dir))
 
 
 @arg.command(

@@ -47,11 +47,9 @@ def do_pairs(options: argparse.Namespace) -> None:
     source = replace(config.questions, limit=options.limit)
     questions = pairs.load_questions(source, config.seed)
     print(f"{len(questions)} questions from {questions.source}")
-    policy = loop.load_policy(
-        options.model, quantization=config.model.quantization, dtype=config.model.dtype
-    )
+    how = {"quantization": config.model.quantization, "dtype": config.model.dtype}
     report = pairs.generate_pairs(
-        policy,
+        loop.load_policy(options.model, **how),
         questions.questions,
         config.pairs,
         seed=config.seed,
@@ -59,8 +57,7 @@ def do_pairs(options: argparse.Namespace) -> None:
         rejects=options.out.with_suffix(".rejects.jsonl"),
         skip_long=config.questions.skip_bad,
     )
-    print(report)
-    print(f"Pairs: {options.out}")
+    print(f"{report}\nPairs: {options.out}")
 
 
 @arg.command(
@@ -73,9 +70,9 @@ def do_pairs(options: argparse.Namespace) -> None:
 )
 def do_train(options: argparse.Namespace) -> None:
     config = _step_config(options)
-    written = pairs.read_pairs(options.pairs)
-    if (options.out / "adapter").exists():
-        raise UsageError(f"{options.out / 'adapter'} exists already; choose another --out")
+    written, adapter = pairs.read_pairs(options.pairs), options.out / "adapter"
+    if adapter.exists():
+        raise UsageError(f"{adapter} exists already; choose another --out")
     base, adapters = loop.resolve_name(options.model)
     if not adapters:
         base = replace(config.model, name=base.name)
@@ -92,12 +89,11 @@ def do_train(options: argparse.Namespace) -> None:
     )
     last = report.log[-1]
     print(
-        f"{report.pairs} pairs ({report.over_long} over-long left out), "
-        f"{report.held_out} held out, {report.steps} steps, "
-        f"{report.trainable_parameters:,} trained parameters"
+        f"{report.pairs} pairs ({report.over_long} over-long left out), {report.held_out} held "
+        f"out, {report.steps} steps, {report.trainable_parameters:,} trained parameters\n"
+        f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})\n"
+        f"Adapter: {adapter}"
     )
-    print(f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})")
-    print(f"Adapter: {options.out / 'adapter'}")
 
 
 @arg.command(
@@ -115,14 +111,8 @@ def do_train(options: argparse.Namespace) -> None:
 def do_evaluate(options: argparse.Namespace) -> None:
     find_benchmark(options.benchmark)
     policy = loop.load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
-    result = evaluation.evaluate(
-        policy,
-        options.benchmark,
-        protocol=options.protocol,
-        limit=options.limit,
-        seed=options.seed,
-        out=options.out,
-    )
+    how = {name: getattr(options, name) for name in ("protocol", "limit", "seed", "out")}
+    result = evaluation.evaluate(policy, options.benchmark, **how)
     print(f"{result['n']} items from {result['source']}, protocol {result['protocol']}")
     for name, metric in result["metrics"].items():
         print(f"  {name:12} {metric_line(metric)}")
@@ -140,8 +130,10 @@ def do_evaluate(options: argparse.Namespace) -> None:
 )
 def do_merge(options: argparse.Namespace) -> None:
     difference = course.merge_model(options.model, options.to, dtype=options.dtype)
-    print(f"{options.to}: a model folder that loads like any other, with README.md as its card")
-    print(f"largest difference of a logit to {options.model}: {difference:.2g}")
+    print(
+        f"{options.to}: a model folder that loads like any other, with README.md as its card\n"
+        f"largest difference of a logit to {options.model}: {difference:.2g}"
+    )
 
 
 @arg.command(

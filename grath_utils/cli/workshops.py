@@ -22,13 +22,9 @@ from grath_utils.files import mirror_dir
 )
 def do_checkpoint(options: argparse.Namespace) -> None:
     checkpoints = workshop.checkpoints
-
     checkpoints.check_notebook(options.at)
-    source = None
-    if options.source:
-        source = checkpoints.find_checkpoint(options.source, options.profile)
-    chosen = options.profile or options.overrides or options.seed is not None
-    if source and not chosen:
+    source = options.source and checkpoints.find_checkpoint(options.source, options.profile)
+    if source and not (options.profile or options.overrides or options.seed is not None):
         config = source.config
     else:
         config = load_config(options.profile or "cpu", options.overrides, seed=options.seed)
@@ -52,9 +48,7 @@ def do_checkpoint(options: argparse.Namespace) -> None:
 )
 def do_render(options: argparse.Namespace) -> None:
     config = load_config(options.profile, seed=options.seed)
-
-    folder = options.run_dir or Path("runs", Path(options.profile).stem)
-    run = loop.start_run(folder, config)
+    run = loop.start_run(options.run_dir or Path("runs", Path(options.profile).stem), config)
     written = workshop.render.render(run, options.notebooks, again=options.again)
     print(f"{len(written)} notebooks written")
 
@@ -72,7 +66,6 @@ def do_classroom(options: argparse.Namespace) -> None:
     if options.python_version and not options.platform:
         raise UsageError("--python-version goes with --platform; name both")
     config = load_config(options.profile, options.overrides, seed=options.seed)
-
     classroom = workshop.classroom
     here = classroom.this_machine()
     versions = options.python_version or [here.python]
