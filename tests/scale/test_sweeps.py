@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from grath_utils.cli import main
-from grath_utils.course.notebooks import run_parameters
+from grath_utils.course.notebooks import open_notebook_run, run_parameters
 from grath_utils.errors import RunError
 from grath_utils.files import read_json, write_json, write_text
 from grath_utils.loop.run_dir import load_run
@@ -54,115 +54,97 @@ def command(grid: Path, out: Path) -> list[str]:
     return [*start, "--", "--cores", "2"]
 
 
+def run_sweep(grid: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(grid, out), capture_output=True, text=True, timeout=LIMIT)
+
+
 def rows_in(out: Path) -> list[str]:
     return sorted(path.stem for path in (out / "rows").glob("*.json"))
 
 
-def table_of(out: Path, name: str = "table.csv") -> list[dict[str, str]]:
-    with open(out / name, encoding="utf-8", newline="") as file:
+def table_of(out: Path) -> list[dict[str, str]]:
+    with open(out / "table.csv", encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-@dataclass
-class Story:
-    """A sweep's folder, and what was seen on the way."""
-
-    out: Path
-    plan: dict
-    failing: subprocess.CompletedProcess[str]
-    failing_report: str
-    failing_table: list[dict[str, str]]
-    stages_then: dict[str, int]
-    done_when_killed: list[str]
-    resumed: subprocess.CompletedProcess[str]
-    again: subprocess.CompletedProcess[str]
-
-
 @pytest.fixture(scope="module")
-def story(tiny_settings, tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """One folder: a grid with a failing point; the full grid, killed; the full grid again."""
+def story(tiny_settings, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One folder: a grid with a failing point; the full grid, killed; the full grid, twice."""
     folder = tmp_path_factory.mktemp("sweep")
     out = folder / "sweep"
     small = write_grid(folder / "small.yaml", tiny_settings, ONE_FAILS)
     full = write_grid(folder / "full.yaml", tiny_settings, FULL)
-
-    failing = subprocess.run(command(small, out), capture_output=True, text=True, timeout=LIMIT)
-    report = (out / "report.md").read_text(encoding="utf-8")
-    failing_table = table_of(out)
+    seen = SimpleNamespace(out=out, failing=run_sweep(small, out), failing_table=table_of(out))
+    seen.failing_report = (out / "report.md").read_text(encoding="utf-8")
     before = rows_in(out)
-    stages_then = {path.name: path.stat().st_mtime_ns for path in (out / "shared").glob("*.done")}
+    seen.stages = {path: path.stat().st_mtime_ns for path in (out / "shared").glob("*.done")}
 
-    process = subprocess.Popen(
-        command(full, out),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(full, out), start_new_session=True, **quiet)
     deadline = time.monotonic() + LIMIT
     while rows_in(out) == before and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    killed = rows_in(out)
+    seen.done_when_killed = rows_in(out)
 
-    resumed = subprocess.run(command(full, out), capture_output=True, text=True, timeout=LIMIT)
-    again = subprocess.run(command(full, out), capture_output=True, text=True, timeout=LIMIT)
-    plan = read_json(out / "points.json")
-    return Story(out, plan, failing, report, failing_table, stages_then, killed, resumed, again)
+    seen.resumed, seen.again = run_sweep(full, out), run_sweep(full, out)
+    seen.plan = read_json(out / "points.json")
+    return seen
 
 
 @pytest.fixture(scope="module")
-def undisturbed(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(story, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same points as plain runs, one after the other in this process, sharing nothing."""
     out = tmp_path_factory.mktemp("undisturbed")
     write_json(out / "points.json", story.plan)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for point in story.plan["points"]:
-            run = start_run(out / "runs" / point["name"], planned_config(story.plan, point["name"]))
+        for name in (point["name"] for point in story.plan["points"]):
+            run = start_run(out / "runs" / name, planned_config(story.plan, name))
             run_stages(run, progress=False, say=lambda line: None)
-            write_json(out / "rows" / f"{point['name']}.json", row_of(run))
+            write_json(out / "rows" / f"{name}.json", row_of(run))
     finally:
         torch.set_num_threads(threads)
     collect(out)
     return out
 
 
-# --- a failing point -----------------------------------------------------------------------------
-
-
 @needs_processes
-def test_a_failing_point_is_named_and_does_not_stop_the_rest(story: Story) -> None:
+def test_a_failing_point_is_named_and_does_not_stop_the_rest(story) -> None:
     assert story.failing.returncode == 1
     bad, good = story.failing_table
     assert (bad["lora.targets"], bad["status"]) == ("absent_proj", "failed")
     assert (good["lora.targets"], good["status"]) == ("q_proj", "done")
     assert bad["probe.mc1.change"] == ""
     assert good["probe.mc1.change"] != ""
-    named = [line for line in story.failing_report.splitlines() if bad["point"] in line]
-    assert len(named) == 1
-    assert "absent_proj" in named[0].replace(bad["point"], "")  # the error itself
-    assert f"logs/{bad['point']}.log" in named[0]
+    (named,) = (line for line in story.failing_report.splitlines() if bad["point"] in line)
+    assert "absent_proj" in named.replace(bad["point"], "")  # the error itself
+    assert f"logs/{bad['point']}.log" in named
     assert (story.out / "logs" / f"{bad['point']}.log").is_file()
     assert "1 of 2 points done, 1 failed" in story.failing_report
-    assert bad["point"] in story.failing.stderr.splitlines()[-2]
-    assert "report.md" in story.failing.stderr.splitlines()[-1]
-
-
-# --- killed, resumed, shared ---------------------------------------------------------------------
+    *_, first, where = story.failing.stderr.splitlines()
+    assert bad["point"] in first
+    assert "report.md" in where
 
 
 @needs_processes
-def test_killed_in_the_middle_it_ends_in_the_same_table(story: Story, undisturbed: Path) -> None:
+def test_killed_in_the_middle_it_ends_in_the_same_table(story, undisturbed: Path) -> None:
     assert 2 <= len(story.done_when_killed) < 4
     assert story.resumed.returncode == 0, story.resumed.stderr
     assert len(rows_in(story.out)) == 4
     for name in ("table.csv", "summary.csv", "report.md"):
-        ours, theirs = story.out / name, undisturbed / name
-        assert ours.read_bytes() == theirs.read_bytes(), name
+        assert (story.out / name).read_bytes() == (undisturbed / name).read_bytes(), name
     changes = {row["probe.mc2.change"] for row in table_of(story.out)}
     assert len(changes) > 1, "every point came out the same: the comparison shows nothing"
+    # Once more, and nothing is left to do.
+    assert story.again.returncode == 0
+    assert "Nothing to be done" in story.again.stderr
+    assert "4 of 4 points done" in story.again.stdout
+    height, width = matplotlib.image.imread(story.out / "figure.png").shape[:2]
+    assert 1000 < width < 2500
+    assert 200 < height < 2500  # two cells
 
 
 def comparable(path: Path) -> object:
@@ -201,16 +183,13 @@ def test_shared_runs_are_byte_for_byte_those_that_share_nothing(story, undisturb
 
 
 @needs_processes
-def test_shared_stages_are_made_once(story: Story) -> None:
+def test_shared_stages_are_made_once(story) -> None:
     shared = story.plan["shared"]
     assert sorted(stage["kind"] for stage in shared.values()) == ["base", "base", "pairs", "pairs"]
-    assert sorted(p.name for p in (story.out / "shared").glob("*.done")) == sorted(
-        f"{name}.done" for name in shared
-    )
+    assert {path.stem for path in (story.out / "shared").glob("*.done")} == set(shared)
     # Those of the first grid were used again by the grid that had grown.
-    assert len(story.stages_then) == 2
-    for name, made in story.stages_then.items():
-        assert (story.out / "shared" / name).stat().st_mtime_ns == made
+    assert len(story.stages) == 2
+    assert all(path.stat().st_mtime_ns == made for path, made in story.stages.items())
     # A point's own log tells what it did itself.
     for point in story.plan["points"]:
         log = (story.out / "logs" / f"{point['name']}.log").read_text(encoding="utf-8")
@@ -219,33 +198,22 @@ def test_shared_stages_are_made_once(story: Story) -> None:
 
 
 @needs_processes
-def test_a_finished_sweep_does_nothing_again(story: Story) -> None:
-    assert story.again.returncode == 0
-    assert "Nothing to be done" in story.again.stderr
-    assert "4 of 4 points done" in story.again.stdout
-
-
-@needs_processes
-def test_every_point_is_an_ordinary_run(story: Story, capsys) -> None:
-    point = story.plan["points"][-1]
-    run = load_run(story.out / "runs" / point["name"])
+def test_every_point_is_an_ordinary_run(story, capsys) -> None:
+    run = load_run(story.out / "runs" / story.plan["points"][-1]["name"])
     assert all(stage.done for stage in plan_stages(run))
     assert main(["status", "--run-dir", str(run.path)]) == 0
     assert "6 of 6 stages done" in capsys.readouterr().out
     assert main(["report", "--run-dir", str(run.path)]) == 0
     assert run.report.is_file()
     run.report.unlink()
-    # What a notebook gets opens the same run.
-    given = run_parameters(run)
-    from grath_utils.course.notebooks import open_notebook_run
-
+    given = run_parameters(run)  # what a notebook gets
     again = open_notebook_run(*(given[k] for k in ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")))
     assert again == run
 
 
 @needs_processes
-def test_a_shared_stage_of_other_weights_is_not_taken(story: Story, tmp_path: Path) -> None:
-    name, stage = next((n, s) for n, s in story.plan["shared"].items() if s["kind"] == "base")
+def test_a_shared_stage_of_other_weights_is_not_taken(story, tmp_path: Path) -> None:
+    name = next(n for n, stage in story.plan["shared"].items() if stage["kind"] == "base")
     shared = load_run(story.out / "shared" / name)
     record = {**shared.info(), "model": {"name": "x", "weights": "other"}}
     write_json(tmp_path / "shared" / "run.json", record)
@@ -254,26 +222,27 @@ def test_a_shared_stage_of_other_weights_is_not_taken(story: Story, tmp_path: Pa
         take_base(run, tmp_path / "shared")
     take_base(run, shared.path)
     assert evaluate_model(run, None, "probe")["model"]["name"] == "run@base"
-    assert stage["kind"] == "base"
 
 
-# --- without Snakemake ---------------------------------------------------------------------------
-
-
-def test_without_snakemake_it_is_the_same_sweep(tiny_settings, tmp_path: Path) -> None:
+def test_without_snakemake_it_is_the_same_sweep(capsys, tiny_settings, tmp_path: Path) -> None:
     out, said = tmp_path / "sweep", []
     grid = write_grid(tmp_path / "small.yaml", tiny_settings, ONE_FAILS)
+    assert main(["sweep", str(grid), "--out", str(out), "--here"]) == 1
+    shown = capsys.readouterr().err
+    assert "1 of 2 points done, 1 failed" in shown
+    assert "absent_proj" in shown
+    assert [row["status"] for row in table_of(out)] == ["failed", "done"]
+    assert (out / "figure.png").is_file()
+
+    # Again: what is done stays; the failure is tried again, and told again.
+    (row,) = (out / "rows").glob("*.json")
+    before = row.stat().st_mtime_ns
     bad, good = run_here(str(grid), out, say=said.append)
     assert [bad.status, good.status] == ["failed", "done"]
     assert "absent_proj" in bad.error
     assert "absent_proj" in said[0]
     assert bad.log == f"logs/{bad.name}.log"
     assert {row["metric"] for row in good.metrics} >= {"mc1", "mc2"}
-
-    # Again: what is done stays; the failure is tried again, and told again.
-    row = out / "rows" / f"{good.name}.json"
-    before = row.stat().st_mtime_ns
-    assert [o.status for o in run_here(str(grid), out, say=said.append)] == ["failed", "done"]
     assert row.stat().st_mtime_ns == before
 
     # A grid with other keys, the same folder: the point that both have is not run again.
@@ -297,20 +266,6 @@ def test_a_shared_stage_that_fails_is_tried_once_and_named(tiny_settings, tmp_pa
     for outcome in outcomes:
         assert "the shared stage pairs-" in outcome.error
         assert "needs questions with candidates" in outcome.error
-
-
-def test_the_command_line_can_do_without_snakemake(capsys, tiny_settings, tmp_path: Path) -> None:
-    out = tmp_path / "sweep"
-    grid = write_grid(tmp_path / "small.yaml", tiny_settings, ONE_FAILS)
-    assert main(["sweep", str(grid), "--out", str(out), "--here"]) == 1
-    shown = capsys.readouterr()
-    assert "1 of 2 points done, 1 failed" in shown.err
-    assert "absent_proj" in shown.err
-    assert [row["status"] for row in table_of(out)] == ["failed", "done"]
-    assert (out / "figure.png").is_file()
-
-
-# --- the front end -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,9 +367,6 @@ def test_jobs_divide_the_cores_unless_snakemake_is_told_otherwise(tmp_path, monk
         assert given[-len(extra) :] == extra
 
 
-# --- results -------------------------------------------------------------------------------------
-
-
 def outcome(value: float, *, seed: int, metric: str = "mc1", **values: object) -> PointOutcome:
     numbers = {"value": value, "ci95": [value - 0.1, value + 0.1]}
     row = {"benchmark": "probe", "metric": metric, "n": 10}
@@ -444,14 +396,6 @@ def test_the_figure_shows_two_metrics_of_a_benchmark_and_every_cell() -> None:
     shown = panels(summarize_cells(done))
     assert [title for title, _ in shown] == ["probe, mc1", "probe, mc2"]
     assert [[len(cell["seeds"]) for cell in cells] for _, cells in shown] == [[1, 1], [1, 0]]
-
-
-@needs_processes
-def test_the_figure_is_a_picture_of_reading_size(story: Story) -> None:
-    picture = matplotlib.image.imread(story.out / "figure.png")
-    height, width = picture.shape[:2]
-    assert 1000 < width < 2500
-    assert 200 < height < 2500  # two cells
 
 
 @pytest.mark.parametrize(
