@@ -1,4 +1,4 @@
-"""LoRA adapters: weights as a base with adapters on it, a new adapter, and saving it."""
+"""LoRA adapters: a base with adapters on it, a new adapter, and how one is saved."""
 
 from __future__ import annotations
 
@@ -59,41 +59,37 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
     Raises:
         TrainingError: a target name matches no linear layer; the names that exist are listed.
     """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
+    import peft
 
     model = policy.model
-    all_linear = lora.targets == ("all-linear",)
+    targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     layers = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "in_features")}
-    missing = [] if all_linear else [name for name in lora.targets if name not in layers]
+    missing = [] if targets == "all-linear" else [n for n in targets if n not in layers]
     if missing:
         raise TrainingError(
             f"lora.targets names layers that this model does not have: {', '.join(missing)}; "
             f"its linear layers are {', '.join(sorted(layers - {'lm_head'}))}, "
             "or say [all-linear]"
         )
-    settings = PeftLoraConfig(
+    settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if all_linear else list(lora.targets),
+        target_modules=targets,
     )
     set_seed(seed)  # LoRA's A matrices are drawn here
     with quiet_transformers():
         if hasattr(model, "peft_config"):  # beside the folded adapters of a quantized model
             model.add_adapter(TOP, settings)
         else:
-            model = get_peft_model(model, settings)
+            model = peft.get_peft_model(model, settings)
         activate_adapters(model, trainable=True)
     return replace(policy, model=model)
 
 
 def full_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained weights by name, put together where FSDP has split them.
-
-    Every process has to call it.
-    """
+    """Return the trained weights by name; every process calls it where FSDP has split them."""
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in trained.items()}
 
@@ -127,12 +123,9 @@ def save_adapter(
 
 
 def refuse_cpu_4bit(model: torch.nn.Module) -> None:
-    """Stop before a silent failure: a 4-bit layer that has run inference on a CPU is repacked.
+    """Raise TrainingError for a 4-bit layer on a CPU, which is repacked when it runs inference.
 
     Its backward pass then gives no gradient to the layers below it; PyTorch only warns.
-
-    Raises:
-        TrainingError: the model has such a layer.
     """
     for name, module in model.named_modules():
         four_bit = type(module).__name__ in ("Linear4bit", "LinearFP4", "LinearNF4")

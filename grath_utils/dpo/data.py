@@ -1,8 +1,7 @@
-"""Preference data: from pairs of answers to token ids that DPO can be computed on.
+"""From pairs of answers to token ids: prompt (the question), chosen (correct) and rejected.
 
-A pair becomes ``prompt`` (the bare question), ``chosen`` (the correct answer) and ``rejected`` (the
-incorrect one). The prompt is context only: the loss sees the log-probability of the answer tokens
-and of the end-of-turn token after them, nothing else.
+The prompt is context only: the loss sees the log-probability of the answer's tokens and of the
+end-of-turn token after them, nothing else.
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """Tokenized pairs, and how many were left out for being too long."""
+    """Tokenized pairs, and the ids of those that were too long: dropped, never cut."""
 
     examples: tuple[PreferenceExample, ...]
     over_long: tuple[str, ...]
-    """Ids of pairs that exceed the limits: dropped, never cut in the middle of an answer."""
 
 
 def tokenize_pair(
@@ -53,8 +51,8 @@ def tokenize_pair(
     """
     chat = prompt_format == "chat"
     prompt = training_prompt(tokenizer, pair.question, prompt_format)
-    # A chat template writes the beginning-of-sequence token itself; plain text relies on the
-    # tokenizer to add it. Doing both is the doubled BOS of the official code.
+    # A chat template writes the beginning-of-sequence token itself; for plain text the tokenizer
+    # adds it. Doing both is the doubled BOS of the official code.
     prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     lead = "" if chat else " "  # after `A:` an answer starts with a space
     answers = [
@@ -97,9 +95,8 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """Stack examples into one batch: all chosen sequences, then all rejected ones.
 
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``completion_mask``, each of shape (2 B, T), padded
-        on the right; ``completion_mask`` is 1 on answer tokens.
+    ``input_ids``, ``attention_mask`` and ``completion_mask`` have shape (2 B, T) and are padded on
+    the right; ``completion_mask`` is 1 on answer tokens.
     """
     from trl.trainer.dpo_trainer import DataCollatorForPreference  # as training collates
 

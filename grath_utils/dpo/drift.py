@@ -1,7 +1,6 @@
 """How far training has moved a policy: its divergence from the base model, token by token.
 
-DPO's objective is a reward less ``beta KL(policy || reference)``. The loss never computes that
-divergence; here it is measured, on answers to questions that were not trained on.
+DPO's objective is a reward less ``beta KL(policy || reference)``, which its loss never computes.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ def kl_per_token(
 ) -> list[float]:
     """Return KL(policy || base) of each pair, averaged over its answers' tokens, in nats.
 
-    At every place of a given answer both models say which token comes next; the divergence of
-    the two distributions is exact at each place (no sampling). What is sampled is where to look:
-    the contexts are those of the pairs' own answers, chosen and rejected, best of questions that
-    were held out.
+    The divergence of the two next-token distributions is exact at each place. What is sampled is
+    where to look: in the pairs' answers, chosen and rejected, best of questions held out.
 
     Raises:
         UsageError: no examples, or a model that does not honour tree masks.

@@ -1,10 +1,10 @@
 """The configured global batch, over however many processes train.
 
 One process takes ``micro_batch_size`` pairs at a time and adds up the gradients of a whole batch
-before it steps. Several processes take the same micro-batches of the same step, cut into *pieces*
-where there are not enough of them, and each piece counts by its share of its micro-batch. So order
-of the data, gradient and logged means are those of one process, also in the last step of an epoch,
-which may be short (the usual way is to fill it with pairs from the beginning again).
+before it steps. Several take the same micro-batches of the same step, cut into *pieces* where there
+are not enough of them, and each piece counts by its share of its micro-batch. So order of the data,
+gradient and logged means are those of one process, also in an epoch's last step, which may be
+short (the usual way is to fill it with pairs from the beginning again).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from grath_utils.config import DPOConfig
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError
 
+# Losses that are no mean over pairs: they need their micro-batch in one piece.
 BATCHWISE_LOSSES = ("aot", "aot_unpaired", "sft")
-"""Losses that are no mean over pairs: they need their micro-batch in one piece."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ class Split:
     """How the pairs of one optimiser step are divided."""
 
     processes: int
-    piece: int
-    """Pairs that one process takes at a time."""
-    accumulation: int
-    """Pieces that each process adds up before the step."""
+    piece: int  # pairs that one process takes at a time
+    accumulation: int  # pieces that each process adds up before the step
 
 
 def split_batch(config: DPOConfig, processes: int) -> Split:
@@ -65,17 +63,12 @@ class Piece:
     """Pairs that one process computes at once."""
 
     indices: tuple[int, ...]
-    share: float
-    """Of its micro-batch; 0 for a process that has nothing left to do in a short step."""
-    scale: float
-    """What its mean loss is multiplied by, so that the step's gradient is that of one process."""
+    share: float  # of its micro-batch; 0 for a process with nothing left to do in a short step
+    scale: float  # of its mean loss, so that the step's gradient is that of one process
 
 
 def deal(order: Sequence[int], config: DPOConfig, split: Split) -> list[list[Piece]]:
-    """Return the pieces of one epoch for each process, in order.
-
-    ``order`` has every pair's index, in the order in which one process would take them.
-    """
+    """Return each process's pieces of one epoch, which takes the pairs in ``order`` (indices)."""
     hands: list[list[Piece]] = [[] for _ in range(split.processes)]
     per_step = config.batch_size // config.micro_batch_size
     for step in _cut(_cut(order, config.micro_batch_size), per_step):
@@ -105,16 +98,16 @@ class PieceBatches:
     ) -> None:
         self.rows, self.collate, self.config = rows, collate, config
         self.split = split_batch(config, processes.size())
-        # The very sampler that orders the data of one process.
         self.sampler = SeedableRandomSampler(range(len(rows)), data_seed=seed)
 
     def loader(self) -> DataLoader:
         """Return the batches, each with the ``share`` and the ``scale`` of its piece."""
         loader = DataLoader(self, batch_sampler=self, collate_fn=lambda batch: batch)
-        loader.set_epoch = self.set_epoch  # the trainer calls it
+        loader.set_epoch = self.set_epoch
         return loader
 
     def set_epoch(self, epoch: int) -> None:
+        """The trainer calls it through the loader, or, resuming within an epoch, directly."""
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ def completion_log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor])
     """Return the summed log-probability of each sequence's completion, shape (2 B,), float32.
 
     ``log pi(y | x) = sum_t log pi(y_t | x, y_<t)``: summed, not averaged, as DPO's derivation has
-    it. Positions before the first completion token of the batch skip the output head.
+    it. ``batch`` is that of :func:`.data.collate`.
     """
     ids, completion_mask = batch["input_ids"], batch["completion_mask"]
     first = int(completion_mask.argmax(dim=1).min())  # first completion token in any row
@@ -41,7 +41,7 @@ def dpo_loss(
 
     Args:
         policy_chosen_logps: summed log-probability of each chosen answer under the policy, shape
-            (B,); the other three are the same for the rejected answer and under the reference.
+            (B,), like the other three.
         beta: strength of the pull to the reference, usually 0.01 to 0.5.
         label_smoothing: share of pairs whose labels are taken as flipped (cDPO); 0 is plain DPO.
 

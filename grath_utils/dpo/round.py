@@ -41,7 +41,7 @@ from grath_utils.pairs.generate import Pair
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What one round did."""
+    """What one round did; ``log`` has the rows of ``training_log.jsonl``."""
 
     pairs: int
     held_out: int
@@ -49,7 +49,6 @@ class TrainingReport:
     trainable_parameters: int
     steps: int
     log: tuple[dict[str, Any], ...]
-    """The rows of ``training_log.jsonl``."""
 
 
 def train_round(
@@ -66,10 +65,12 @@ def train_round(
 ) -> TrainingReport:
     """Run one DPO round and leave ``adapter/`` and ``training_log.jsonl`` in ``folder``.
 
-    A round that was interrupted resumes from its last checkpoint and ends with the same adapter as
-    one that was not. The margin is measured on ``held_out``, pairs of other questions, if there are
-    any. ``seed`` reaches the adapter's initialisation and the order of the data; ``previous`` is
-    the previous round's adapter.
+    An interrupted round resumes from its last checkpoint and ends with the same adapter.
+
+    Args:
+        held_out: pairs of other questions, on which the margin is measured; may be empty.
+        seed: of the adapter's initialisation and the order of the data.
+        previous: the previous round's adapter.
 
     Raises:
         DataError: there is no pair to train on.
@@ -82,9 +83,9 @@ def train_round(
     # The official code means to continue, but starts afresh from its second round: there, the
     # loaded adapter is silently re-initialised.
     start = Weights(base) if dpo.chain == "fresh" else before
-    continue_adapter = dpo.chain == "continue" and previous is not None
+    continued = dpo.chain == "continue" and previous is not None
     # Where no adapter is continued, the start is the base with all of its adapters folded in.
-    policy = reference.load(fold_last=reference == start and not continue_adapter)
+    policy = reference.load(fold_last=reference == start and not continued)
     limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": dpo.max_length}
     data, held = (
         tokenize_pairs(policy.tokenizer, part, prompt_format=dpo.prompt_format, **limits)
@@ -95,9 +96,9 @@ def train_round(
         table = _reference_table(policy, examples, reference, progress=progress)
         del policy  # one model in memory at a time
         gc.collect()
-        policy = start.load(fold_last=not continue_adapter)
+        policy = start.load(fold_last=not continued)
     refuse_cpu_4bit(policy.model)
-    if continue_adapter:
+    if continued:
         activate_adapters(policy.model, trainable=True)
     else:
         policy = add_adapter(policy, lora, seed)
@@ -123,12 +124,11 @@ def train_round(
     )
     keep_freed_memory(policy.config.device)
     weights = full_adapter(policy.model)
-    merged = start.adapters[:-1] if continue_adapter else start.adapters
+    merged = start.adapters[:-1] if continued else start.adapters
 
     def save() -> None:
         write_jsonl(folder / "training_log.jsonl", log)
-        # Last: its presence means "done".
-        save_adapter(policy, weights, folder / "adapter", base=base, merged=merged)
+        save_adapter(policy, weights, folder / "adapter", base=base, merged=merged)  # means "done"
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     processes.on_main(save)
@@ -136,7 +136,7 @@ def train_round(
         pairs=len(data.examples),
         held_out=len(held.examples),
         over_long=len(data.over_long) + len(held.over_long),
-        trainable_parameters=sum(p.numel() for p in policy.model.parameters() if p.requires_grad),
+        trainable_parameters=sum(map(torch.numel, weights.values())),
         steps=dpo.steps,
         log=tuple(log),
     )
@@ -171,8 +171,7 @@ def _reference_table(
 ) -> tuple[list[float], list[float]]:
     """Return the reference log-probabilities, from the cache where the same ones were computed.
 
-    The whole table is the unit: in bfloat16 the last digits depend on what was computed together,
-    so a table put together from pieces would make a result depend on what ran before it.
+    The whole table is the unit: in bfloat16 the last digits depend on what was computed together.
     """
     key = fingerprint(
         [
@@ -183,16 +182,16 @@ def _reference_table(
     )
     cache = cache_dir() / "reference" / f"{key}.json"
 
-    def stored() -> tuple[list[float], list[float]] | None:
-        with contextlib.suppress(DataError, KeyError, TypeError):  # damaged: computed again
-            table = read_json(cache)
-            return table["chosen"], table["rejected"]
+    def stored() -> dict[str, list[float]] | None:
+        with contextlib.suppress(DataError):  # absent or damaged: computed again
+            return read_json(cache)
         return None
 
     table = processes.on_main(stored)
     if table is None:
-        table = reference_log_probs(policy, examples, progress=progress)
+        chosen, rejected = reference_log_probs(policy, examples, progress=progress)
+        table = {"chosen": chosen, "rejected": rejected}
         if processes.is_main():
             with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
-                write_json(cache, {"chosen": table[0], "rejected": table[1]})
-    return table
+                write_json(cache, table)
+    return table["chosen"], table["rejected"]

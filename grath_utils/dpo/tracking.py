@@ -1,8 +1,7 @@
-"""Logs of training and evaluation for the trackers that ``dpo.report_to`` names.
+"""Logs for the trackers that ``dpo.report_to`` names; ``accelerate`` knows how each is used.
 
-``accelerate`` knows the trackers. TensorBoard needs no account and no network: its event files lie
-in the run directory, so that ``tensorboard --logdir RUN`` shows all rounds side by side. Whether
-another tracker uses the network is its own affair. Nothing here changes a result.
+TensorBoard needs no account and no network: its event files lie in the run directory, so that
+``tensorboard --logdir RUN`` shows all rounds side by side. Nothing here changes a result.
 """
 
 from __future__ import annotations
@@ -48,13 +47,12 @@ def start_trackers(
     """
     check_trackers(names)
     started = []
-    for name in names if processes.is_main() else ():
-        if name != "none":
-            kind = tracking.LOGGER_TYPE_TO_CLASS[name]
-            place = (folder.name, folder.parent) if kind.requires_logging_directory else ("grath",)
-            purge = {"purge_step": resumed_at + 1} if resumed_at and name == "tensorboard" else {}
-            started.append(kind(*place, **purge))
-            started[-1].start()
+    for name in names if processes.is_main() and "none" not in names else ():
+        kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+        place = (folder.name, folder.parent) if kind.requires_logging_directory else ("grath",)
+        purge = {"purge_step": resumed_at + 1} if resumed_at and name == "tensorboard" else {}
+        started.append(kind(*place, **purge))
+        started[-1].start()
     return started
 
 

@@ -1,9 +1,8 @@
 """The bridge to TRL: one round of its ``DPOTrainer`` on token ids that are ready.
 
-TRL steps the optimiser and writes checkpoints. What is ours: the loss (:func:`.loss.dpo_loss`; the
-other losses that ``dpo.loss`` can name are TRL's); the token ids and the reference
-log-probabilities come in with the data; a batch is computed without repeating what its sequences
-share; a checkpoint counts only when it is whole; and a loss that is not finite stops the round.
+TRL steps the optimiser, writes checkpoints and computes the losses other than DPO's own, which is
+:func:`.loss.dpo_loss`. The reference log-probabilities come in with the data; a batch is computed
+without repeating what its sequences share; a checkpoint counts only when it is whole.
 """
 
 from __future__ import annotations
@@ -58,16 +57,16 @@ LOGGED = {
 class ReadyDataTrainer(DPOTrainer):
     """``DPOTrainer`` for rows that already hold token ids and reference log-probabilities.
 
-    With several processes, each trains on its pieces of every batch (:mod:`.global_batch`) and
-    measures all held-out pairs itself: they are few, and a mean is then the same in each.
+    Each process trains on its ``pieces`` of every batch, and measures all held-out pairs itself:
+    they are few, and a mean is then the same in each.
     """
 
     def __init__(self, *, pieces: PieceBatches | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.pieces = pieces
-        if pieces is not None:  # they differ in size, so gathering TRL's metrics would hang
-            self.accelerator.gather = self.accelerator.gather_for_metrics = lambda tensor: tensor
-            self.shares: list[float] = []
+        self.shares: list[float] = []  # of the pieces since the last row of the log
+        # Pieces differ in size, so gathering TRL's metrics would hang.
+        self.accelerator.gather = self.accelerator.gather_for_metrics = lambda tensor: tensor
         self.precompute_ref_logps = True  # the reference is read from the data
         if self.loss_types == ["sigmoid"]:
             self.loss_weights = [0.0]  # ours takes its place; what else TRL adds stays
@@ -82,8 +81,7 @@ class ReadyDataTrainer(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         share, scale = inputs.pop("share", None), inputs.pop("scale", 1.0)
-        outputs: list[Any] = []
-        forward = model
+        forward, outputs = model, []
         if "rows" in inputs:  # packed: log-probabilities computed our way
             dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
             forward = packed_forward(model, dtype, selects=self.selects)
@@ -107,19 +105,15 @@ class ReadyDataTrainer(DPOTrainer):
         return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.pieces is not None and self.model.training:
+        if self.model.training:
             self._metrics["train"].update(_combined(self._metrics["train"], self.shares))
             self.shares.clear()
         super().log(logs, start_time)
 
-    def get_train_dataloader(self) -> Any:
-        if self.pieces is None:
-            return super().get_train_dataloader()
+    def get_train_dataloader(self) -> DataLoader:
         return self.pieces.loader()
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if self.pieces is None:
-            return super().get_eval_dataloader(eval_dataset)
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         size = self.args.per_device_eval_batch_size
         return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator)
 
@@ -132,11 +126,14 @@ def _combined(
     metrics: Mapping[str, Sequence[float]], shares: Sequence[float]
 ) -> dict[str, list[float]]:
     """Return the mean of each metric over the pieces of all processes, each by its share."""
-    full = {name: values for name, values in metrics.items() if len(values) == len(shares)}
-    sums = {name: sum(map(operator.mul, shares, values)) for name, values in full.items()}
+    sums = {
+        name: sum(map(operator.mul, shares, values))
+        for name, values in metrics.items()
+        if len(values) == len(shares)
+    }
     everywhere = processes.gather((sums, sum(shares)))
     total = sum(weight for _, weight in everywhere)
-    return {name: [sum(part[name] for part, _ in everywhere) / total] for name in full}
+    return {name: [sum(part[name] for part, _ in everywhere) / total] for name in sums}
 
 
 def run_trainer(
@@ -149,11 +146,13 @@ def run_trainer(
     seed: int,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Train the policy's adapter in place and return the log, one row a logged step.
+    """Train the policy's adapter in place, and return the log.
 
-    Rows of data hold ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps`` and
-    ``ref_rejected_logps``. Checkpoints go to ``folder``; an interrupted round resumes from the last
-    whole one.
+    Checkpoints go to ``folder``; an interrupted round resumes from the last whole one.
+
+    Args:
+        train_rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps`` and
+            ``ref_rejected_logps`` of each pair; ``held_out_rows`` are the same.
 
     Returns:
         Rows ``{"step", "split": "train" | "held_out", ...}`` with the values of :data:`LOGGED`.
@@ -165,8 +164,7 @@ def run_trainer(
             processes, or a tracker is not there.
     """
     done, checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
-    logs = folder.parent / "tensorboard"
-    trackers = start_trackers(config.report_to, logs, resumed_at=done)
+    trackers = start_trackers(config.report_to, folder.parent / "tensorboard", resumed_at=done)
     collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
     longest = max(
         len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
@@ -176,7 +174,6 @@ def run_trainer(
     if not processes.sharded() and can_run_trees(policy, longest):
         collator = PackedCollator(collator, row_limit(policy.device))
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
-    alone = processes.size() == 1
     with quiet_transformers(), warnings.catch_warnings(action="ignore"):
         trainer = ReadyDataTrainer(
             model=policy.model,
@@ -185,13 +182,14 @@ def run_trainer(
             eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
             processing_class=policy.tokenizer,
             data_collator=collator,
-            pieces=None if alone else PieceBatches(train_rows, collator, config, seed),
+            pieces=PieceBatches(train_rows, collator, config, seed),
         )
         # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
         for name, weights in adapter.items():
             policy.model.get_parameter(name).data = weights
         trainer.remove_callback(PrinterCallback)  # _Watch shows what matters
         trainer.add_callback(_Watch(config, trackers, progress and processes.is_main()))
+        trainer.args.eval_on_start &= not done  # a resumed round has measured that already
         trainer.train(resume_from_checkpoint=checkpoint)
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
@@ -240,7 +238,6 @@ def _arguments(
             ddp_broadcast_buffers=False,
             ddp_find_unused_parameters=False,
             seed=seed,
-            data_seed=seed,
             logging_steps=config.log_every,
             eval_strategy="steps" if evaluates else "no",
             eval_steps=config.evaluate_every,
@@ -249,8 +246,6 @@ def _arguments(
             save_total_limit=2,
             report_to="none",  # _Watch calls the trackers
             disable_tqdm=True,
-            dataloader_pin_memory=not on_cpu,
-            remove_unused_columns=False,
         )
     except (ValueError, KeyError) as error:
         raise ConfigError(f"the trainer refuses these dpo settings: {error}") from error
@@ -260,7 +255,7 @@ def _arguments(
 
 
 class _Watch(TrainerCallback):
-    """Progress bar, trackers, marks of whole checkpoints, and a stop where training has failed."""
+    """Progress bar, trackers, marks of whole checkpoints, and a stop where training fails."""
 
     def __init__(self, config: DPOConfig, trackers: Sequence[GeneralTracker], progress: bool):
         self.config, self.trackers = config, trackers
@@ -277,10 +272,9 @@ class _Watch(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        logs = logs or {}
         for key in ("loss", "grad_norm", "eval_loss"):
-            value = logs.get(key)
-            if value is not None and not math.isfinite(float(value)):
+            value = float(logs.get(key, 0.0))
+            if not math.isfinite(value):
                 raise TrainingError(
                     f"{key} is {value} at step {state.global_step}: training has diverged; lower "
                     "dpo.learning_rate, or raise dpo.warmup_steps"
@@ -315,10 +309,8 @@ def _log_rows(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for entry in history:
         split, prefix = ("held_out", "eval_") if "eval_loss" in entry else ("train", "")
-        if prefix + "loss" in entry:  # it is not the summary of the whole run
-            row = {"step": int(entry["step"]), "split": split}
-            row |= {
-                our: float(entry[prefix + x]) for x, our in LOGGED.items() if prefix + x in entry
-            }
+        values = {x: float(entry[prefix + y]) for y, x in LOGGED.items() if prefix + y in entry}
+        if "loss" in values:  # it is not the summary of the whole run
+            row = {"step": int(entry["step"]), "split": split, **values}
             rows.setdefault((split, row["step"]), row)  # a resumed round measures a step twice
     return list(rows.values())

@@ -19,6 +19,12 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
     assert split_batch(DPOConfig(batch_size=8, micro_batch_size=4, loss="aot"), 2).piece == 4
 
 
+def test_pieces_are_as_large_as_they_can_be() -> None:
+    config = DPOConfig(batch_size=16, micro_batch_size=4)
+    splits = [split_batch(config, processes) for processes in (1, 2, 4, 8)]
+    assert [(s.piece, s.accumulation) for s in splits] == [(4, 4), (4, 2), (4, 1), (2, 1)]
+
+
 @pytest.mark.parametrize("count", [1, 3, 16, 17, 23, 40])
 @pytest.mark.parametrize("config", [(16, 4), (12, 4), (4, 4), (8, 1), (6, 6)])
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -47,15 +47,14 @@ def test_loss_against_the_equation_worked_by_hand(smoothing: float) -> None:
 def test_completion_log_probs_against_a_plain_sum_and_whatever_the_padding(
     tiny_policy: Policy,
 ) -> None:
-    by_hand = []
     examples = tokens(tiny_policy)
+    sequences = [(e.prompt_ids, e.chosen_ids) for e in examples]
+    sequences += [(e.prompt_ids, e.rejected_ids) for e in examples]
+    by_hand = []
     with torch.no_grad():
-        for answer in ("chosen_ids", "rejected_ids"):
-            for example in examples:
-                ids = torch.tensor([example.prompt_ids + getattr(example, answer)])
-                table = tiny_policy.model(ids).logits[0].log_softmax(-1)
-                places = range(len(example.prompt_ids), ids.shape[1])
-                by_hand.append(sum(table[t - 1, ids[0, t]].item() for t in places))
+        for prompt, answer in sequences:
+            table = tiny_policy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            by_hand.append(sum(table[t, i].item() for t, i in enumerate(answer, len(prompt) - 1)))
         together = completion_log_probs(tiny_policy.model, collate(examples, 2))
     assert together.tolist() == pytest.approx(by_hand, abs=1e-4)
 
@@ -73,11 +72,8 @@ def test_every_loss_is_trls_from_text_to_gradient(
         {**vars(example), "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         for example, chosen, rejected in zip(examples, *map(torch.Tensor.tolist, sums), strict=True)
     ]
-    texts = [
-        {side: policy.tokenizer.decode(row[f"{side}_ids"]) for side in ("prompt", "chosen")}
-        | {"rejected": policy.tokenizer.decode(row["rejected_ids"])}
-        for row in ready
-    ]
+    sides = ("prompt", "chosen", "rejected")
+    texts = [{x: policy.tokenizer.decode(row[f"{x}_ids"]) for x in sides} for row in ready]
     arguments = TRLConfig(
         output_dir=str(tmp_path),
         beta=0.1,
@@ -97,10 +93,8 @@ def test_every_loss_is_trls_from_text_to_gradient(
         **common, train_dataset=Dataset.from_list(ready), data_collator=PackedCollator(padded, 150)
     )
     found = []
-    for side, batch in (
-        (theirs, padded(list(theirs.train_dataset))),
-        (ours, ours.data_collator(ready)),
-    ):
+    batches = padded(list(theirs.train_dataset)), ours.data_collator(ready)
+    for side, batch in zip((theirs, ours), batches, strict=True):
         side.model.train()
         side.model.zero_grad()
         value = side.compute_loss(side.model, batch)
