@@ -2,17 +2,16 @@
 
 Run as a script (see :mod:`fault_injection`)::
 
-    python tests/loop/soak.py FOLDER GRID SEED
+    python tests/loop/soak.py FOLDER SEED
 
-makes FOLDER/whole and FOLDER/hurt, and prints what it did as JSON. A child does the sweep and is
-killed at random moments, or finds the disk full from a random write on; once, a finished stage of a
-run is cut short.
+does the sweep of FOLDER/grid.yaml into FOLDER/whole and FOLDER/hurt, and prints what it did as
+JSON. A child does the sweep and is killed at random moments, or finds the disk full from a random
+write on; once, a finished stage of a run is cut short.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import sys
@@ -21,30 +20,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from fault_injection import fork, lines_of, no_space_after
+from fault_injection import Say, fork, lines_of, no_space_after, to_the_end
 
 from grath_utils.dpo import trainer  # noqa: F401  (TRL takes seconds: loaded before the first fork)
+from grath_utils.files import read_json
 from grath_utils.scale.sweeps import sweep
-
-TRIES = 200
-
-
-def in_peace(grid: str, out: Path) -> tuple[int, float]:
-    """Do the sweep in a child; return its status and how long it took, in seconds."""
-    begun = time.monotonic()
-    status, _ = _end(*fork(lambda: sweep(grid, out, here=True) and None))
-    return status, time.monotonic() - begun
-
-
-def _end(child: int, pipe: int) -> tuple[int, list[str]]:
-    said = list(lines_of(pipe))
-    os.close(pipe)
-    return os.waitpid(child, 0)[1], said
-
-
-def _short_of_space(grid: str, out: Path, left: int) -> None:
-    no_space_after(left)
-    sweep(grid, out, here=True)
 
 
 def finished(out: Path) -> list[str]:
@@ -62,47 +42,56 @@ def cut_short(out: Path, draw: random.Random) -> Path:
 
 def hurt(grid: str, out: Path, seconds: float, draw: random.Random) -> dict[str, object]:
     """Bring the sweep to its end through all faults; return how often each struck."""
-    seen: Counter[str] = Counter()
-    victim, complaint = None, ""
-    for _ in range(TRIES):
-        if victim is None and len(finished(out)) >= 20:
-            victim = cut_short(out, draw)
-        fault = draw.choice(("kill", "kill", "full"))
-        if fault == "kill":
-            child, pipe = fork(lambda: sweep(grid, out, here=True) and None)
+
+    def in_peace(say: Say) -> None:
+        sweep(grid, out, here=True)
+
+    def short_of_space(left: int) -> None:
+        no_space_after(left)
+        sweep(grid, out, here=True)
+
+    def go_wrong() -> None:
+        if draw.choice(("kill", "kill", "full")) == "kill":
+            process, pipe = fork(in_peace)
             time.sleep(draw.uniform(0.02, 0.12) * seconds)
-            os.kill(child, signal.SIGKILL)
-            status, _ = _end(child, pipe)
-            seen["killed"] += os.WIFSIGNALED(status)
-        else:
-            left = draw.randrange(60)
-            status, said = _end(*fork(lambda left=left: _short_of_space(grid, out, left)))
-            seen["full"] += status != 0
-            if status and not said[-1].startswith("error: "):
-                raise SystemExit(f"not an error message: {said[-1]}")
-        if victim and victim.exists() and not complaint:
-            # Only this point is in the way; what its log says is what a user would follow.
-            status, _ = in_peace(grid, out)
-            log = out / "logs" / f"{victim.parent.parent.name}.log"
-            complaint = log.read_text(encoding="utf-8").splitlines()[-1]
-            seen["points not hindered"] = len(finished(out))
-            victim.unlink()
-            break
-    while in_peace(grid, out)[0]:
-        seen["not at once"] += 1
-        if seen["not at once"] > 3:
-            raise SystemExit("the sweep does not come to its end")
+            process.kill()
+            list(lines_of(pipe))
+            process.join()
+            seen["killed"] += process.exitcode == -signal.SIGKILL
+            return
+        left = draw.randrange(60)
+        code, said = to_the_end(lambda say: short_of_space(left))
+        seen["full"] += code != 0
+        if code and not said[-1].startswith("error: "):
+            raise SystemExit(f"not an error message: {said[-1]}")
+
+    seen: Counter[str] = Counter()
+    points = len(read_json(out.parent / "whole" / "points.json")["points"])
+    while len(finished(out)) < 0.6 * points:
+        go_wrong()
+    victim = cut_short(out, draw)
+    go_wrong()
+    # Only this point is in the way; what its log says is what a user would follow.
+    to_the_end(in_peace)
+    log = out / "logs" / f"{victim.parent.parent.name}.log"
+    complaint = log.read_text(encoding="utf-8").splitlines()[-1]
+    seen["points hindered"] = points - len(finished(out))
+    victim.unlink()
+    code, said = to_the_end(in_peace)
+    if code:
+        raise SystemExit(f"the sweep does not come to its end: {said}")
     return {**seen, "complaint": complaint}
 
 
 def main() -> None:
-    folder, grid, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    status, seconds = in_peace(grid, folder / "whole")
-    if status:
-        raise SystemExit("the undisturbed sweep failed")
-    seen = hurt(grid, folder / "hurt", seconds, random.Random(seed))
-    print(json.dumps({"seconds": seconds, **seen}))
+    grid, begun = str(folder / "grid.yaml"), time.monotonic()
+    code, said = to_the_end(lambda say: sweep(grid, folder / "whole", here=True))
+    if code:
+        raise SystemExit(f"the undisturbed sweep failed: {said}")
+    seconds = time.monotonic() - begun
+    print(json.dumps(hurt(grid, folder / "hurt", seconds, random.Random(seed))))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from fault_injection import check_same
+from fault_injection import check_same, run_script
+from helpers import config_for, write_questions
 
-KILLS = 3  # in each stage
+from grath_utils.files import write_json
+
+KILLS = 2  # in each stage
+SETTINGS = {
+    "pairs.filters": ["none"],
+    "pairs.batch_size": 2,
+    "pairs.max_new_tokens": 16,
+    "dpo.steps": 4,
+    "dpo.save_every": 1,
+    "evaluation.benchmarks": ["probe"],
+    "evaluation.batch_tokens": 64,
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,24 +31,14 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def hurt(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("faults")
-    questions = folder / "questions.jsonl"
-    rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(8)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    script = Path(__file__).with_name("fault_injection.py")
-    done = subprocess.run(
-        [sys.executable, script, folder, tiny_llama, questions, str(KILLS), "7"],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    questions = write_questions(folder / "questions.jsonl")
+    write_json(folder / "config.json", config_for(tiny_llama, questions, **SETTINGS).to_dict())
+    return folder, run_script("fault_injection.py", folder, KILLS, 7)
 
 
 def test_killed_in_every_stage_it_ends_the_same(hurt) -> None:
     folder, report = hurt
-    assert len(report["kills"]) == 13
+    assert len(report["kills"]) == 10
     assert min(report["kills"].values()) >= KILLS, report["kills"]
     for run in (folder / "killed").iterdir():
         check_same(run, folder / "whole")

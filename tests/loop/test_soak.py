@@ -1,15 +1,13 @@
-"""Thirty-two small runs with kills, a full disk and a damaged file end as in peace."""
+"""Sixteen small runs with kills, a full disk and a damaged file end as in peace."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from fault_injection import check_same
+from fault_injection import check_same, run_script
+from helpers import write_questions
 
 from grath_utils.files import read_json
 
@@ -37,7 +35,7 @@ set:
   evaluation.limit: 4
   evaluation.bootstrap: 100
 grid:
-  seed: [0, 1, 2, 3]
+  seed: [0, 1]
   dpo.beta: [0.05, 0.2]
   dpo.reference: [current, base]
   lora.r: [2, 4]
@@ -47,30 +45,18 @@ grid:
 @pytest.fixture(scope="module")
 def soaked(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("soak")
-    questions = folder / "questions.jsonl"
-    rows = [{"id": f"q{i}", "question": f"What is thing number {i}?"} for i in range(6)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    grid = folder / "grid.yaml"
-    grid.write_text(GRID.format(model=tiny_llama, questions=questions), encoding="utf-8")
-    script = Path(__file__).with_name("soak.py")
-    done = subprocess.run(
-        [sys.executable, script, folder, grid, "3"],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    grid = GRID.format(model=tiny_llama, questions=write_questions(folder / "questions.jsonl", 6))
+    (folder / "grid.yaml").write_text(grid, encoding="utf-8")
+    return folder, run_script("soak.py", folder, 3)
 
 
 def test_everything_went_wrong_and_was_named(soaked) -> None:
     _, seen = soaked
-    assert seen["killed"] >= 5
+    assert seen["killed"] >= 3
     assert seen["full"] >= 1
     assert "pairs.jsonl is not as it was made" in seen["complaint"]
     assert "delete it, and the same command makes it again" in seen["complaint"]
-    assert seen["points not hindered"] == 31
+    assert seen["points hindered"] == 1
 
 
 def test_the_table_is_that_of_an_undisturbed_sweep(soaked) -> None:
@@ -78,7 +64,7 @@ def test_the_table_is_that_of_an_undisturbed_sweep(soaked) -> None:
     for name in ("table.csv", "summary.csv"):
         assert (folder / "hurt" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     rows = sorted(path.name for path in (folder / "whole" / "rows").iterdir())
-    assert len(rows) == 32
+    assert len(rows) == 16
     for name in rows:
         ours, theirs = (read_json(folder / which / "rows" / name) for which in ("hurt", "whole"))
         assert ours == theirs
