@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,15 +17,8 @@ from grath_utils.engine.shared_prefix import SharedPrefixCache
 from grath_utils.errors import GrathError, UsageError
 
 PREFIX = "<|im_start|>user\nthe other thing in the end<|im_end|>\n" * 3
-ENDINGS = (
-    "a",
-    "why is the sky blue?",
-    "the",
-    "what is in there then, and who put it there in the first place?",
-    "in it",
-    "who?",
-    "the other",
-)
+LONG = "what is in there then, and who put it there in the first place?"
+ENDINGS = ("a", "why is the sky blue?", "the", LONG, "in it", "who?", "the other")
 PROMPTS = [PREFIX + ending for ending in ENDINGS]
 
 
@@ -61,17 +54,13 @@ def test_prompts_without_a_common_beginning_one_and_none(tiny_policy, prompts):
     assert [list(c.token_ids) for c in done] == [reference(tiny_policy, p, 8) for p in prompts]
 
 
-def test_text_and_token_ids_are_the_same_prompt(tiny_policy):
+def test_token_ids_or_a_given_prefix_make_no_difference(tiny_policy):
+    expected = generate(tiny_policy, PROMPTS, max_new_tokens=6)
     ids = [tiny_policy.tokenizer(p, add_special_tokens=False)["input_ids"] for p in PROMPTS]
-    assert generate(tiny_policy, ids, max_new_tokens=6) == generate(
-        tiny_policy, PROMPTS, max_new_tokens=6
-    )
-
-
-def test_a_given_prefix_is_used_and_checked(tiny_policy):
+    assert generate(tiny_policy, ids, max_new_tokens=6) == expected
     prefix = generation.shared_beginning(tiny_policy, PROMPTS)
-    with_prefix = generate(tiny_policy, PROMPTS[2:4], prefix=prefix, max_new_tokens=6)
-    assert with_prefix == generate(tiny_policy, PROMPTS, max_new_tokens=6)[2:4]
+    some = generate(tiny_policy, PROMPTS[2:4], prefix=prefix, max_new_tokens=6)
+    assert some == expected[2:4]
     with pytest.raises(UsageError, match="prompt 1 does not begin with the prefix"):
         generate(tiny_policy, [PROMPTS[0], "else"], prefix=prefix)
 
@@ -86,12 +75,6 @@ def test_the_prefix_is_neither_copied_nor_grown(tiny_policy):
     assert own.shape == (7, 2, 20, 16)  # (slots, kv heads, room, head dimension): no prefix in it
 
 
-def test_model_attends_as_before_afterwards(tiny_policy):
-    before = tiny_policy.model.config._attn_implementation
-    generate(tiny_policy, PROMPTS, max_new_tokens=2)
-    assert tiny_policy.model.config._attn_implementation == before
-
-
 def test_works_through_an_adapter(tiny_policy):
     from peft import LoraConfig, get_peft_model
 
@@ -104,9 +87,6 @@ def test_works_through_an_adapter(tiny_policy):
     assert [list(c.token_ids) for c in done] == [reference(adapted, p, 8) for p in PROMPTS]
 
 
-# --- stopping ------------------------------------------------------------------------------------
-
-
 def test_stop_string_ends_a_completion_and_stays_in_it(tiny_policy):
     (free,) = generate(tiny_policy, PROMPTS[:1], max_new_tokens=12)
     piece = tiny_policy.tokenizer.decode(free.token_ids[4:5])
@@ -117,28 +97,18 @@ def test_stop_string_ends_a_completion_and_stays_in_it(tiny_policy):
     assert free.token_ids[: len(stopped.token_ids)] == stopped.token_ids
 
 
-def test_limit_is_reported(tiny_policy):
-    done = generate(tiny_policy, PROMPTS, max_new_tokens=3)
-    for completion in done:
+def test_the_limit_is_reported_and_the_model_attends_as_before(tiny_policy):
+    before = tiny_policy.model.config._attn_implementation
+    for completion in generate(tiny_policy, PROMPTS, max_new_tokens=3):
         assert completion.finished == ("length" if len(completion.token_ids) == 3 else "eos")
+    assert tiny_policy.model.config._attn_implementation == before
 
 
 def test_trigger_saves_asking(tiny_policy):
-    asked: list[str] = []
-
-    def never(text: str) -> bool:
-        asked.append(text)
-        return False
-
-    generate(tiny_policy, PROMPTS[:2], max_new_tokens=6, stop=Stop(never))
-    everywhere = len(asked)
-    asked.clear()
-    generate(tiny_policy, PROMPTS[:2], max_new_tokens=6, stop=Stop(never, trigger="\x00never\x00"))
-    assert everywhere == 12
-    assert asked == []
-
-
-# --- sampling ------------------------------------------------------------------------------------
+    for trigger, times in (("", 12), ("\x00never\x00", 0)):
+        asked: list[str] = []  # append returns None: the condition never holds
+        generate(tiny_policy, PROMPTS[:2], max_new_tokens=6, stop=Stop(asked.append, trigger))
+        assert len(asked) == times
 
 
 def sampled(policy, prompts, **options):
@@ -181,22 +151,16 @@ def test_drafts_change_nothing_but_the_time(tiny_policy, expected_tokens, batch_
     guesses[4] = []
     prompts, drafts = PROMPTS + PROMPTS[:3], [*guesses, *guesses[:2], expected_tokens[2]]
     expected = expected_tokens + expected_tokens[:3]
-    passes = []
-    forward = SharedPrefixCache.forward
-
-    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
-        passes.append(1)
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(SharedPrefixCache, "forward", counted)
+    spy = Mock(wraps=tiny_policy.model.forward)
+    monkeypatch.setattr(tiny_policy.model, "forward", spy)
     options = {"max_new_tokens": 12, "batch_size": batch_size}
+    plain = generate(tiny_policy, prompts, **options)
+    without = spy.call_count
     done = generate(tiny_policy, prompts, drafts=drafts, **options)
     assert [list(c.token_ids) for c in done] == expected
-    with_drafts = len(passes)
-    passes.clear()
-    assert generate(tiny_policy, prompts, **options) == done
-    if batch_size == 1:
-        assert with_drafts < len(passes) - 10  # the right guesses were not decoded one by one
+    assert done == plain
+    if batch_size == 1:  # the right guesses were not decoded one by one
+        assert spy.call_count - without < without - 10
 
 
 def test_drafts_stop_where_decoding_would(tiny_policy, expected_tokens):
@@ -233,9 +197,6 @@ def test_last_draw_stays_inside():
 def test_diverged_weights_are_an_error(bad, temperature):
     with pytest.raises(GrathError, match="not finite"):
         sample_tokens(torch.tensor([[0.0, bad, 1.0]]), [0.5], temperature=temperature)
-
-
-# --- bad input, and models that cannot ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,10 @@ from grath_utils.dpo.loss import completion_log_probs
 from grath_utils.dpo.round import train_round
 from grath_utils.engine.encoding import Request
 from grath_utils.engine.generation import generate
-from grath_utils.engine.models import load_base
+from grath_utils.engine.models import Policy, load_base
 from grath_utils.engine.scoring import can_run_trees, score_completions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-LAYERS = 2 * 7  # of the tiny Llama: four projections of attention, three of the MLP
 
 
 def tiny(folder: Path, quantization: str, dtype: str = "bfloat16", device: str = "cuda"):
@@ -29,15 +28,15 @@ def tiny(folder: Path, quantization: str, dtype: str = "bfloat16", device: str =
     )
 
 
-def quantized_layers(model: torch.nn.Module, kind: str) -> list[torch.nn.Module]:
-    return [m for m in model.modules() if type(m).__name__ == kind]
+def quantized_layers(policy: Policy, kind: str) -> list[torch.nn.Module]:
+    layers = [m for m in policy.model.modules() if type(m).__name__ == kind]
+    assert len(layers) == 2 * 7  # the tiny Llama's projections: four of attention, three of the MLP
+    return layers
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 def test_the_layers_are_really_4_bit(tiny_llama: Path, quantization: str) -> None:
-    layers = quantized_layers(tiny(tiny_llama, quantization).model, "Linear4bit")
-    assert len(layers) == LAYERS
-    for layer in layers:
+    for layer in quantized_layers(tiny(tiny_llama, quantization), "Linear4bit"):
         state = layer.weight.quant_state
         assert layer.weight.dtype == torch.uint8
         assert layer.weight.numel() == layer.in_features * layer.out_features // 2
@@ -47,8 +46,7 @@ def test_the_layers_are_really_4_bit(tiny_llama: Path, quantization: str) -> Non
 
 
 def test_the_layers_are_really_8_bit(tiny_llama: Path) -> None:
-    layers = quantized_layers(tiny(tiny_llama, "int8", "float16").model, "Linear8bitLt")
-    assert len(layers) == LAYERS
+    layers = quantized_layers(tiny(tiny_llama, "int8", "float16"), "Linear8bitLt")
     assert all(layer.weight.dtype == torch.int8 for layer in layers)
 
 
@@ -101,11 +99,11 @@ REQUESTS = [
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_scores_are_those_of_a_cpu(tiny_llama: Path, quantization: str) -> None:
-    scores = [
-        [s.logprob for s in score_completions(policy, REQUESTS)]
-        for policy in (tiny(tiny_llama, quantization, "float32", d) for d in ("cuda", "cpu"))
-    ]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-2)
+    gpu, cpu = (
+        score_completions(tiny(tiny_llama, quantization, "float32", device), REQUESTS)
+        for device in ("cuda", "cpu")
+    )
+    assert [s.logprob for s in gpu] == pytest.approx([s.logprob for s in cpu], abs=1e-2)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
@@ -116,12 +114,11 @@ def test_trees_run_on_quantized_models(tiny_llama: Path, quantization: str) -> N
 
 def test_greedy_completions_are_those_of_a_cpu(tiny_llama: Path) -> None:
     prompts = [f"Q: What is the {thing}?\nA:" for thing in ("sun", "moon", "rain")]
-    texts = []
-    for device in ("cuda", "cpu"):
-        policy = tiny(tiny_llama, "none", "float32", device)
-        done = generate(policy, prompts, max_new_tokens=12, progress=False)
-        texts.append([completion.text for completion in done])
-    assert texts[0] == texts[1]
+    gpu, cpu = (
+        generate(tiny(tiny_llama, "none", "float32", device), prompts, max_new_tokens=12)
+        for device in ("cuda", "cpu")
+    )
+    assert gpu == cpu
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -129,8 +126,6 @@ def test_greedy_completions_are_those_of_a_cpu(tiny_llama: Path) -> None:
 def test_a_round_trains_in_half_precision(
     tiny_llama: Path, tmp_path: Path, dtype: str, optimizer: str
 ) -> None:
-    from dataclasses import replace
-
     base = ModelConfig(name=str(tiny_llama), quantization="nf4", dtype=dtype, device="cuda")
     dpo = replace(DPO, steps=8, optimizer=optimizer, gradient_checkpointing=True)
     report = train_round(

@@ -26,9 +26,6 @@ def load(name: str | Path, **options: str) -> Policy:
     return load_base(ModelConfig(name=str(name), **options))
 
 
-# --- the default model ---------------------------------------------------------------------------
-
-
 @pytest.mark.model
 def test_the_default_model_answers(default_policy: Policy) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
@@ -109,9 +106,6 @@ def test_a_conversion_that_is_cut_off_is_not_read_later(empty_cache, tmp_path, m
     assert not (empty_cache / default_model.CONVERSION).exists()
 
 
-# --- names ---------------------------------------------------------------------------------------
-
-
 def test_a_local_folder_loads_and_is_identified_by_its_weights(tiny_llama: Path) -> None:
     first = load(tiny_llama, dtype="float32", device="cpu")
     assert first.max_length == 2048
@@ -122,17 +116,9 @@ def test_a_local_folder_loads_and_is_identified_by_its_weights(tiny_llama: Path)
     assert rounded.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("defualt", 'unknown model "defualt"'),
-        ("./nowhere", 'unknown model "./nowhere"'),
-        ("a/b/c", 'unknown model "a/b/c"'),
-        ("org/", 'unknown model "org/"'),
-    ],
-)
-def test_unknown_names_are_refused(name: str, message: str) -> None:
-    with pytest.raises(ModelError, match=message):
+@pytest.mark.parametrize("name", ["defualt", "./nowhere", "a/b/c", "org/"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=f'unknown model "{name}"'):
         load(name)
 
 
@@ -147,8 +133,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
 
 
 def test_pickled_or_truncated_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_llama, folder)
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:1000])
@@ -167,18 +152,12 @@ def test_a_device_that_is_not_here(tiny_llama: Path) -> None:
         load(tiny_llama, device="cuda")
 
 
-# --- the machine ---------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_the_allocator_setting_respects_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     assert keep_freed_memory("cpu") is False
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
     assert keep_freed_memory("cuda") is False
-
-
-# --- adapters ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,6 @@ def by_hand(policy: Policy, request: Request) -> float:
     n = len(encoded.prompt)
     return sum(logprobs[n - 1 + i, t].item() for i, t in enumerate(encoded.completion))
 
-
-# --- trie ----------------------------------------------------------------------------------------
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=25)
 
@@ -94,9 +93,6 @@ def test_a_long_primer_is_kept_and_few_tokens_are_fed_twice() -> None:
     assert [block.keep for block in blocks] == [True] + [False] * (len(blocks) - 1)
     assert sum(len(block.nodes) for block in blocks) == len(trie)
     assert max(len(block.nodes) for block in blocks) <= 256
-
-
-# --- scores --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["tree", "plain"])
@@ -168,23 +164,13 @@ def test_dropout_is_off_while_scoring_and_on_again_afterwards(tiny_policy: Polic
     assert tiny_policy.model.training
 
 
-# --- what is asked of the model ------------------------------------------------------------------
-
-
 def deafen(policy: Policy, monkeypatch: pytest.MonkeyPatch, *ignored: str) -> None:
     """Let the model's forward take these arguments, and not heed them."""
     real = policy.model.forward
 
-    def deaf(
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        past_key_values: Any = None,
-        **options: Any,
-    ) -> Any:
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        given |= dict.fromkeys(ignored)
-        return real(input_ids=input_ids, past_key_values=past_key_values, **given, **options)
+    @functools.wraps(real)
+    def deaf(*arguments: Any, **options: Any) -> Any:
+        return real(*arguments, **options | dict.fromkeys(ignored))
 
     monkeypatch.setattr(policy.model, "forward", deaf)
 
@@ -192,13 +178,11 @@ def deafen(policy: Policy, monkeypatch: pytest.MonkeyPatch, *ignored: str) -> No
 def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    expected = [by_hand(tiny_policy, request) for request in REQUESTS]
     assert can_run_trees(tiny_policy, 100)
-    real = tiny_policy.model.forward
     deafen(tiny_policy, monkeypatch, "attention_mask", "position_ids")
     assert not can_run_trees(tiny_policy, 100)
     scores = score_completions(tiny_policy, REQUESTS)
-    monkeypatch.setattr(tiny_policy.model, "forward", real)
-    expected = [by_hand(tiny_policy, request) for request in REQUESTS]
     assert [score.logprob for score in scores] == pytest.approx(expected, abs=1e-4)
 
 
@@ -253,9 +237,6 @@ def test_other_architectures(tiny_policy: Policy, kind: str) -> None:
     assert [score.logprob for score in scores] == pytest.approx(expected, abs=2e-4)
 
 
-# --- numbers -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probabilities_are_computed_in_float32(dtype: torch.dtype) -> None:
     logits = (torch.randn(40, 300) * 5).to(dtype)
@@ -275,30 +256,24 @@ def test_a_score_that_is_not_finite_names_the_item(tiny_policy: Policy, value: f
 def test_resuming_gives_the_same_numbers_and_runs_only_what_is_missing(tiny_policy: Policy) -> None:
     plan = plan_requests(tiny_policy, REQUESTS, batch_tokens=40)
     passes: dict[int, list[float]] = {}
-    whole = scoring.run_plan(
-        tiny_policy, REQUESTS, plan, on_batch=lambda n, v, t: passes.update({n: v})
-    )
-    assert len(passes) > 4
-    last = max(passes)
-    kept = {n: v for n, v in passes.items() if n != last}
-    again: list[int] = []
-    resumed = scoring.run_plan(
-        tiny_policy, REQUESTS, plan, done=kept, on_batch=lambda n, v, t: again.append(n)
-    )
-    assert resumed == whole
-    assert again == [last]
+
+    def on_batch(number: int, values: list[float], tokens: int) -> None:
+        assert number not in passes
+        passes[number] = values
+
+    whole = scoring.run_plan(tiny_policy, REQUESTS, plan, on_batch=on_batch)
+    everything = dict(passes)
+    assert len(everything) > 4
+    del passes[max(passes)]
+    done = dict(passes)
+    assert scoring.run_plan(tiny_policy, REQUESTS, plan, done=done, on_batch=on_batch) == whole
+    assert passes == everything
 
 
-def test_unknown_method(tiny_policy: Policy) -> None:
+def test_an_unknown_method_and_nothing_to_score(tiny_policy: Policy) -> None:
     with pytest.raises(UsageError, match="auto, tree and plain"):
         score_completions(tiny_policy, REQUESTS, method="fast")
-
-
-def test_nothing_to_score(tiny_policy: Policy) -> None:
     assert score_completions(tiny_policy, []) == []
-
-
-# --- encoding ------------------------------------------------------------------------------------
 
 
 def test_trailing_spaces_move_to_the_completion(tiny_policy: Policy) -> None:
@@ -345,9 +320,6 @@ def test_what_cannot_be_scored_names_the_item(
         encode_requests(tiny_policy.tokenizer, [request_], length)
 
 
-def test_a_tokenizer_without_offsets_is_refused(tiny_policy: Policy) -> None:
-    class Slow:
-        is_fast = False
-
+def test_a_tokenizer_without_offsets_is_refused() -> None:
     with pytest.raises(ScoringError, match=r"item item-0: .*no character offsets"):
-        encode_requests(Slow(), REQUESTS, 100)  # type: ignore[arg-type]
+        encode_requests(SimpleNamespace(is_fast=False), REQUESTS, 100)
