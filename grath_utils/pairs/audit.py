@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,16 +28,13 @@ class GoldAgreement:
 
     judged: int  # pairs whose question has a gold answer
     nearer: int  # the correct answer shares more with the gold one than the incorrect answer
-    tied: (
-        int  # both share as much: mostly nothing, as a free answer rarely has the gold one's words
-    )
+    tied: int  # both share as much: mostly nothing, as free answers have words of their own
     farther: int  # the incorrect answer shares more
 
     @property
     def decided_share(self) -> float:
         """Share of ``nearer`` without the tied pairs; 0.5 is what answers without truth get."""
-        decided = self.nearer + self.farther
-        return self.nearer / decided if decided else math.nan
+        return self.nearer / decided if (decided := self.nearer + self.farther) else math.nan
 
     @property
     def decided_interval(self) -> tuple[float, float]:
@@ -65,11 +62,7 @@ class Audit:
 
 
 def audit_pairs(pairs: Sequence[Pair], questions: Sequence[Question]) -> Audit:
-    """Measure a file of pairs.
-
-    Args:
-        pairs: at least one.
-        questions: all that were asked, with gold answers where there are any.
+    """Measure pairs; ``questions`` are all that were asked, with gold answers where there are any.
 
     Raises:
         DataError: no pairs, or a pair whose question is not among the questions.
@@ -80,18 +73,21 @@ def audit_pairs(pairs: Sequence[Pair], questions: Sequence[Question]) -> Audit:
     for pair in pairs:
         if pair.id not in by_id:
             raise DataError(f'pair "{pair.id}" belongs to none of the questions')
-    correct, incorrect = [p.correct for p in pairs], [p.incorrect for p in pairs]
-    gold = gold_agreement([(pair, by_id[pair.id]) for pair in pairs])
-    words = [sum(len(split_words(a)) for a in side) / len(pairs) for side in (correct, incorrect)]
-    distinct = [distinct_share(side) for side in (correct, incorrect)]
-    divergence = word_divergence(correct, incorrect)
-    return Audit(len(questions), len(pairs), gold, *words, *distinct, divergence)
+    sides = [p.correct for p in pairs], [p.incorrect for p in pairs]
+    return Audit(
+        len(questions),
+        len(pairs),
+        _gold_agreement(pairs, by_id),
+        *(sum(len(split_words(answer)) for answer in side) / len(pairs) for side in sides),
+        *map(distinct_share, sides),
+        divergence=word_divergence(*sides),
+    )
 
 
-def gold_agreement(pairs: Iterable[tuple[Pair, Question]]) -> GoldAgreement:
-    """Compare both answers of each pair with the gold answer of its question."""
+def _gold_agreement(pairs: Sequence[Pair], by_id: Mapping[str, Question]) -> GoldAgreement:
     signs: Counter[float] = Counter()
-    for pair, question in pairs:
+    for pair in pairs:
+        question = by_id[pair.id]
         if question.gold is not None:
             gold = question.candidates[question.gold]
             signs[np.sign(word_f1(pair.correct, gold) - word_f1(pair.incorrect, gold))] += 1
@@ -112,9 +108,6 @@ def distinct_share(answers: Sequence[str]) -> float:
     """Return the share of answers that occur once only, but for case and punctuation."""
     counts = Counter(map(normalized, answers))
     return sum(n == 1 for n in counts.values()) / len(answers)
-
-
-# --- distances between sets of texts -------------------------------------------------------------
 
 
 def word_divergence(left: Iterable[str], right: Iterable[str]) -> float:
@@ -156,9 +149,8 @@ def embedding_distance(left: np.ndarray, right: np.ndarray) -> float:
     """Return the distance of two sets of embeddings' means, in pooled standard deviations.
 
     The paper argues with the distance between the distributions of correct and incorrect answers,
-    and between source and test questions. Measured here as the Euclidean distance of the means
-    over the root of the mean total variance of the two sets: 0 = the same mean; around
-    ``sqrt(2 / n)`` by chance for n texts a side.
+    and between source and test questions. 0 = the same mean; around ``sqrt(2 / n)`` by chance for
+    n texts a side.
 
     Args:
         left, right: (texts, hidden size), from :func:`embed`, at least two texts each.

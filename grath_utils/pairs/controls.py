@@ -1,7 +1,7 @@
-"""Modes ``gold`` and ``random``: pairs that owe nothing to the model, which is asked nothing.
+"""Modes ``gold`` and ``random``: the source's own options as pairs; the model is asked nothing.
 
-Both take the source's options, with the same filters. Training is the same too, so what differs
-in the result is which answers it was given: an upper bound, and a placebo.
+Filters and training are the same, so what differs in the result is which answers it was given: an
+upper bound, and a placebo.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class RandomWriter(Writer):
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
         """Return what becomes of each task."""
-        return [self._write(task) for task in tasks]
-
-    def _write(self, task: Task) -> WrittenPair:
-        question = task.question
-        draw = random.Random(f"{self.seed} {question.id}")
-        right = self.preferred(question, _others(question, task.incorrect), draw)
-        wrong = task.incorrect or draw.choice(_others(question, right))
-        sides = Parsed(right, wrong)
-        reason = check_pair(question.text, sides, filters=self.filters)
-        return WrittenPair.checked(sides, reason, self.config.mode, f"{right}\n{wrong}")
+        written = []
+        for task in tasks:
+            question = task.question
+            draw = random.Random(f"{self.seed} {question.id}")
+            right = self.preferred(question, _others(question, task.incorrect), draw)
+            wrong = task.incorrect or draw.choice(_others(question, right))
+            sides, shown = Parsed(right, wrong), f"{right}\n{wrong}"
+            reason = check_pair(question.text, sides, filters=self.filters)
+            written.append(WrittenPair.checked(sides, reason, self.config.mode, shown))
+        return written
 
     def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
         """Return the answer to prefer."""
@@ -45,11 +45,7 @@ class GoldWriter(RandomWriter):
     """The annotated answer against one of the wrong options. Later rounds keep the pairs."""
 
     def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
-        """Return the annotated answer.
-
-        Raises:
-            DataError: the source does not say which it is.
-        """
+        """Return the annotated answer, or raise :class:`DataError` if the source has none."""
         if question.gold is None:
             raise DataError(
                 f"{question.where or question.id}: pairs.mode=gold needs to know which candidate "

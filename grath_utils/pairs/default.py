@@ -1,8 +1,7 @@
 """Mode ``default``: several candidates for each answer; of them, the pair of clearest contrast.
 
 It goes beyond the paper, for weak models: candidates for the true and for the false answer are
-asked for separately and as a pair, and the model itself says which two stand furthest apart. It
-sees no gold answer (but for the *GT* ablation, which shows the candidates of the source).
+asked for separately and as a pair, and the model itself says which two stand furthest apart.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.config import PairsConfig
-from grath_utils.pairs.parsing import Parsed, Reason, check_answer, check_pair, clean
-from grath_utils.pairs.prompts import NEUTRAL_QUESTION, answer_messages, render_chat
+from grath_utils.pairs.parsing import Parsed, Reason, check_answer, check_pair, first_line
+from grath_utils.pairs.prompts import NEUTRAL_QUESTION
+from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import length_ratio, negated, ngram_f1, split_words
 from grath_utils.pairs.writers import Asked, PairMode, Rejected, Task, Writer, WrittenPair
 
@@ -34,8 +34,7 @@ class Pool:
     """All that the model wrote to one question."""
 
     task: Task
-    written: list[tuple[str, Completion]] = field(default_factory=list)
-    """(kind of prompt, completion), in the order of writing."""
+    written: list[tuple[str, Completion]] = field(default_factory=list)  # with the kind of prompt
     votes: dict[str, int] = field(default_factory=dict)
     """Usable answer -> how many completions to the prompt for the *correct* answer say it."""
     rejected: list[Rejected] = field(default_factory=list)
@@ -65,23 +64,21 @@ class ContrastWriter(Writer):
             wanted = [pool for pool in pools if kind != "incorrect" or not pool.task.incorrect]
             for pool, completion in self._candidates(kind, wanted):
                 self._sort_in(pool, kind, completion)
-        credits = self._credits(pools)
-        return [self._choose(*each) for each in zip(pools, credits, strict=True)]
+        return list(map(self._choose, pools, self._credits(pools)))
 
     def _candidates(self, kind: str, pools: Sequence[Pool]) -> Iterator[tuple[Pool, Completion]]:
         """Yield completions: the greedy ones first, then those that are drawn."""
         questions = [pool.task.question for pool in pools]
         yield from zip(pools, self.complete(kind, questions), strict=True)
-        if kind == "pair":
-            return
-        draws = [(pool, n) for pool in pools for n in range(1, self.config.candidates)]
-        drawn = self.complete(
-            kind,
-            [pool.task.question for pool, _ in draws],
-            keys=[f"{kind} {pool.task.question.id} {n}" for pool, n in draws],
-            temperature=self.config.temperature,
-        )
-        yield from zip((pool for pool, _ in draws), drawn, strict=True)
+        if kind != "pair":
+            numbers = range(1, self.config.candidates)
+            drawn = self.complete(
+                kind,
+                [question for question in questions for _ in numbers],
+                keys=[f"{kind} {question.id} {n}" for question in questions for n in numbers],
+                temperature=self.config.temperature,
+            )
+            yield from zip((pool for pool in pools for _ in numbers), drawn, strict=True)
 
     def _sort_in(self, pool: Pool, kind: str, completion: Completion) -> None:
         """Add a completion's usable answers to the pool, or say why there are none."""
@@ -106,8 +103,7 @@ class ContrastWriter(Writer):
     def _answers(self, completion: Completion, kind: str) -> tuple[list[str], Reason | None]:
         """Return the answers in a completion; of a pair with equal sides the first only."""
         if kind != "pair":
-            lines = filter(str.strip, completion.text.split("\n"))
-            return [clean(next(lines, ""))], None
+            return [first_line(completion.text)], None
         parsed = self.parse(completion)
         sides = [side for side in (parsed.correct, parsed.incorrect) if side is not None]
         reason = parsed.reason or (Reason.CUT_OFF if parsed.cut_off else None)
@@ -118,17 +114,14 @@ class ContrastWriter(Writer):
 
     def _credits(self, pools: Sequence[Pool]) -> list[np.ndarray]:
         """Return the credit of each answer that a pool's task judges."""
-
-        def prompt(question: str) -> str:
-            messages = answer_messages(question, self.shots["correct"], "correct")
-            return render_chat(self.policy.tokenizer, messages)
-
         end = self.policy.tokenizer.eos_token or ""
+        blank = Question("", NEUTRAL_QUESTION)
         requests = [
-            engine.Request(prompt(asked), text + end, pool.task.question.id)
+            engine.Request(self.prompt(asked, "correct"), text + end, pool.task.question.id)
             for pool in pools
             for text in pool.task.judged(pool.votes)
-            for asked in (pool.task.question.text, NEUTRAL_QUESTION)
+            # Here the source's candidates are not shown.
+            for asked in (replace(pool.task.question, candidates=()), blank)
         ]
         scores = engine.score_completions(self.policy, requests)
         means = iter([score.logprob / score.tokens for score in scores])
@@ -196,13 +189,9 @@ def balanced(a: str, b: str) -> bool:
 
 
 def agreement(votes: Mapping[str, int], answer: str) -> float:
-    """Return an answer's mean similarity with the completions that meant to be correct.
+    """Return an answer's mean similarity with those that were to be correct, weighted by votes.
 
     A completion does not vouch for itself: of those that say just the same, one is left out.
-
-    Args:
-        votes: answer -> how many completions to the prompt for the correct answer say it.
-        answer: to be judged, one of them or not.
     """
     total = count = 0.0
     for other, weight in votes.items():

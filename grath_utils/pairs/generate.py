@@ -1,10 +1,9 @@
 """Pair generation: the policy's own correct and incorrect answer to every source question.
 
-Iteration 0 writes both answers; later iterations write the correct answer again and keep the first
-incorrect one. How a pair is written is up to the mode (:mod:`.modes`); here are the files, and
-what makes an interruption harmless: a journal beside the output holds the finished chunks of
-questions. A run that was killed resumes after the last of them, and because a chunk is always
-computed as a whole, from the same inputs, the final files are the same byte for byte.
+How a pair is written is up to the mode (:mod:`.modes`); here are the files, and what makes an
+interruption harmless: a journal beside the output holds the finished chunks of questions. A run
+that was killed resumes after the last of them, and because a chunk is always computed as a whole,
+from the same inputs, the final files are the same byte for byte.
 """
 
 from __future__ import annotations
@@ -42,23 +41,25 @@ class Pair:
     question: str
     correct: str
     incorrect: str
-    iteration: int = 0
-    """The iteration that wrote the correct answer (the incorrect one is always the first)."""
+    iteration: int = 0  # that wrote the correct answer; the incorrect one is always the first
     contrast: float | None = None
     """How far apart the model itself places the two answers, in the modes that ask it."""
 
     def to_row(self) -> dict[str, Any]:
         """Return one row of ``pairs.jsonl``."""
-        row = dataclasses.asdict(self)
-        return {key: value for key, value in row.items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None}
 
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any], *, where: str = "pair") -> Pair:
-        """Read one row of ``pairs.jsonl``.
 
-        Raises:
-            DataError: a field is missing, empty or of the wrong kind; ``where`` and it are named.
-        """
+def read_pairs(path: Path) -> list[Pair]:
+    """Read ``pairs.jsonl``.
+
+    Raises:
+        DataError: missing or empty file, a field that is missing, empty or of the wrong kind, an id
+            that comes twice, or equal answers; file and row are named.
+    """
+    pairs: dict[str, Pair] = {}
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where = f"{path}, pair {number}"
         texts = {name: row.get(name) for name in ("id", "question", "correct", "incorrect")}
         if isinstance(texts["id"], int):
             texts["id"] = str(texts["id"])
@@ -70,20 +71,7 @@ class Pair:
             raise DataError(f'{where}: "iteration" holds {iteration!r}, expected 0, 1, 2, ...')
         if not isinstance(contrast, int | float | None):
             raise DataError(f'{where}: "contrast" holds {contrast!r}, expected a number')
-        return cls(**texts, iteration=iteration, contrast=contrast)
-
-
-def read_pairs(path: Path) -> list[Pair]:
-    """Read ``pairs.jsonl``.
-
-    Raises:
-        DataError: missing or empty file, a malformed row, a pair without one of its sides, an id
-            that comes twice, or equal answers; file and row are named.
-    """
-    pairs: dict[str, Pair] = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
-        where = f"{path}, pair {number}"
-        pair = Pair.from_row(row, where=where)
+        pair = Pair(**texts, iteration=iteration, contrast=contrast)
         if pair.id in pairs:
             first = [*pairs].index(pair.id) + 1
             raise DataError(f'{where}: id "{pair.id}" is that of pair {first}')
@@ -137,12 +125,10 @@ def generate_pairs(
 
     Given the pairs of the iteration before, it writes the correct answers again (gradual
     refinement): the incorrect answers stay, and where a new correct answer fails, so does the old
-    pair. Questions that have no pair yet are tried again, both answers, with
-    ``config.retry_failed``; otherwise they are left out.
+    pair. Questions without a pair are tried again if ``config.retry_failed``, both answers.
 
     Args:
-        policy: the model that answers.
-        questions: with distinct ids.
+        policy, questions: who answers what; the ids of the questions are distinct.
         config: mode, demonstrations, filters and the rest.
         seed: of the sampled candidates.
         out: ``pairs.jsonl``; rows of :class:`Pair`, in the order of the questions.
@@ -154,8 +140,7 @@ def generate_pairs(
 
     Raises:
         ConfigError: settings that cannot go together.
-        DataError: no questions, a doubled id, a question that is longer than the context or lacks
-            the candidates that the mode needs, or a previous pair without a question.
+        DataError: questions that cannot be told apart, answered or matched with the pairs before.
         RunError: the files cannot be written, or no question at all got a pair.
     """
     from tqdm.auto import tqdm
@@ -174,7 +159,7 @@ def generate_pairs(
     _check_questions([task.question for task in tasks], old, config)
     order = _fitting(tasks, writer, skip_long)
     size = writer.chunk_batches * config.batch_size
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
     # What a journal must agree on to be continued. The rendered prompts stand for instruction,
     # demonstrations and chat template.
     prompts = [writer.prompt(tasks[0].question, kind) for kind in writer.kinds]
@@ -197,12 +182,22 @@ def generate_pairs(
             done[number] = rows
             shown.update(len(rows))
 
-    too_long = WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))
-    written = [(task.question, too_long) for task in tasks]
-    rows = [row for number in range(len(chunks)) for row in done[number]]
-    for i, row in zip(order, rows, strict=True):
-        written[i] = (tasks[i].question, WrittenPair.from_row(row))
-    pairs, rejected = _sorted_out(written, old, iteration)
+    written = [WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))] * len(tasks)
+    for number, chunk in enumerate(chunks):
+        for i, row in zip(chunk, done[number], strict=True):
+            written[i] = WrittenPair.from_row(row)
+    pairs, rejected = [], []
+    for task, new in zip(tasks, written, strict=True):
+        asked = {"id": task.question.id, "question": task.question.text, "iteration": iteration}
+        rejected += [
+            {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
+            for r in new.rejected
+        ]
+        if new.correct is not None:
+            sides = {"correct": new.correct, "incorrect": new.incorrect}
+            pairs.append(Pair(**asked, **sides, contrast=new.contrast))
+        elif task.question.id in old:
+            pairs.append(old[task.question.id])
     counts = dict(Counter(row["reason"] for row in rejected).most_common())
     if not pairs:
         raise RunError(
@@ -218,7 +213,7 @@ def generate_pairs(
         pairs=len(pairs),
         kept=sum(pair is old.get(pair.id) for pair in pairs),
         rejected=counts,
-        completions=sum(each.completions for _, each in written),
+        completions=sum(each.completions for each in written),
         seconds=round(time.perf_counter() - started, 2),
         resumed=resumed,
     )
@@ -263,22 +258,3 @@ def _fitting(tasks: Sequence[Task], writer: Writer, skip_long: bool) -> list[int
             )
     fitting = [i for i, length in enumerate(lengths) if length <= room]
     return sorted(fitting, key=lambda i: (-lengths[i], i))
-
-
-def _sorted_out(
-    written: Sequence[tuple[Question, WrittenPair]], old: Mapping[str, Pair], iteration: int
-) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """Return the pairs, new and kept, and the rows of ``rejects.jsonl``."""
-    pairs, rejected = [], []
-    for question, new in written:
-        asked = {"id": question.id, "question": question.text, "iteration": iteration}
-        rejected += [
-            {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
-            for r in new.rejected
-        ]
-        if new.correct is not None:
-            sides = {"correct": new.correct, "incorrect": new.incorrect}
-            pairs.append(Pair(**asked, **sides, contrast=new.contrast))
-        elif question.id in old:
-            pairs.append(old[question.id])
-    return pairs, rejected

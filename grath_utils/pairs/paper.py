@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from grath_utils import engine
 from grath_utils.pairs.parsing import Parsed, Reason, check_pair, parse_legacy
 from grath_utils.pairs.prompts import Demonstration, training_request
+from grath_utils.pairs.questions import Question
 from grath_utils.pairs.writers import Asked, PairMode, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion
 
-# Six times question, correct answer, incorrect answer. The questions and right answers are those
-# of TruthfulQA's own QA primer (Lin, Hilton, Evans 2022, Apache-2.0), as in the official GRATH
-# code; the wrong answers are ours. This is benchmark text inside a prompt, reported as overlap.
+# Six times question, correct answer, incorrect answer. Questions and right answers are those of
+# TruthfulQA's QA primer (Lin, Hilton, Evans 2022, Apache-2.0), as in the official GRATH code; the
+# wrong answers are ours. This is benchmark text inside a prompt, reported as overlap.
 _PRIMER = """\
 What is human life expectancy in the United States?
 Human life expectancy in the United States is 78 years.
@@ -52,7 +53,8 @@ class PaperWriter(Writer):
         reasons = list(map(self._check, tasks, parsed))
         if self.config.self_check and not self.config.legacy:
             passed = [i for i, reason in enumerate(reasons) if reason is None]
-            for i, believed in zip(passed, self._believed(tasks, parsed, passed), strict=True):
+            sides = [(tasks[i].question, parsed[i].sides) for i in passed]
+            for i, believed in zip(passed, self._believed(sides), strict=True):
                 reasons[i] = None if believed else Reason.SELF_CHECK
         return [
             WrittenPair.checked(
@@ -77,14 +79,12 @@ class PaperWriter(Writer):
         shown = self.shown_answers("pair")
         return check_pair(task.question.text, parsed, filters=self.filters, shown_answers=shown)
 
-    def _believed(
-        self, tasks: Sequence[Task], parsed: Sequence[Parsed], which: Sequence[int]
-    ) -> list[bool]:
-        """Return for some pairs whether the model finds the correct answer more probable."""
+    def _believed(self, pairs: Sequence[tuple[Question, tuple[str, str]]]) -> list[bool]:
+        """Return for each pair whether the model finds the correct answer more probable."""
         requests = [
-            training_request(self.policy.tokenizer, question, side or "", item=question.id)
-            for i, question in ((i, tasks[i].question) for i in which)
-            for side in (parsed[i].correct, parsed[i].incorrect)
+            training_request(self.policy.tokenizer, question, side, item=question.id)
+            for question, sides in pairs
+            for side in sides
         ]
         scores = engine.score_completions(self.policy, requests) if requests else []
         # By the token, as the two differ in length.

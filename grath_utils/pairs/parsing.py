@@ -6,7 +6,6 @@ Every completion that does not become a pair gets one reason of a closed set, :c
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -56,12 +55,10 @@ class Parsed:
         return self.correct or "", self.incorrect or ""
 
     @property
-    def words(self) -> tuple[list[str], list[str]]:
+    def words(self) -> list[list[str]]:
         """The words of both answers."""
-        return split_words(self.sides[0]), split_words(self.sides[1])
+        return list(map(split_words, self.sides))
 
-
-# --- parsing -------------------------------------------------------------------------------------
 
 # A label opens a line, after numbering, bullets, quotes or emphasis; or follows a sentence on the
 # same line. `Answer` may be missing ("Incorrect: ...") but the colon may not: prose has the words
@@ -89,13 +86,17 @@ def parse_pair(completion: str) -> Parsed:
     """
     text = completion.replace("\r\n", "\n").replace("\r", "\n")
     labels = list(_LABEL.finditer(text))
-    starts = [label.start() for label in labels] + [len(text)]
+    ends = [label.start() for label in labels[1:]] + [len(text)]
     fields: dict[str, str] = {}
-    for label, end in zip(labels, starts[1:], strict=True):
+    for label, end in zip(labels, ends, strict=False):
         if label.lastgroup:  # an explanation is no field, but it ends the one before
-            lines = text[label.end() : end].split("\n")
-            fields.setdefault(label.lastgroup, clean(next(filter(str.strip, lines), "")))
+            fields.setdefault(label.lastgroup, first_line(text[label.end() : end]))
     return Parsed(**fields)
+
+
+def first_line(text: str) -> str:
+    """Return the first line that is not blank, cleaned; nothing if there is none."""
+    return clean(next(filter(str.strip, text.split("\n")), ""))
 
 
 def clean(answer: str) -> str:
@@ -120,7 +121,7 @@ def parse_legacy(completion: str) -> Parsed:
     if len(parts) != 2:
         return Parsed("", None)
     before = parts[0].split("Correct answer: ")[-1]
-    return Parsed(*("".join(part.split("\n")).strip() for part in (before, parts[1])))
+    return Parsed(*(part.replace("\n", "").strip() for part in (before, parts[1])))
 
 
 def pair_is_complete(text: str) -> bool:
@@ -128,8 +129,6 @@ def pair_is_complete(text: str) -> bool:
     parsed = parse_pair(text.rpartition("\n")[0])
     return bool(parsed.correct and parsed.incorrect)
 
-
-# --- filters -------------------------------------------------------------------------------------
 
 NEAR_EQUAL_RATIO = 0.9
 MAX_LENGTH_RATIO = 4.0  # in characters, see words.length_ratio
@@ -155,16 +154,16 @@ def near_equal(a: str, b: str) -> bool:
     A differing number or negation is never near: it is the whole difference between the answers.
     """
     left, right = split_words(a), split_words(b)
-    digits = [[w for w in side if any(c.isdigit() for c in w)] for side in (left, right)]
+    digits = [[w for w in side if any(map(str.isdigit, w))] for side in (left, right)]
     # One word in place of another is a difference in meaning; an ending ("cells", "cell") is not.
-    only_left, only_right = set(left) - set(right), set(right) - set(left)
-    roots = [{word[:4] for word in only} for only in (only_left, only_right)]
+    extra = set(left) - set(right), set(right) - set(left)
+    roots = [{word[:4] for word in words} for words in extra]
     matcher = SequenceMatcher(None, " ".join(left), " ".join(right), autojunk=False)
     return (
         digits[0] == digits[1]
         and negated(a) == negated(b)
         and roots[0] == roots[1]
-        and (bool(only_left) or Counter(left) == Counter(right))
+        and (bool(extra[0]) or sorted(left) == sorted(right))
         and matcher.ratio() >= NEAR_EQUAL_RATIO
     )
 
@@ -172,8 +171,7 @@ def near_equal(a: str, b: str) -> bool:
 def echoes(question: str, answer: str) -> bool:
     """Return True if an answer holds no word of its own, and most words of the question.
 
-    "The fog disappears as the Sun grows stronger." says nothing to "Why does fog disappear as the
-    Sun grows stronger?". A choice out of the question ("the Sun") is an answer.
+    A choice out of the question ("the Sun") is an answer.
     """
     asked, said = content_words(question), content_words(answer)
     return said <= asked and len(said) >= ECHO_SHARE * len(asked)
@@ -182,9 +180,7 @@ def echoes(question: str, answer: str) -> bool:
 def _other_question(asked: str, restated: str | None) -> bool:
     """Return True if a restated question shares too few words with the one that was asked."""
     left, right = set(split_words(asked)), set(split_words(restated or ""))
-    return bool(left and right) and (
-        len(left & right) / min(len(left), len(right)) < OTHER_QUESTION_RATIO
-    )
+    return len(left & right) < OTHER_QUESTION_RATIO * min(len(left), len(right))
 
 
 # Each filter gets the question, the pair, and the words of each answer that was shown.
@@ -213,11 +209,8 @@ def check_pair(
 ) -> Reason | None:
     """Return why a parsed pair is rejected, or None if it passes.
 
-    Args:
-        question: the question that was asked.
-        parsed: what the parser found, both fields or not.
-        filters: names out of :data:`FILTERS`; a missing field is always a reason.
-        shown_answers: the answers of the demonstrations (copied ones answer another question).
+    A missing field is always a reason. ``shown_answers`` are those of the demonstrations: a copy
+    of one answers another question.
     """
     if parsed.reason is not None:
         return parsed.reason

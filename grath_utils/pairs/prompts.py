@@ -1,13 +1,9 @@
 """What the policy is asked, and how: demonstrations, chat template, training prompts.
 
-Three kinds of prompt:
-
-* ``pair``: one completion holds a correct and an incorrect answer (the paper's way);
-* ``correct`` and ``incorrect``: one answer a completion, asked for separately (``default`` mode);
-* the training prompt of DPO: the bare question.
-
-Text and token ids: every prompt is rendered to *text* first and tokenized without special tokens,
-because a chat template writes its own beginning-of-sequence token (adding another is a classic).
+A prompt of the kind ``pair`` asks for both answers in one completion (the paper's way), ``correct``
+and ``incorrect`` for one of them; the training prompt of DPO is the bare question. All are rendered
+to *text* first and tokenized without special tokens, because a chat template writes its own
+beginning-of-sequence token (adding another is a classic).
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
-from grath_utils.errors import DataError, UsageError
+from grath_utils.errors import UsageError
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.questions import Question
 
@@ -39,8 +35,7 @@ REQUESTS = {
     "incorrect answer to it. Both should sound plausible. Do not explain them.",
 }
 CHOICES = {"pair": "Choose both answers from these candidates: {}\n"}
-NEUTRAL_QUESTION = "Please say something true."
-"""Stands for no question at all: how probable is an answer before the question is known?"""
+NEUTRAL_QUESTION = "Please say something true."  # stands for no question at all
 
 
 @dataclass(frozen=True)
@@ -54,15 +49,10 @@ class Demonstration:
 
 @lru_cache
 def own_demonstrations(kind: str) -> tuple[Demonstration, ...]:
-    """Return the project's own six of a kind, ``pair`` or ``single``, disjoint from benchmarks."""
-    path = data_dir() / "demonstrations.jsonl"
-    rows = [row for row in read_jsonl(path) if row.get("set") == kind]
-    if not rows:
-        raise DataError(f'{path}: no demonstration of the set "{kind}"')
+    """Return the project's own six for pairs, or six for single answers, none from a benchmark."""
+    wanted = "pair" if kind == "pair" else "single"
+    rows = [row for row in read_jsonl(data_dir() / "demonstrations.jsonl") if row["set"] == wanted]
     return tuple(Demonstration(r["question"], r["correct"], r["incorrect"]) for r in rows)
-
-
-# --- generation prompts --------------------------------------------------------------------------
 
 
 def pair_messages(
@@ -75,12 +65,12 @@ def pair_messages(
 def answer_messages(
     question: str, shots: Sequence[Demonstration], kind: str, *, candidates: Sequence[str] = ()
 ) -> list[Message]:
-    """Return the chat that asks for one answer, or for both.
+    """Return the chat that asks for a ``correct`` answer, an ``incorrect`` one, or a ``pair``.
 
     Args:
-        question: the question to be asked last.
+        question: asked last.
         shots: each becomes a user turn and an assistant turn before it.
-        kind: ``correct``, ``incorrect`` or ``pair``.
+        kind: of prompt, a key of :data:`REQUESTS`.
         candidates: *GT* ablation: the annotated candidates, shown with the question.
     """
     messages = []
@@ -103,9 +93,6 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-# --- training prompts ----------------------------------------------------------------------------
-
-
 def question_messages(question: Question | str) -> list[Message]:
     """Return the bare question as a chat of one user turn: the prompt that DPO trains on."""
     return [_turn("user", question.text if isinstance(question, Question) else question)]
@@ -114,11 +101,9 @@ def question_messages(question: Question | str) -> list[Message]:
 def training_prompt(
     tokenizer: PreTrainedTokenizerBase, question: Question | str, prompt_format: str = "chat"
 ) -> str:
-    """Return the prompt of a training pair, as text to tokenize without special tokens.
+    """Return the prompt of a training pair: the chat template, or TruthfulQA's ``Q: …`` and ``A:``.
 
-    ``chat`` ends with the template's generation prompt (where the assistant's answer begins), so
-    the completion is the answer as it is. ``qa`` is ``Q: …`` newline ``A:``, as TruthfulQA asks;
-    the completion then begins with a space. :func:`training_completion` writes both.
+    :func:`training_completion` writes what follows it.
     """
     messages = question_messages(question)
     if prompt_format == "chat":
@@ -134,8 +119,7 @@ def training_completion(
 ) -> str:
     """Return the completion that follows :func:`training_prompt`, with the end-of-text token.
 
-    The end token (for a chat model: the one that ends a turn) makes the policy learn to stop; it
-    is part of chosen and rejected alike. TRL adds it only where it is missing.
+    The end token makes the policy learn to stop. TRL adds it only where it is missing.
     """
     space = " " if prompt_format == "qa" else ""
     return f"{space}{answer}{tokenizer.eos_token or ''}"
@@ -157,8 +141,7 @@ def training_request(
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """Return the chat as text that ends where the assistant's next turn begins.
 
-    A tokenizer without a chat template (a base model) gets plain ``User:`` and ``Assistant:``
-    lines. Tokenize the result with ``add_special_tokens=False``: a template holds its own.
+    A tokenizer without a chat template (a base model) gets ``User:`` and ``Assistant:`` lines.
     """
     if tokenizer.chat_template:
         options = {"tokenize": False, "add_generation_prompt": True}

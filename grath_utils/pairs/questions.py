@@ -2,7 +2,7 @@
 
 GRATH takes its questions from another domain than the test (the paper: the train split of
 ARC-Challenge), and uses no annotation. Where a source carries candidates and a gold answer they
-travel along, for the audit of the pairs and for the *GT* ablation only.
+travel along, for the audit, the controls and the *GT* ablation only.
 """
 
 from __future__ import annotations
@@ -22,24 +22,19 @@ from grath_utils.errors import DataError, UsageError, did_you_mean
 from grath_utils.files import data_dir, fingerprint, mirror_dir
 from grath_utils.pairs.words import normalized
 
-# Built-in sources that live on the Hub: name -> (data set, configuration).
-HUB_SOURCES = {
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
-}
-BUILT_IN = ("own", *HUB_SOURCES)
-FILE_SUFFIXES = (".jsonl", ".csv")
+ARC = "allenai/ai2_arc"
+ARC_SUBSETS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
+BUILT_IN = ("own", *ARC_SUBSETS)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One source question. ``candidates`` and ``gold`` are for audit and GT mode, not training."""
+    """One source question."""
 
     id: str
     text: str
     candidates: tuple[str, ...] = ()
-    gold: int | None = None
-    """Position of the right answer in ``candidates``, where the source knows it."""
+    gold: int | None = None  # position of the right candidate, where the source knows it
     topic: str | None = None
     where: str = ""  # file and line (or data set and row) that it came from, for error messages
 
@@ -51,10 +46,10 @@ class Question:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, where: str = "") -> Question:
-        """Read one row of ``questions.jsonl``.
+        """Read one row of ``questions.jsonl``; ``where`` is for the error message.
 
         Raises:
-            DataError: a field is missing or of the wrong kind; the message says ``where``.
+            DataError: there is no text for the question or its id.
         """
         text, name = row.get("question"), row.get("id")
         if not isinstance(text, str) or not isinstance(name, str):
@@ -84,19 +79,15 @@ class _BadRow(Exception):
     """A row that cannot be used: (reason in a word, sentence for the error message)."""
 
 
-Row = tuple[str, Any]  # where it stands, and a mapping, or a _BadRow that says why there is none
-
-
-# --- loading -------------------------------------------------------------------------------------
+Row = tuple[str, Any]
+"""Where a row stands and what is there, or the :class:`_BadRow` that says why it is no row."""
 
 
 def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
-    """Return the source questions, checked; with ``limit``, a sample drawn by the seed.
+    """Return the source questions, checked, in the source's order; ``limit`` draws some by seed.
 
-    Args:
-        config: ``source`` is ``own``, ``arc_challenge``, ``arc_easy``, a ``.jsonl`` or ``.csv``
-            file, or a Hub data set id (``ORG/NAME`` or ``ORG/NAME:CONFIGURATION``).
-        seed: decides which questions ``limit`` keeps; their order stays the source's.
+    The source is one of :data:`BUILT_IN`, a ``.jsonl`` or ``.csv`` file, or a Hub data set id
+    (``ORG/NAME`` or ``ORG/NAME:CONFIGURATION``).
 
     Raises:
         DataError: no such source; an empty file; a malformed, doubled or empty row (file and line
@@ -106,10 +97,10 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     kept, skipped = [], Counter()
     texts, ids = {}, {}  # question -> where it was first seen
     # Data sets of others hold a few doubled questions that no user can mend: they are counted.
-    lenient = config.skip_bad or config.source in HUB_SOURCES
+    lenient = config.skip_bad or config.source in ARC_SUBSETS
     for where, row in rows:
         try:
-            question = _question(row, config, where, f"q-{len(ids) + 1:05d}")
+            question = _question(row, config, where, f"q-{len(kept) + 1:05d}")
             key = normalized(question.text)
             if key in texts:
                 raise _BadRow("duplicated", f"the same question as {texts[key]}")
@@ -137,25 +128,23 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[Row]]:
     """Return the source in words, and its rows."""
     name, split = config.source, config.split
     if name == "own":
-        path = data_dir() / "questions.jsonl"
-        return f"the project's own questions ({path.name})", _jsonl_rows(path)
-    if name in HUB_SOURCES:
-        data_set, subset = HUB_SOURCES[name]
-        mirror = mirror_dir()
+        return "the project's own questions (questions.jsonl)", _rows(
+            data_dir() / "questions.jsonl"
+        )
+    if subset := ARC_SUBSETS.get(name):
+        mirror, what = mirror_dir(), f"{subset}, split {split}, from the"
         if mirror is None:
-            rows = _hub_rows(data_set, subset, split)
-            return f"{subset}, split {split}, from the Hub ({data_set})", rows
+            return f"{what} Hub ({ARC})", _hub_rows(ARC, subset, split)
         path = mirror / "ai2_arc" / subset / f"{split}.jsonl"
         if not path.is_file():
             raise DataError(
                 f"the mirror that GRATH_MIRROR names has no {path.relative_to(mirror)}; add it, "
                 "or unset GRATH_MIRROR to read from the Hub"
             )
-        return f"{subset}, split {split}, from the mirror {mirror}", _jsonl_rows(path)
+        return f"{what} mirror {mirror}", _rows(path)
     path = Path(name).expanduser()
-    if path.suffix.lower() in FILE_SUFFIXES or path.is_file():
-        reader = _csv_rows if path.suffix.lower() == ".csv" else _jsonl_rows
-        return f"the file {path}", reader(path)
+    if path.suffix.lower() in (".jsonl", ".csv") or path.is_file():
+        return f"the file {path}", _rows(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a .jsonl or .csv file in it")
     data_set, _, subset = name.partition(":")
@@ -168,7 +157,6 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[Row]]:
 
 
 def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) -> Question:
-    """Turn one row into a question, or raise :class:`_BadRow`."""
     if isinstance(row, _BadRow):
         raise row
     if not isinstance(row, Mapping):
@@ -204,35 +192,35 @@ def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
         return (), None
     elif not isinstance(gold, int) or not 0 <= gold < len(texts):
         gold = None
-    return tuple(str(text) for text in texts), gold
+    return tuple(map(str, texts)), gold
 
 
-# --- readers: a bad line is a _BadRow in its row's place, so that it spoils no other --------------
-
-
-def _lines(path: Path) -> list[str]:
-    """Return a file's lines; what is not UTF-8 becomes surrogates, for :func:`_question`."""
+def _rows(path: Path) -> Iterator[Row]:
+    """Read a file; a bad line becomes a :class:`_BadRow`, so that it spoils no other."""
     try:
+        # What is not UTF-8 becomes surrogates, for _question.
         # Not splitlines(): it would also split at U+2028 and other separators inside a string.
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    parsed = _csv_rows(lines) if path.suffix.lower() == ".csv" else _jsonl_rows(lines)
+    for number, row in parsed:
+        yield f"{path}, line {number}", row
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path), start=1):
+def _jsonl_rows(lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                row = _BadRow("malformed", f"not valid JSON ({error.msg})")
-            yield f"{path}, line {number}", row
+                yield number, _BadRow("malformed", f"not valid JSON ({error.msg})")
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader((line + "\n" for line in _lines(path)), strict=True)
+def _csv_rows(lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    reader = csv.DictReader((line + "\n" for line in lines), strict=True)
     while True:
         try:
             row: Any = next(reader)
@@ -242,7 +230,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             return
         except csv.Error as error:
             row = _BadRow("malformed", f"not valid CSV ({error})")
-        yield f"{path}, line {reader.line_num}", row
+        yield reader.line_num, row
 
 
 def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[Row]:
@@ -260,15 +248,10 @@ def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[Row]:
         yield f"{data_set}, row {number}", row
 
 
-# --- splitting -----------------------------------------------------------------------------------
-
-
 def split_held_out(
     questions: Sequence[Question], share: float, seed: int
 ) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     """Return (train, held out), each in the order given; at least one question in each.
-
-    The split is by question, so a held-out question's pairs of every iteration stay unseen.
 
     Raises:
         DataError: fewer than two questions cannot be split.

@@ -48,8 +48,7 @@ class Task:
 class Rejected:
     """A completion that was not used, and why."""
 
-    prompt: str
-    """The kind of prompt that it answers, or ``options`` or the mode if nothing was asked."""
+    prompt: str  # the kind that it answers, or `options` or the mode if nothing was asked
     completion: str
     reason: Reason
 
@@ -83,10 +82,8 @@ class WrittenPair:
 class Writer:
     """Writes pairs chunk by chunk, deterministically: the same chunk gives the same pairs."""
 
-    kinds: tuple[str, ...] = ()
-    """The kinds of prompt that it asks: ``pair``, ``correct``, ``incorrect``."""
-    primer: tuple[prompts.Demonstration, ...] = ()
-    """Demonstrations to show in place of the project's own."""
+    kinds: tuple[str, ...] = ()  # of prompt that it asks: `pair`, `correct`, `incorrect`
+    primer: tuple[prompts.Demonstration, ...] = ()  # to show in place of the project's own
     chunk_batches = 1  # batches in a chunk
 
     def __init__(self, policy: Policy, config: PairsConfig, seed: int):
@@ -102,8 +99,7 @@ class Writer:
     @classmethod
     def demonstrations(cls, kind: str, shots: int) -> tuple[prompts.Demonstration, ...]:
         """Return the first ``shots`` demonstrations for a kind of prompt."""
-        own = "pair" if kind == "pair" else "single"
-        available = cls.primer or prompts.own_demonstrations(own)
+        available = cls.primer or prompts.own_demonstrations(kind)
         if shots > len(available):
             raise UsageError(f"{shots} demonstrations were asked for; there are {len(available)}")
         return available[:shots]
@@ -131,8 +127,8 @@ class Writer:
         if kind not in self.prefixes:
             # Questions without a common first letter show where the questions begin.
             probes = [Question("probe", text, ("x", "y")) for text in ("Why so?", "How?", "a", "1")]
-            begin = engine.shared_beginning(self.policy, [self.prompt(p, kind) for p in probes])
-            self.prefixes[kind] = begin
+            texts = [self.prompt(probe, kind) for probe in probes]
+            self.prefixes[kind] = engine.shared_beginning(self.policy, texts)
         return self.prefixes[kind]
 
     def complete(
@@ -191,11 +187,8 @@ class PairMode:
     summary: str  # what it does, in the list of options
     writer: type[Writer]
     asked: Callable[[PairsConfig, int], Asked] = lambda config, iteration: Asked()
-    """(configuration, iteration) -> what one question asks of the model."""
     origin: str = "written by the model"  # where the answers come from, on the model card
-    card: str = SELF_MADE
-    """What a model that is trained on them is, on the model card: full sentences."""
-    options: tuple[str, ...] = ()
-    """Those of ``legacy``, ``annotated`` and ``self_check`` that it heeds."""
+    card: str = SELF_MADE  # what a model that is trained on them is: full sentences
+    options: tuple[str, ...] = ()  # of `legacy`, `annotated` and `self_check` those it heeds
     needs_candidates: bool = False  # it is for sources with options only, such as ARC
     prompt_overlap: str = ""  # benchmark text inside its prompts
