@@ -134,25 +134,9 @@ def execute_notebook(
                 # Errors only: a kernel warns of its own local connection.
                 extra_arguments=["--IPKernelApp.log_level=40"],
             )
-        except PapermillExecutionError as error:
+        except (PapermillExecutionError, CellTimeoutError, RuntimeError) as error:
             os.replace(partial, failed)
-            raise GrathError(
-                f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
-                f"The notebook as far as it came: {failed}"
-            ) from error
-        except CellTimeoutError as error:
-            os.replace(partial, failed)
-            raise RunError(
-                f"{path.name}, {_unfinished_cell(failed)}: not done after {cell_timeout} s, the "
-                "--cell-timeout. What was finished is kept: run the same again with more time, or "
-                f"see how far it came in {failed}"
-            ) from error
-        except RuntimeError as error:  # the kernel died
-            os.replace(partial, failed)
-            raise RunError(
-                f"{path.name}: the kernel died ({error}); most often memory ran out. Try smaller "
-                "batches (dpo.micro_batch_size, evaluation.batch_tokens) and run the same again"
-            ) from error
+            raise _explained(error, path, failed, cell_timeout) from error
         executed = read_json(partial)
         executed["metadata"]["grath_execution"] = took = {
             "seconds": round(time.monotonic() - start, 1),
@@ -185,12 +169,27 @@ def _most_work(executed: Path) -> dict[str, Any] | None:
     return max(filter(None, (last, earlier)), key=work_done, default=None)
 
 
-def _unfinished_cell(notebook: Path) -> str:
-    """Return which code cell was running when papermill last saved (from 1), and how it begins."""
-    code = [cell for cell in read_json(notebook)["cells"] if cell["cell_type"] == "code"]
-    state = [cell["metadata"].get("papermill", {}).get("status") for cell in code]
-    number = next((i for i, status in enumerate(state) if status != "completed"), len(code) - 1)
-    return f"cell {number + 1} ({''.join(code[number]['source']).strip().splitlines()[0]})"
+def _explained(error: Any, path: Path, failed: Path, cell_timeout: int | None) -> GrathError:
+    """Return the error that says where a notebook stopped, and what to do."""
+    if isinstance(error, RuntimeError):
+        return RunError(
+            f"{path.name}: the kernel died ({error}); most often memory ran out. Try smaller "
+            "batches (dpo.micro_batch_size, evaluation.batch_tokens) and run the same again"
+        )
+    if isinstance(error, TimeoutError):
+        code = [cell for cell in read_json(failed)["cells"] if cell["cell_type"] == "code"]
+        status = [cell["metadata"].get("papermill", {}).get("status") for cell in code]
+        running = next((i for i, s in enumerate(status) if s != "completed"), len(code) - 1)
+        begins = "".join(code[running]["source"]).strip().splitlines()[0]
+        return RunError(
+            f"{path.name}, cell {running + 1} ({begins}): not done after {cell_timeout} s, the "
+            "--cell-timeout. What was finished is kept: run the same again with more time, or "
+            f"see how far it came in {failed}"
+        )
+    return GrathError(
+        f"{path.name}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+        f"The notebook as far as it came: {failed}"
+    )
 
 
 @contextmanager
