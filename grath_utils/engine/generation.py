@@ -182,9 +182,6 @@ def _encode(policy: Policy, prompts: Prompts) -> list[list[int]]:
     ]
 
 
-# --- one sequence, and its next token ------------------------------------------------------------
-
-
 @dataclass
 class _Job:
     """What all sequences of a call have in common."""
@@ -290,9 +287,6 @@ def sample_tokens(
     return tokens.tolist()
 
 
-# --- continuous batching over a shared prefix ----------------------------------------------------
-
-
 def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> None:
     """Write all completions; a freed slot goes to the next prompt."""
     # Neighbours in the queue are prefilled together: by length, so that little is padding.
@@ -368,9 +362,6 @@ def _prefill(job: _Job, cache: SharedPrefixCache, new: Sequence[_Sequence], star
                 if offset != row:
                     cache.move(start + row, start + offset, firsts[row].stored)
         start += sum(map(len, now))
-
-
-# --- plain batches: for models that cannot share a prefix ----------------------------------------
 
 
 def _run_plain(job: _Job, sequences: Sequence[_Sequence]) -> None:

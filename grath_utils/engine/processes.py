@@ -119,8 +119,7 @@ def in_turns(pieces: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R
     A piece is done just as one process would do it, so results do not depend on how many there
     are. What ``work`` raises in any process is raised in all, so that none waits for ever.
     """
-    count = size()
-    if count == 1:
+    if (count := size()) == 1:
         yield from ((piece, work(piece)) for piece in pieces)
         return
     for start in range(0, len(pieces), count):

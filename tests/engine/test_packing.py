@@ -23,15 +23,15 @@ from grath_utils.dpo.trainer import ReadyDataTrainer
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.engine.packing import PackedCollator, pack
 
+LIMITS = {"max_prompt_length": 200, "max_length": 300}
+
 
 def rows_of(policy: Policy) -> list[dict]:
-    limits = {"max_prompt_length": 200, "max_length": 300}
-    examples = tokenize_pairs(policy.tokenizer, PAIRS, **limits).examples
+    sides = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [
-        {"prompt_ids": list(e.prompt_ids), "chosen_ids": list(e.chosen_ids)}
-        | {"rejected_ids": list(e.rejected_ids), "ref_chosen_logps": -9.0 - i}
-        | {"ref_rejected_logps": -8.0 + i}
-        for i, e in enumerate(examples)
+        {side: list(getattr(example, side)) for side in sides}
+        | {"ref_chosen_logps": -9.0 - i, "ref_rejected_logps": -8.0 + i}
+        for i, example in enumerate(tokenize_pairs(policy.tokenizer, PAIRS, **LIMITS).examples)
     ]
 
 
@@ -75,43 +75,29 @@ def test_one_row_has_one_token_for_each_distinct_prefix(tiny_policy: Policy) -> 
     assert row["ids"].shape[1] == len(prefixes) < 0.6 * sum(map(len, sides))
 
 
-def trained_adapter(policy: Policy) -> Policy:
-    policy = add_adapter(policy, replace(LORA, targets=("all-linear",)), seed=0)
+def loss_and_gradients(model: Path, folder: Path, collator, **options):
+    config = ModelConfig(name=str(model), dtype="float32", device="cpu")
+    policy = add_adapter(load_base(config), replace(LORA, targets=("all-linear",)), seed=0)
     torch.manual_seed(1)
     with torch.no_grad():  # away from 0, where half of the gradients vanish
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
-    return policy
-
-
-def loss_and_gradients(policy: Policy, folder: Path, collator, **options):
     rows = rows_of(policy)
-    arguments = TRLConfig(
-        output_dir=str(folder),
-        beta=0.1,
-        max_length=None,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        **{"gradient_checkpointing": False, **options},
-    )
+    settings = {"beta": 0.1, "max_length": None, "use_cpu": True, "bf16": False}
+    settings |= {"report_to": "none", "gradient_checkpointing": False, **options}
     trainer = ReadyDataTrainer(
         model=policy.model,
-        args=arguments,
+        args=TRLConfig(output_dir=str(folder), **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=policy.tokenizer,
         data_collator=collator,
     )
     trainer.model.train()
-    trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, collator(rows))
     loss.backward()
-    gradients = {
-        name: parameter.grad.clone()
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.grad is not None
-    }
+    parameters = trainer.model.named_parameters()
+    gradients = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
     metrics = {key: value[-1] for key, value in trainer._metrics["train"].items()}
     return loss.item(), gradients, metrics
 
@@ -121,39 +107,36 @@ def loss_and_gradients(policy: Policy, folder: Path, collator, **options):
 def test_loss_gradients_and_log_are_those_of_the_padded_batch(
     tiny_llama: Path, tmp_path: Path, limit: int, loss_type: str
 ) -> None:
-    config = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
     padded = DataCollatorForPreference(2)
-    kind = {"loss_type": [loss_type]}
-    plain = loss_and_gradients(trained_adapter(load_base(config)), tmp_path, padded, **kind)
-    collator = PackedCollator(padded, limit)
-    packed = loss_and_gradients(trained_adapter(load_base(config)), tmp_path, collator, **kind)
-    assert packed[0] == pytest.approx(plain[0], rel=1e-5)
-    assert packed[1].keys() == plain[1].keys()
-    assert all("lora_" in name for name in plain[1])
-    for name, gradient in plain[1].items():
-        assert torch.allclose(packed[1][name], gradient, rtol=1e-3, atol=1e-6), name
-    assert any(gradient.abs().max() > 1e-3 for gradient in plain[1].values())
-    for key, value in plain[2].items():
-        assert packed[2][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    loss, gradients, metrics = loss_and_gradients(
+        tiny_llama, tmp_path, padded, loss_type=[loss_type]
+    )
+    packed_loss, packed_gradients, packed_metrics = loss_and_gradients(
+        tiny_llama, tmp_path, PackedCollator(padded, limit), loss_type=[loss_type]
+    )
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert packed_gradients.keys() == gradients.keys()
+    assert all("lora_" in name for name in gradients)
+    for name, gradient in gradients.items():
+        assert torch.allclose(packed_gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    for key, value in metrics.items():
+        assert packed_metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
-    config = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
     collator = PackedCollator(DataCollatorForPreference(2), 10**6)
-    results = [
-        loss_and_gradients(
-            trained_adapter(load_base(config)), tmp_path, collator, gradient_checkpointing=again
-        )
+    (loss, gradients, _), (same_loss, same_gradients, _) = (
+        loss_and_gradients(tiny_llama, tmp_path, collator, gradient_checkpointing=again)
         for again in (False, True)
-    ]
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-    for name, gradient in results[0][1].items():
-        assert torch.allclose(results[1][1][name], gradient, rtol=1e-4, atol=1e-7), name
+    )
+    assert loss == pytest.approx(same_loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(same_gradients[name], gradient, rtol=1e-4, atol=1e-7), name
 
 
 def test_reference_log_probs_are_the_plain_sums(tiny_policy: Policy) -> None:
-    limits = {"max_prompt_length": 200, "max_length": 300}
-    examples = tokenize_pairs(tiny_policy.tokenizer, PAIRS, **limits).examples
+    examples = tokenize_pairs(tiny_policy.tokenizer, PAIRS, **LIMITS).examples
     with torch.no_grad():
         plain = completion_log_probs(tiny_policy.model, collate(examples, 2))
     chosen, rejected = reference_log_probs(tiny_policy, examples, progress=False)
