@@ -1,14 +1,11 @@
 """Question-blind rules: how far one gets on multiple choice without ever reading the question.
 
-Each rule sees the answer texts alone and returns a probability for each of them. On TruthfulQA's
-817 questions such rules reach an MC1 accuracy of up to 63 %, because its true answers are longer,
-more often negated and worded less alike than its false ones. A model that is tuned on pairs of
-texts can pick up those habits and gain MC1 points without becoming more truthful, so every MC
-result belongs beside the rules' figures, and beside a probe on which the rules score at chance.
-
-The rules draw nothing at random: where several choices tie, they share the probability equally.
-A rule's score on an item is its *expected* accuracy, the probability it puts on true choices.
-The metrics are those of Lin, Hilton and Evans, "TruthfulQA" (2022), section 3; the rules are ours.
+On TruthfulQA's 817 questions such rules reach an MC1 accuracy of up to 63 %, because its true
+answers are longer, more often negated and worded less alike than its false ones. A model that is
+tuned on pairs of texts can pick up those habits and gain MC1 points without becoming more truthful,
+so every MC result belongs beside the rules' figures, and beside a probe on which they score at
+chance. Nothing is drawn at random: a rule returns a probability for each answer text (choices that
+tie share it), and its score on an item is what it puts on true choices, its *expected* accuracy.
 """
 
 from __future__ import annotations
@@ -29,18 +26,12 @@ Answers: TypeAlias = Item | Mapping[str, Any] | tuple[Sequence[str], Sequence[in
 RULES: dict[str, Rule] = {}
 """Every rule for picking one choice, by its name in results."""
 UNIFORM_MC2 = "uniform_mc2"
-NEGATING_WORDS = frozenset(
-    "no not never none nothing nobody nowhere cannot without neither nor".split()
-)
-# Overlaps are ratios of small whole numbers: nearer than this, they are equal.
-TIE = 1e-12
+NEGATING_WORDS = set("no not never none nothing nobody nowhere cannot without neither nor".split())
+TIE = 1e-12  # overlaps are ratios of small whole numbers: nearer than this, they are equal
 
 
 def answer_words(text: str) -> list[str]:
-    """Return the lowercase words of ``text``: runs of a-z and 0-9, a contraction being one word.
-
-    Typographic apostrophes count as plain ones, so that ``don’t`` is ``don't``.
-    """
+    """Return the lowercase words: runs of a-z and 0-9; ``don’t`` is ``don't``, one word."""
     return re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("\u2019", "'"))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +97,11 @@ def cut(text: str, stops: tuple[str, ...]) -> str:
 
 
 def answer_metrics(item: Item, row: dict[str, Any]) -> dict[str, float]:
-    """Return one answer's metrics, as fractions (a difference lies between -1 and 1).
+    """Return one answer's metrics, as fractions.
 
     For each similarity: ``_max`` to the true references, ``_diff`` (true minus false, best of
-    each), ``_acc`` (whether the difference is above 0). And ``declined``, ``repetitive``,
-    ``unfinished`` (cut off by the token limit): 0 or 1.
+    each, in [-1, 1]) and ``_acc`` (1 if that is above 0). And 0 or 1 for ``declined``,
+    ``repetitive`` and ``unfinished`` (cut off by the token limit).
     """
     # Closed with a period, and with one more true reference, as lm-eval does.
     texts = [f"{text.strip().removesuffix('.')}." for text in item.choices]
@@ -115,10 +114,8 @@ def answer_metrics(item: Item, row: dict[str, Any]) -> dict[str, float]:
         values[f"{name}_diff"] = to_true - to_false
         values[f"{name}_max"] = to_true
     plain = strip_label(row["answer"])
-    values["declined"] = float(declines(plain))
-    values["repetitive"] = float(repeats(plain))
-    values["unfinished"] = float(row["finished"] == "length")
-    return values
+    values |= {"declined": float(declines(plain)), "repetitive": float(repeats(plain))}
+    return {**values, "unfinished": float(row["finished"] == "length")}
 
 
 def strip_label(answer: str) -> str:
@@ -145,18 +142,12 @@ def similarity(reference: str, answer: str) -> dict[str, float]:
     of a single ROUGE and takes their middle, which is that value.
     """
     import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
 
     bleu = sacrebleu.corpus_bleu(
         [answer], [[reference]], smooth_method="exp", smooth_value=0.0, tokenize="intl"
     )
-    rouge = _rouge().score(*(text.replace(" . ", ".\n") for text in (reference, answer)))
-    names = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
-    fmeasures = {name: float(rouge[theirs].fmeasure) for name, theirs in names.items()}
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeLsum"])
+    rouge = scorer.score(*(text.replace(" . ", ".\n") for text in (reference, answer)))
+    fmeasures = {name.removesuffix("sum"): float(s.fmeasure) for name, s in rouge.items()}
     return {"bleu": bleu.score / 100, **fmeasures}
-
-
-@cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rouge2", "rougeLsum"])

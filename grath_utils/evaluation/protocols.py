@@ -1,8 +1,7 @@
 """How a benchmark's questions are put to the model: prompts, shots, and what is scored.
 
-The protocols themselves stand in the benchmarks' rows. Their names are stable and recorded with
-every result. ``lm-eval`` is lm-evaluation-harness's own form, token for token, and the default
-wherever there is one.
+The protocols themselves stand in the benchmarks' rows. ``lm-eval`` is lm-evaluation-harness's own
+form, token for token, and the default wherever there is one.
 """
 
 from __future__ import annotations
@@ -19,16 +18,11 @@ from grath_utils.evaluation.benchmarks.base import Benchmark, Item, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LM_EVAL_SHOT_SEED = 1234
-"""lm-eval's default ``fewshot_random_seed``: with it, each item gets the very same shots."""
+LM_EVAL_SHOT_SEED = 1234  # its default ``fewshot_random_seed``: each item gets the very same shots
 
 
 def find_protocol(benchmark: str, name: str | None) -> Protocol:
-    """Return a benchmark's protocol by name; the default one for None.
-
-    Raises:
-        UsageError: the benchmark has no such protocol.
-    """
+    """Return a benchmark's protocol by name, the default one for None; UsageError if unknown."""
     protocols = {p.name: p for p in find_benchmark(benchmark).protocols}
     name = name or next(iter(protocols))
     if name not in protocols:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grath_utils.evaluation.benchmarks import arc, hellaswag
+from grath_utils.evaluation.benchmarks import arc, hellaswag, mmlu
 from grath_utils.evaluation.benchmarks.truthfulqa import GENERATION, MULTIPLE_CHOICE
 from grath_utils.files import data_dir, read_jsonl, write_jsonl
 
 
 def sample_rows(mirror: Path, name: str, count: int | None, seed: int = 7) -> list[dict[str, Any]]:
     """Return ``count`` rows of a mirror's file, in their order; all for None."""
-    rows = [json.loads(x) for x in (mirror / name).read_text("utf-8").split("\n") if x]
+    rows = read_jsonl(mirror / name)
     if count is None or count >= len(rows):
         return rows
     keep = sorted(random.Random(seed).sample(range(len(rows)), count))
@@ -39,7 +39,7 @@ def small_mirror(mirror: Path, folder: Path, sizes: dict[str, int | None]) -> Pa
     return folder
 
 
-def own_mirror(folder: Path, subjects: tuple[str, ...]) -> Path:
+def own_mirror(folder: Path, subjects: Sequence[str]) -> Path:
     """Write a mirror whose rows are our own probe and retention items in the benchmarks' schemas.
 
     With it the comparison needs no benchmark at all: formats, shots and scores are the same code.
@@ -66,18 +66,28 @@ def own_mirror(folder: Path, subjects: tuple[str, ...]) -> Path:
         }
         for n, row in enumerate(facts)
     ]
+    written = [
+        {
+            "question": row["question"],
+            "category": row["category"],
+            "correct_answers": row["mc2_targets"]["choices"][:1],
+            "incorrect_answers": row["mc1_targets"]["choices"][1:],
+        }
+        for row in probe
+    ]
     files = {
-        MULTIPLE_CHOICE.path: probe[:3],
-        arc.TEST.path: science[:3],
-        arc.TRAIN.path: science[3:120],
-        hellaswag.VALIDATION.path: swag[:3],
-        hellaswag.TRAIN.path: swag[3:120],
+        MULTIPLE_CHOICE: probe[:3],
+        GENERATION: written[:3],
+        arc.TEST: science[:3],
+        arc.TRAIN: science[3:120],
+        hellaswag.VALIDATION: swag[:3],
+        hellaswag.TRAIN: swag[3:120],
     }
     for n, subject in enumerate(subjects):
-        rows = facts[20 * n : 20 * n + 8]
-        files |= {f"mmlu/{subject}/dev.jsonl": rows[:5], f"mmlu/{subject}/test.jsonl": rows[5:]}
-    for name, rows in files.items():
-        write_jsonl(folder / name, rows)
+        rows = facts[8 * n % 192 :][:8]
+        files |= {mmlu.DEV[subject]: rows[:5], mmlu.TEST[subject]: rows[5:]}
+    for file, rows in files.items():
+        write_jsonl(folder / file.path, rows)
     return folder
 
 
@@ -92,30 +102,14 @@ def task(folder: Path, name: str) -> dict[str, Any]:
     import lm_eval.tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    subject = name.removeprefix("mmlu_")
-    files, path = {
-        "truthfulqa_mc1": ({"validation": MULTIPLE_CHOICE.path}, "truthfulqa/truthfulqa_mc1.yaml"),
-        "truthfulqa_mc2": ({"validation": MULTIPLE_CHOICE.path}, "truthfulqa/truthfulqa_mc2.yaml"),
-        "truthfulqa_gen": (
-            {"validation": GENERATION.path},
-            "truthfulqa/truthfulqa_gen.yaml",
-        ),
-        "arc_challenge": (
-            {"train": arc.TRAIN.path, "test": arc.TEST.path},
-            "arc/arc_challenge.yaml",
-        ),
-        "hellaswag": (
-            {"train": hellaswag.TRAIN.path, "validation": hellaswag.VALIDATION.path},
-            "hellaswag/hellaswag.yaml",
-        ),
-    }.get(
-        name,
-        (
-            {s: f"mmlu/{subject}/{s}.jsonl" for s in ("dev", "test")},
-            f"mmlu/default/{name}.yaml",
-        ),
-    )
-    config = dict(load_yaml(Path(lm_eval.tasks.__file__).parent / path))
+    family, _, rest = name.partition("_")
+    place, files = {
+        "truthfulqa": ("truthfulqa", [GENERATION if rest == "gen" else MULTIPLE_CHOICE]),
+        "arc": ("arc", [arc.TRAIN, arc.TEST]),
+        "hellaswag": ("hellaswag", [hellaswag.TRAIN, hellaswag.VALIDATION]),
+        "mmlu": ("mmlu/default", [mmlu.DEV.get(rest), mmlu.TEST.get(rest)]),
+    }[family]
+    config = dict(load_yaml(Path(lm_eval.tasks.__file__).parent / place / f"{name}.yaml"))
     for key in ("tag", "task_alias", "group"):
         config.pop(key, None)
     if name == "arc_challenge":
@@ -124,17 +118,13 @@ def task(folder: Path, name: str) -> dict[str, Any]:
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {k: str(folder / v) for k, v in files.items()}},
+        "dataset_kwargs": {"data_files": {f.split: str(folder / f.path) for f in files}},
     }
     return config
 
 
 def run(
-    policy: Any,
-    tasks: list[dict[str, Any]],
-    shots: int,
-    batch_size: int = 4,
-    limit: int | None = None,
+    policy: Any, tasks: list[dict[str, Any]], shots: int, batch_size: int = 4, *, limit: Any = None
 ) -> dict[str, Any]:
     """Run lm-eval on a loaded policy; return its ``results`` and ``samples``."""
     from lm_eval import simple_evaluate

@@ -73,12 +73,6 @@ def test_our_own_sets() -> None:
     assert all(len(item.choices) == 4 for item in retention.items)
 
 
-def test_own_data_needs_no_mirror_and_ignores_one(make: Any) -> None:
-    before = load_benchmark("probe").fingerprint
-    make()
-    assert load_benchmark("probe").fingerprint == before
-
-
 def test_a_draw_is_stable_and_a_smaller_one_is_part_of_it() -> None:
     def ids(limit: int, seed: int) -> list[str]:
         return [item.id for item in load_benchmark("probe", limit=limit, seed=seed).items]
@@ -93,38 +87,38 @@ def test_a_draw_is_stable_and_a_smaller_one_is_part_of_it() -> None:
     assert load_benchmark("probe", limit=20).fingerprint != everything.fingerprint
 
 
-@pytest.mark.parametrize("limit", [0, -3])
-def test_a_limit_below_one_is_refused(limit: int) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
-        load_benchmark("probe", limit=limit)
-
-
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match='did you mean "truthfulqa_mc"'):
-        load_benchmark("truthfulqa-mc")
+@pytest.mark.parametrize(
+    ("name", "limit", "message"),
+    [
+        ("probe", 0, "at least 1"),
+        ("probe", -3, "at least 1"),
+        ("truthfulqa-mc", None, 'did you mean "truthfulqa_mc"'),
+        ("truthfulqa_mc", None, "GRATH_MIRROR names /nowhere/at/all"),
+    ],
+)
+def test_what_cannot_be_loaded(
+    name: str, limit: int | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRATH_MIRROR", "/nowhere/at/all")
+    with pytest.raises(UsageError, match=message):
+        load_benchmark(name, limit=limit)
 
 
 # --- rows ----------------------------------------------------------------------------------------
 
 
+def targets(choices: list[str], labels: list[int]) -> dict[str, Any]:
+    return {"choices": choices, "labels": labels}
+
+
 def test_mc1_is_part_of_mc2_and_labels_are_read_from_the_list() -> None:
     item = truthfulqa_item(ROW)
     assert item.choices == ("B.", "A.", "C.")  # three to score for both metrics, not five
-    assert item.mc1 == (1, 0)
-    assert item.mc2 == (0, 1, 2)
-    assert item.gold == 1
-
-
-def test_an_mc1_choice_outside_mc2_is_scored_but_not_counted_there() -> None:
-    row = {**ROW, "mc1_targets": {"choices": ["D.", "B."], "labels": [1, 0]}}
-    item = truthfulqa_item(row)
+    assert (item.mc1, item.mc2, item.gold) == ((1, 0), (0, 1, 2), 1)
+    # An MC1 choice outside MC2 is scored, but not counted there.
+    item = truthfulqa_item({**ROW, "mc1_targets": targets(["D.", "B."], [1, 0])})
     assert item.choices == ("B.", "A.", "C.", "D.")
-    assert item.mc1 == (3, 0)
-    assert item.mc2 == (0, 1, 2)
-
-
-def targets(choices: list[str], labels: list[int]) -> dict[str, Any]:
-    return {"choices": choices, "labels": labels}
+    assert (item.mc1, item.mc2) == ((3, 0), (0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +135,7 @@ def targets(choices: list[str], labels: list[int]) -> dict[str, Any]:
         ({"mc2_targets": targets(["A.", "B."], [1, 2])}, "expected 0 and 1|disagree"),
         ({"question": "  "}, "the question is empty"),
         ({"mc2_targets": None}, "row 2"),
+        ({"mc2_targets": {}}, "row 2: no 'choices'"),
     ],
 )
 def test_a_malformed_row_is_named(make: Any, change: dict[str, Any], message: str) -> None:
@@ -150,42 +145,27 @@ def test_a_malformed_row_is_named(make: Any, change: dict[str, Any], message: st
     assert "truthful_qa/multiple_choice/validation.jsonl, row 2: " in str(caught.value)
 
 
-def test_a_missing_column_is_named(make: Any) -> None:
-    make(mc=[{"question": "Why?"}])
-    with pytest.raises(DataError, match="row 1: no 'mc1_targets'"):
-        load_benchmark("truthfulqa_mc")
-
-
 def test_the_same_question_twice_gets_two_ids(make: Any) -> None:
     make(mc=[ROW, ROW])
     first, second = load_benchmark("truthfulqa_mc").items
     assert second.id == f"{first.id}-2"
+    make(mc=[])
+    with pytest.raises(DataError, match="holds no item"):
+        load_benchmark("truthfulqa_mc")
 
 
-def test_categories_come_from_the_generation_rows(make: Any) -> None:
-    gen = {
-        "question": "Why?",
-        "category": "Reasons",
-        "correct_answers": ["A"],
-        "incorrect_answers": ["B"],
-    }
-    make(mc=[ROW], gen=[gen])
-    assert load_benchmark("truthfulqa_mc").items[0].category == "Reasons"
-    item = load_benchmark("truthfulqa_gen").items[0]
-    assert (item.choices, item.labels) == (("A", "B"), (1, 0))
-
-
-def test_binary_is_the_best_answer_against_a_false_one(make: Any) -> None:
-    make(mc=[ROW])
-    (item,) = load_benchmark("truthfulqa_binary").items
-    assert (item.choices, item.labels) == (("A.", "B."), (1, 0))
+def test_the_other_forms_of_truthfulqa(make: Any) -> None:
+    gen = {"question": "Why?", "category": "Reasons"}
+    make(mc=[ROW], gen=[{**gen, "correct_answers": ["A"], "incorrect_answers": ["B"]}])
+    names = ("truthfulqa_mc", "truthfulqa_binary", "truthfulqa_gen")
+    items = {name: load_benchmark(name).items[0] for name in names}
+    assert {item.category for item in items.values()} == {"Reasons"}  # of the generation rows
+    for name, choices in (("truthfulqa_binary", ("A.", "B.")), ("truthfulqa_gen", ("A", "B"))):
+        assert (items[name].choices, items[name].labels) == (choices, (1, 0))
 
 
 def test_arc_keys_are_letters_or_numbers(make: Any) -> None:
-    make(
-        arc_test=[arc("x"), arc("y", "3", ("1", "2", "3"))],
-        arc_train=[arc("t", "A")],
-    )
+    make(arc_test=[arc("x"), arc("y", "3", ("1", "2", "3"))], arc_train=[arc("t", "A")])
     benchmark = load_benchmark("arc_challenge")
     assert [item.gold for item in benchmark.items] == [1, 2]
     assert [item.id for item in benchmark.shots[""]] == ["t"]
@@ -223,18 +203,6 @@ def test_a_file_missing_from_the_mirror_is_named_and_not_fetched(
         with pytest.raises(DataError, match=r"has no \S+\.jsonl") as caught:
             load_benchmark(name)
         assert str(folder) in str(caught.value)
-
-
-def test_a_mirror_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRATH_MIRROR", "/nowhere/at/all")
-    with pytest.raises(UsageError, match="GRATH_MIRROR"):
-        load_benchmark("truthfulqa_mc")
-
-
-def test_an_empty_file_is_an_error(make: Any) -> None:
-    make(mc=[])
-    with pytest.raises(DataError, match="holds no item"):
-        load_benchmark("truthfulqa_mc")
 
 
 def test_the_mirror_here(mirror: Path) -> None:
@@ -309,5 +277,9 @@ def test_shared_shots_are_shared(make: Any) -> None:
     benchmark = load_benchmark("arc_challenge")
     shared = build_prompts(benchmark, find_protocol("arc_challenge", "shared"), None)
     assert len({prompt.rpartition("\n\n")[0] for prompt in shared}) == 1
-    each = build_prompts(benchmark, find_protocol("arc_challenge", "lm-eval"), None)
+    protocol = find_protocol("arc_challenge", "lm-eval")
+    each = build_prompts(benchmark, protocol, None)
     assert len({prompt.rpartition("\n\n")[0] for prompt in each}) == 2
+    # An item keeps its shots when only part of the benchmark is asked for.
+    parts = [load_benchmark("arc_challenge", limit=1, seed=seed) for seed in range(8)]
+    assert {build_prompts(part, protocol, None)[0] for part in parts} == set(each)

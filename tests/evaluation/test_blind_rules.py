@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from grath_utils.evaluation.blind_rules import (
     rule_accuracy,
     word_overlap,
 )
+from grath_utils.files import read_jsonl
 
 HALF, THIRD = 1 / 2, 1 / 3
 
@@ -32,29 +31,12 @@ def test_words_keep_contractions_whole() -> None:
     assert answer_words("...") == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "No, it is flat.",
-        "It is not flat.",
-        "It isn't flat.",
-        "It isn\u2019t flat.",
-        "Nothing happens.",
-        "They cannot fly.",
-        "NEVER!",
-        "A day without rain.",
-        "Neither of the two.",
-    ],
-)
-def test_negations_are_found(text: str) -> None:
-    assert has_negation(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["The notes were known.", "A knot in the north.", "Nonetheless it is unsafe.", ""]
-)
-def test_other_words_are_no_negations(text: str) -> None:
-    assert not has_negation(text)
+def test_negations_are_found_and_other_words_are_not() -> None:
+    negated = "No, it is flat.|It is not flat.|It isn't flat.|It isn\u2019t flat.|NEVER!"
+    negated += "|Nothing happens.|They cannot fly.|A day without rain.|Neither of the two."
+    plain = "The notes were known.|A knot in the north.|Nonetheless it is unsafe.|"
+    assert all(map(has_negation, negated.split("|")))
+    assert not any(map(has_negation, plain.split("|")))
 
 
 def test_word_overlap_by_hand() -> None:
@@ -142,18 +124,12 @@ def test_rule_accuracy_is_the_mass_on_true_choices() -> None:
     assert rule_accuracy(RULES["chance"], [(PAIR[0], [0, 1, 1])]) == [pytest.approx(2 / 3)]
 
 
-def test_blind_rule_scores_on_a_row() -> None:
-    scores = blind_rule_scores([ROW, ROW])
+def test_blind_rule_scores_on_rows_and_pairs() -> None:
+    scores = blind_rule_scores(iter([ROW, PAIR]))
     assert set(scores) == {*RULES, UNIFORM_MC2}
-    assert scores["contains_negation"] == [1.0, 1.0]
+    assert scores["contains_negation"] == scores["longest_answer"] == [1.0, 1.0]
     assert scores["chance"] == [THIRD, THIRD]  # of the three MC1 choices
-    assert scores[UNIFORM_MC2] == [HALF, HALF]  # of the four MC2 choices
-
-
-def test_blind_rule_scores_on_a_pair_and_on_an_iterator() -> None:
-    scores = blind_rule_scores(iter([PAIR]))
-    assert scores["longest_answer"] == [1.0]
-    assert scores[UNIFORM_MC2] == [THIRD]
+    assert scores[UNIFORM_MC2] == [HALF, THIRD]  # of the four MC2 choices, and of the three
 
 
 @pytest.mark.parametrize(
@@ -185,13 +161,10 @@ ON_ALL_817 = {
     "negation_then_odd_one_out": 63.0,
     UNIFORM_MC2: 46.4,
 }
-MIRROR = os.environ.get("GRATH_MIRROR")
 
 
-@pytest.mark.skipif(not MIRROR, reason="GRATH_MIRROR names no mirror of TruthfulQA to measure on")
-def test_figures_on_truthful_qa() -> None:
-    path = Path(MIRROR) / "truthful_qa" / "multiple_choice" / "validation.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def test_figures_on_truthful_qa(mirror: Path) -> None:
+    rows = read_jsonl(mirror / "truthful_qa" / "multiple_choice" / "validation.jsonl")
     scores = blind_rule_scores(rows)
     assert set(scores) == set(ON_ALL_817)
     for name, expected in ON_ALL_817.items():

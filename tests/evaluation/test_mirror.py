@@ -7,76 +7,39 @@ from typing import Any
 
 import datasets
 import pytest
+from lm_eval_tasks import own_mirror
 
 from grath_utils.errors import FetchError, UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from grath_utils.evaluation.benchmarks.hub_files import HubFile
 from grath_utils.evaluation.benchmarks.mmlu import SUBJECTS
 from grath_utils.evaluation.mirror import make_mirror
 from grath_utils.files import read_json, read_jsonl
 
 FILES = {file for row in BENCHMARKS.values() for file in row.files}
-TRUTHFULQA = {
-    "multiple_choice": {
-        "question": "What is it?",
-        "mc1_targets": {"choices": ["This.", "That."], "labels": [1, 0]},
-        "mc2_targets": {"choices": ["This.", "These.", "That."], "labels": [1, 1, 0]},
-    },
-    "generation": {
-        "type": "Adversarial",
-        "category": "Things",
-        "question": "What is it?",
-        "best_answer": "This.",
-        "correct_answers": ["This.", "These."],
-        "incorrect_answers": ["That."],
-        "source": "none",
-    },
+LAYOUT = {
+    "truthful_qa/multiple_choice/validation.jsonl",
+    "truthful_qa/generation/validation.jsonl",
+    "ai2_arc/ARC-Challenge/train.jsonl",
+    "ai2_arc/ARC-Challenge/test.jsonl",
+    "hellaswag/validation.jsonl",
+    "hellaswag/train.jsonl",
+    *(f"mmlu/{s}/{split}.jsonl" for s in SUBJECTS for split in ("dev", "test")),
 }
 
 
-def hub_row(dataset: str, config: str | None, split: str, n: int) -> dict[str, Any]:
-    """Return a row in the schema of one of the Hub's data sets."""
-    if dataset == "truthfulqa/truthful_qa":
-        row = TRUTHFULQA[config or ""]
-        return {**row, "question": f"{row['question'][:-1]} {n}?"}
-    if dataset == "allenai/ai2_arc":
-        choices = {"text": ["red", "green", "blue"], "label": ["1", "2", "3"]}
-        return {
-            "id": f"{split}-{n}",
-            "question": f"{split} {n}?",
-            "choices": choices,
-            "answerKey": "2",
-        }
-    if dataset == "Rowan/hellaswag":
-        return {
-            "ind": n,
-            "activity_label": "Cooking",
-            "ctx_a": f"[header] {split} {n} [title] He stirs.",
-            "ctx_b": "she",
-            "ctx": "",
-            "endings": ["eats.", "sings [step] well.", "flies.", "sleeps."],
-            "source_id": "x",
-            "split": split,
-            "split_type": "indomain",
-            "label": "1",
-        }
-    assert dataset == "cais/mmlu"
-    return {"question": f"{n}?", "subject": config, "choices": list("wxyz"), "answer": 3}
-
-
 @pytest.fixture
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Replace the Hub by three to thirty made-up rows for each split; return the calls."""
-    calls: list[tuple[Any, ...]] = []
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[HubFile]:
+    """Replace the Hub by our own rows in its schemas; return what is asked for."""
+    hub, asked = own_mirror(tmp_path / "hub", SUBJECTS), []
 
-    def load_dataset(path: str, name: str | None = None, **options: Any) -> datasets.Dataset:
-        assert len(options["revision"]) == 40  # pinned, not a branch
-        calls.append((path, name, options["split"]))
-        count = 30 if options["split"] in ("train", "dev") else 3
-        rows = [hub_row(path, name, options["split"], n) for n in range(count)]
-        return datasets.Dataset.from_list(rows)
+    def load_dataset(path: str, name: str | None, *, split: str, revision: str) -> Any:
+        assert len(revision) == 40  # pinned, not a branch
+        asked.append(HubFile(path, revision, name, split))
+        return datasets.Dataset.from_list(read_jsonl(hub / asked[-1].path))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
+    return asked
 
 
 def test_the_mirror_holds_what_the_benchmarks_read(
@@ -87,7 +50,14 @@ def test_the_mirror_holds_what_the_benchmarks_read(
     from_hub = {name: load_benchmark(name) for name in names}
     assert from_hub["arc_challenge"].source == "Hub allenai/ai2_arc@210d026f"
 
-    folder = make_mirror(tmp_path / "mirror", progress=False)
+    folder = make_mirror(tmp_path / "new" / "mirror", progress=False)
+    written = {p.relative_to(folder).as_posix() for p in folder.rglob("*.jsonl")}
+    assert written == {file.path for file in FILES} == LAYOUT
+    assert len(SUBJECTS) == 57
+    assert set(read_json(folder / "mirror.json")["files"]) == LAYOUT
+    for path in LAYOUT:
+        assert read_jsonl(folder / path) == read_jsonl(tmp_path / "hub" / path)
+
     monkeypatch.setenv("GRATH_MIRROR", str(folder))
     fake_hub.clear()
     for name in names:
@@ -98,47 +68,25 @@ def test_the_mirror_holds_what_the_benchmarks_read(
     assert fake_hub == []  # with a mirror, the Hub is never asked
 
 
-def test_the_layout(fake_hub: list, tmp_path: Path) -> None:
-    folder = make_mirror(tmp_path / "new" / "mirror", progress=False)
-    written = {str(p.relative_to(folder).as_posix()) for p in folder.rglob("*.jsonl")}
-    assert written == {
-        "truthful_qa/multiple_choice/validation.jsonl",
-        "truthful_qa/generation/validation.jsonl",
-        "ai2_arc/ARC-Challenge/train.jsonl",
-        "ai2_arc/ARC-Challenge/test.jsonl",
-        "hellaswag/validation.jsonl",
-        "hellaswag/train.jsonl",
-        *(f"mmlu/{s}/{split}.jsonl" for s in SUBJECTS for split in ("dev", "test")),
-    }
-    assert len(SUBJECTS) == 57
-    row = read_jsonl(folder / "truthful_qa/multiple_choice/validation.jsonl")[1]
-    assert row == {**TRUTHFULQA["multiple_choice"], "question": "What is it 1?"}
-    assert set(read_json(folder / "mirror.json")["files"]) == {f.path for f in FILES}
-
-
 def test_it_resumes_where_it_stopped(
     fake_hub: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = datasets.load_dataset
-    left = 5
+    real, folder = datasets.load_dataset, tmp_path / "mirror"
 
     def fails_later(*args: Any, **options: Any) -> datasets.Dataset:
-        nonlocal left
-        left -= 1
-        if left < 0:
+        if len(fake_hub) == 5:
             raise ConnectionError("the cable was pulled")
         return real(*args, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", fails_later)
     with pytest.raises(FetchError, match=r"cable was pulled.*GRATH_MIRROR.*probe"):
-        make_mirror(tmp_path, progress=False)
-    assert len(list(tmp_path.rglob("*.jsonl"))) == 5
-    assert not (tmp_path / "mirror.json").exists()
+        make_mirror(folder, progress=False)
+    assert len(list(folder.rglob("*.jsonl"))) == 5
+    assert not (folder / "mirror.json").exists()
 
     monkeypatch.setattr(datasets, "load_dataset", real)
-    fake_hub.clear()
-    make_mirror(tmp_path, progress=False)
-    assert len(fake_hub) == len(FILES) - 5
+    make_mirror(folder, progress=False)
+    assert len(fake_hub) == len(set(fake_hub)) == len(FILES)
 
 
 def test_no_network_names_the_two_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from grath_utils.engine.models import Policy
 from grath_utils.errors import ScoringError
-from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark, mmlu
+from grath_utils.evaluation.benchmarks import Benchmark, Item, mmlu
 from grath_utils.evaluation.benchmarks.truthfulqa import truthfulqa_item
 from grath_utils.evaluation.measure import evaluate
 from grath_utils.evaluation.metrics import truthfulqa_metrics
-from grath_utils.files import mirror_dir
+from grath_utils.files import mirror_dir, write_jsonl
 
 pytest.importorskip("lm_eval", reason="lm-eval is a development extra")
 
@@ -103,16 +103,13 @@ def test_mmlu(default_policy: Policy, use_small: Path, monkeypatch: pytest.Monke
 # --- where we differ on purpose ------------------------------------------------------------------
 
 
-ROW = {
-    "question": "Is it so?",
-    "mc1_targets": {"choices": ["Yes.", "No.", "Perhaps."], "labels": [1, 0, 0]},
-    "mc2_targets": {"choices": ["Yes.", "No.", "Perhaps."], "labels": [1, 0, 0]},
-}
-TURNED = {
-    "question": "Is it so?",
-    "mc1_targets": {"choices": ["No.", "Yes.", "Perhaps."], "labels": [0, 1, 0]},
-    "mc2_targets": {"choices": ["No.", "Yes.", "Perhaps."], "labels": [0, 1, 0]},
-}
+def row_of(choices: list[str], labels: list[int]) -> dict[str, Any]:
+    targets = {"choices": choices, "labels": labels}
+    return {"question": "Is it so?", "mc1_targets": targets, "mc2_targets": targets}
+
+
+ROW = row_of(["Yes.", "No.", "Perhaps."], [1, 0, 0])
+TURNED = row_of(["No.", "Yes.", "Perhaps."], [0, 1, 0])
 
 
 @pytest.fixture(scope="module")
@@ -120,36 +117,31 @@ def their_task(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm-eval's own MC1 task, to be asked what it makes of given scores."""
     from lm_eval.api.task import ConfigurableTask
 
-    from grath_utils.files import write_jsonl
-
     folder = tmp_path_factory.mktemp("rows")
     write_jsonl(folder / "truthful_qa/multiple_choice/validation.jsonl", [ROW, TURNED])
     return ConfigurableTask(config=harness.task(folder, "truthfulqa_mc1"))
 
 
-def theirs_and_ours(task: Any, row: dict[str, Any], scores: list[float]) -> tuple[float, float]:
-    their = task.process_results(row, [(score, False) for score in scores])["acc"]
-    return their, truthfulqa_metrics(truthfulqa_item(row), scores)["mc1"]
-
-
-def test_a_clear_answer_is_judged_alike(their_task: Any) -> None:
-    assert theirs_and_ours(their_task, ROW, [-1.0, -2.0, -3.0]) == (1.0, 1.0)
-    assert theirs_and_ours(their_task, ROW, [-2.0, -1.0, -3.0]) == (0.0, 0.0)
-
-
-def test_a_tie_is_wrong_here_and_right_there(their_task: Any) -> None:
-    assert theirs_and_ours(their_task, ROW, [-2.0, -2.0, -2.0]) == (1.0, 0.0)
-
-
-def test_labels_are_read_here_and_positions_there(their_task: Any) -> None:
-    assert theirs_and_ours(their_task, TURNED, [-2.0, -1.0, -3.0]) == (0.0, 1.0)
-
-
-def test_nan_is_an_error_here_and_right_there(their_task: Any) -> None:
-    nan = [float("nan")] * 3
-    assert their_task.process_results(ROW, [(x, False) for x in nan])["acc"] == 1.0
-    with pytest.raises(ScoringError, match="not finite"):
-        truthfulqa_metrics(truthfulqa_item(ROW), nan)
+@pytest.mark.parametrize(
+    ("row", "scores", "theirs", "ours"),
+    [
+        (ROW, [-1.0, -2.0, -3.0], 1.0, 1.0),  # a clear answer is judged alike
+        (ROW, [-2.0, -1.0, -3.0], 0.0, 0.0),
+        (ROW, [-2.0, -2.0, -2.0], 1.0, 0.0),  # a tie is wrong here and right there
+        (TURNED, [-2.0, -1.0, -3.0], 0.0, 1.0),  # labels are read here, and positions there
+        (ROW, [float("nan")] * 3, 1.0, "not finite"),  # an error here, and right there
+    ],
+)
+def test_mc1_here_and_there(
+    their_task: Any, row: dict[str, Any], scores: list[float], theirs: float, ours: float | str
+) -> None:
+    found = their_task.process_results(row, [(score, False) for score in scores])
+    assert found["acc"] == theirs
+    if isinstance(ours, str):
+        with pytest.raises(ScoringError, match=ours):
+            truthfulqa_metrics(truthfulqa_item(row), scores)
+    else:
+        assert truthfulqa_metrics(truthfulqa_item(row), scores)["mc1"] == ours
 
 
 def test_mc2_of_very_long_answers_is_a_number_here_and_nan_there() -> None:
@@ -175,16 +167,3 @@ def test_a_prompt_beyond_the_context_is_an_error_here_and_cut_there(tiny_policy:
     ids = model.tok_encode("x" * 3000)
     ((logprob, _),) = model._loglikelihood_tokens([(("", ""), ids, ids[:2])], disable_tqdm=True)
     assert np.isfinite(logprob)
-
-
-def test_the_same_sample_whatever_is_drawn(use_small: Path) -> None:
-    """An item keeps its shots when only part of the benchmark is asked for."""
-    from grath_utils.evaluation.protocols import build_prompts, find_protocol
-
-    protocol = find_protocol("arc_challenge", None)
-    whole = load_benchmark("arc_challenge")
-    part = load_benchmark("arc_challenge", limit=1, seed=3)
-    prompts = dict(
-        zip([i.id for i in whole.items], build_prompts(whole, protocol, None), strict=True)
-    )
-    assert build_prompts(part, protocol, None) == [prompts[part.items[0].id]]

@@ -33,11 +33,7 @@ __all__ = ["BENCHMARKS", "Benchmark", "BenchmarkSpec", "Item", "find_benchmark",
 
 
 def find_benchmark(name: str) -> BenchmarkSpec:
-    """Return a benchmark's row.
-
-    Raises:
-        UsageError: there is no such benchmark; the nearest name is given.
-    """
+    """Return a benchmark's row; UsageError, with the nearest name, if there is none."""
     if name not in BENCHMARKS:
         raise UsageError(f'unknown benchmark "{name}"{did_you_mean(name, BENCHMARKS)}')
     return BENCHMARKS[name]

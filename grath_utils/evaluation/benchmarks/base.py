@@ -103,11 +103,7 @@ class BenchmarkSpec:
 
 
 def read_items(file: HubFile | Path, parse: Callable[[Row], Item]) -> tuple[Item, ...]:
-    """Return the items of a file, with unique ids.
-
-    Raises:
-        DataError: a row is malformed; file and row are named.
-    """
+    """Return the items of a file, with unique ids; DataError names a malformed row."""
     if isinstance(file, HubFile):
         rows, where = read_rows(file), file.path
     else:
@@ -145,8 +141,7 @@ def make_item(
 ) -> Item:
     """Return an item; without ``mc1`` and ``mc2``, all choices are in either form.
 
-    Raises:
-        ValueError: an empty text, wrong labels, or a form without a true or a false choice.
+    ValueError: an empty text, wrong labels, or a form without a true or a false choice.
     """
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty")

@@ -78,7 +78,7 @@ def _load_multiple_choice() -> base.Loaded:
 
 
 def _load_binary() -> base.Loaded:
-    """Best answer against one false answer: the row's own choice of it, else the first listed."""
+    """Best answer against one false answer: the first one that MC1 lists."""
     pairs = []
     for item in _load_multiple_choice().items:
         false = next(i for i in item.mc1 if not item.labels[i])
