@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections import Counter
@@ -40,9 +41,6 @@ def calls(path: Path) -> list[str]:
     return [name for cell in cells for name in CALL.findall(cell.source)]
 
 
-# --- the notebooks -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_every_exercise_has_an_answer_cell_and_every_solution_hands_in(path: Path) -> None:
     names = [name for name in EXERCISES if name.startswith(path.stem[:2])]
@@ -74,8 +72,7 @@ def test_the_solutions_run_and_pass_their_own_checks(
         if out.output_type == "execute_result"
     ]
     assert len(verdicts) == 3
-    for verdict in verdicts:
-        assert f" {RIGHT}: " in verdict
+    assert all(f" {RIGHT}: " in verdict for verdict in verdicts)
 
 
 @pytest.mark.model
@@ -86,9 +83,6 @@ def test_unanswered_exercises_do_not_fail(smoke: tuple[Run, str]) -> None:
         if executed.is_file() and calls(path):
             text = executed.read_text(encoding="utf-8")
             assert text.count(f" {NONE_YET}: ") == 3, path.name
-
-
-# --- the checks ----------------------------------------------------------------------------------
 
 
 def test_an_unknown_exercise_is_named() -> None:
@@ -159,9 +153,8 @@ def test_the_record_is_asked_for_an_interaction() -> None:
 
 
 def test_the_micro_batch_that_still_fits_is_the_only_right_one() -> None:
-    verdicts = {
-        (a, b): check(None, "06.easy", (a, b)) for a in (1, 2, 4, 8, 16) for b in (1, 2, 4, 8, 16)
-    }
+    sizes = (1, 2, 4, 8, 16)
+    verdicts = {pair: check(None, "06.easy", pair) for pair in itertools.product(sizes, sizes)}
     ((without, kept),) = [pair for pair, verdict in verdicts.items() if verdict.state == RIGHT]
     assert without < kept
     assert "other order" in verdicts[kept, without].text
@@ -186,10 +179,10 @@ def test_eight_gpus_are_judged_by_the_total_and_by_the_stage() -> None:
     assert "no stage is called" in check(None, "06.medium", (ratio, "training")).text
 
 
-def test_operations_are_counted_anew() -> None:
+def test_the_operations_of_both_passes_are_counted() -> None:
     run = Run(Path("nowhere"), load_config("smoke"))
     adapter, everything = (
-        nb06._backward_over_forward(run, everything=every) for every in (False, True)
+        nb06.backward_over_forward(run.config, everything=every) for every in (False, True)
     )
     assert adapter == pytest.approx(1, abs=0.05), "the gradient of inputs alone"
     assert everything == pytest.approx(2, abs=0.05), "and that of the weights"
@@ -207,9 +200,6 @@ def test_operations_are_counted_anew() -> None:
     assert check(run, "06.hard", (adapter, everything)).state == RIGHT
 
 
-# --- against a run -------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(smoke: tuple[Run, str]) -> Run:
     return load_run(smoke[0].path)
@@ -222,9 +212,8 @@ def test_checks_of_notebook_0(run: Run, default_policy: Policy) -> None:
 
     planet = "Which planet is the hottest?"
     venus, mercury = "The hottest planet is Venus.", "The hottest planet is Mercury."
-    assert {judge("easy", (planet, venus, mercury)), judge("easy", (planet, mercury, venus))} == {
-        RIGHT, NOT_YET,
-    }  # fmt: skip
+    one_way, other = (judge("easy", (planet, *two)) for two in ((venus, mercury), (mercury, venus)))
+    assert {one_way, other} == {RIGHT, NOT_YET}
     assert judge("easy", (planet, venus, venus)) == NOT_YET
     assert judge("easy", (planet, venus, "No.")) == NOT_YET
     scores = score_answers(default_policy, nb00.ANT_QUESTION, nb00.ANT_ANSWERS)
@@ -242,24 +231,17 @@ def test_checks_of_notebook_0(run: Run, default_policy: Policy) -> None:
 
 @pytest.mark.model
 def test_checks_of_notebook_1(run: Run, default_policy: Policy) -> None:
-    n = min(10, len(run_pairs(run, 0)[0]))
+    train, _ = run_pairs(run, 0)
+    n = min(10, len(train))
     assert check(run, "01.easy", [0] * n).state == RIGHT
     assert check(run, "01.easy", [0] * (n - 1)).state == NOT_YET
     assert check(run, "01.easy", [0.5] * n).state == NOT_YET
     assert check(run, "01.medium", Counter(nonsense=8), default_policy).state == NOT_YET
     assert check(run, "01.medium", Counter(usable=3), default_policy).state == NOT_YET
-    train, _ = run_pairs(run, 0)
-
-    def by_length(pair: Any, side: str) -> float:
-        return len(side)
-
-    outcomes = [
-        0.5 if len(p.correct) == len(p.incorrect) else float(len(p.correct) > len(p.incorrect))
-        for p in train
-    ]
-    accuracy = sum(outcomes) / len(outcomes)
-    assert check(run, "01.hard", (by_length, accuracy)).state == RIGHT
-    assert check(run, "01.hard", (by_length, accuracy - 0.1)).state == NOT_YET
+    longer = np.sign([len(p.correct) - len(p.incorrect) for p in train])
+    accuracy = (longer.mean() + 1) / 2
+    assert check(run, "01.hard", (lambda pair, side: len(side), accuracy)).state == RIGHT
+    assert check(run, "01.hard", (lambda pair, side: len(side), accuracy - 0.1)).state == NOT_YET
     cheat = check(run, "01.hard", (lambda pair, side: side == pair.correct, 1.0))
     assert cheat.state == NOT_YET
     assert "which side" in cheat.text
@@ -267,17 +249,20 @@ def test_checks_of_notebook_1(run: Run, default_policy: Policy) -> None:
 
 @pytest.mark.model
 def test_wrong_answers_in_notebooks_2_to_4(run: Run, default_policy: Policy) -> None:
-    for answer in ((0.1, 0.1), (11.4, 13.0), (0.5,)):
-        assert check(run, "02.medium", answer, default_policy).state == NOT_YET
-    assert check(run, "03.easy", [0.0, 0.0, 0.0]).state == NOT_YET
-    assert check(run, "03.medium", (1.5, 0.5)).state == NOT_YET
-    last = run_state(run).planned[-1]
-    own = read_jsonl(run.training_log(last))
+    for name, answer in (
+        ("02.medium", (0.1, 0.1)),
+        ("02.medium", (11.4, 13.0)),
+        ("02.medium", (0.5,)),
+        ("03.easy", [0.0, 0.0, 0.0]),
+        ("03.medium", (1.5, 0.5)),
+        ("04.easy", ([0, 0, 1], [2, 3, 4])),
+        ("04.medium", (0.123, 0.123)),
+        ("04.hard", {10: 0.1, 20: 0.2}),
+        ("04.hard", {10: 0.1, 20: 0.2, 30: 0.9}),
+    ):
+        assert check(run, name, answer, default_policy).state == NOT_YET, (name, answer)
+    own = read_jsonl(run.training_log(run_state(run).planned[-1]))
     assert "the run itself" in check(run, "03.hard", own).text
-    assert check(run, "04.easy", ([0, 0, 1], [2, 3, 4])).state == NOT_YET
-    assert check(run, "04.medium", (0.123, 0.123)).state == NOT_YET
-    assert check(run, "04.hard", {10: 0.1, 20: 0.2}).state == NOT_YET
-    assert check(run, "04.hard", {10: 0.1, 20: 0.2, 30: 0.9}).state == NOT_YET
 
 
 @pytest.mark.model
@@ -294,6 +279,4 @@ def test_movers_are_judged_by_value(run: Run) -> None:
     moved = [b["metrics"]["mc2"] - a["metrics"]["mc2"] for a, b in zip(before, after, strict=True)]
     order = sorted(range(len(items)), key=moved.__getitem__)
     assert check(run, "04.easy", (order[-3:], order[:3])).state == RIGHT
-    exchanged = check(run, "04.easy", (order[:3], order[-3:]))
-    assert exchanged.state == NOT_YET
-    assert check(run, "04.easy", (order[-4:-1], order[:3])).state in (RIGHT, NOT_YET)
+    assert check(run, "04.easy", (order[:3], order[-3:])).state == NOT_YET

@@ -19,9 +19,7 @@ from grath_utils.engine.encoding import Request
 from grath_utils.engine.models import Policy
 from grath_utils.engine.scoring import score_completions
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import (
-    load_model,
-)
+from grath_utils.loop.stages import load_model
 from grath_utils.pairs.prompts import question_messages, render_chat
 
 NONE_YET, RIGHT, NOT_YET = "no answer yet", "right", "not yet"
@@ -89,8 +87,23 @@ def finite_numbers(answer: Any, count: int) -> list[float]:
     return values
 
 
-def near(found: Sequence[float], wanted: Sequence[float], slack: float) -> bool:
-    return bool(np.allclose(found, wanted, rtol=0, atol=slack))
+def two_shares(answer: Any, what: str) -> list[float]:
+    """Return an answer as two numbers from 0 to 1."""
+    found = finite_numbers(answer, 2)
+    hold(min(found) >= 0 and max(found) <= 1, f"give two {what} between 0 and 1.")
+    return found
+
+
+def near(found: Sequence[float], wanted: Sequence[float], slack: float | Sequence[float]) -> bool:
+    return bool(np.all(np.abs(np.subtract(found, wanted)) <= slack))
+
+
+def hold_in_order(
+    found: Sequence[float], wanted: Sequence[float], slack: float | Sequence[float], first: str
+) -> None:
+    """Refuse an answer that is right only in the other order."""
+    turned = near(found[::-1], wanted, slack) and not near(found, wanted, slack)
+    hold(not turned, f"in the other order: {first} first.")
 
 
 def base_model(run: Run, policy: Policy | None) -> Policy:

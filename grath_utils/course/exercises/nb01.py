@@ -8,23 +8,15 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from grath_utils.course.exercises.judging import (
-    base_model,
-    exercise,
-    finite_numbers,
-    hold,
-)
+from grath_utils.course.exercises.judging import base_model, exercise, finite_numbers, hold
 from grath_utils.engine.generation import Stop, generate
 from grath_utils.engine.models import Policy
 from grath_utils.evaluation.statistics import summarize
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import (
-    run_pairs,
-    run_questions,
-)
-from grath_utils.pairs.words import ngram_f1
+from grath_utils.loop.stages import run_pairs, run_questions
 from grath_utils.pairs.parsing import check_pair, pair_is_complete, parse_pair
 from grath_utils.pairs.prompts import pair_messages, render_chat
+from grath_utils.pairs.words import ngram_f1
 
 
 @exercise("01.easy", "a list of your verdicts, 1 or 0, in the order of the draw")
@@ -77,11 +69,10 @@ def blind_rule(run: Run, answer: Any, policy: Policy | None) -> str:
     outcomes = []
     for pair in train:
         swapped = replace(pair, correct=pair.incorrect, incorrect=pair.correct)
-        first, second = float(rule(pair, pair.correct)), float(rule(pair, pair.incorrect))
-        hold(math.isfinite(first) and math.isfinite(second), "a score is not finite.")
+        first, second = scores = [float(rule(pair, x)) for x in (pair.correct, pair.incorrect)]
+        hold(all(map(math.isfinite, scores)), "a score is not finite.")
         hold(
-            (first, second)
-            == (float(rule(swapped, pair.correct)), float(rule(swapped, pair.incorrect))),
+            scores == [float(rule(swapped, x)) for x in (pair.correct, pair.incorrect)],
             "the rule looks at which side a text stands on. It may use the question and the text, "
             "nothing else.",
         )

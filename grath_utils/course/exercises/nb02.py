@@ -6,13 +6,7 @@ from typing import Any
 
 import torch
 
-from grath_utils.course.exercises.judging import (
-    base_model,
-    exercise,
-    finite_numbers,
-    hold,
-    near,
-)
+from grath_utils.course.exercises.judging import base_model, exercise, finite_numbers, hold, near
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run

@@ -6,13 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import (
-    NotYetError,
-    exercise,
-    finite_numbers,
-    hold,
-    near,
-)
+from grath_utils.course.exercises.judging import NotYetError, exercise, hold, near, two_shares
 from grath_utils.engine.models import Policy
 from grath_utils.evaluation.benchmarks import BENCHMARKS, Item, load_benchmark
 from grath_utils.evaluation.metrics import mc1
@@ -35,24 +29,24 @@ def _measured(run: Run) -> list[tuple[tuple[Item, ...], list[Any], list[Any]]]:
     return found
 
 
+def _moved(before: list[Any], after: list[Any]) -> np.ndarray:
+    pairs = zip(before, after, strict=True)
+    return np.array([b["metrics"]["mc2"] - a["metrics"]["mc2"] for a, b in pairs])
+
+
 @exercise("04.easy", "(three positions that rose most, three that fell most)")
 def movers(run: Run, answer: Any, policy: Policy | None) -> str:
     rose, fell = (sorted(int(index) for index in part) for part in answer)
     hold(len(set(rose)) == len(set(fell)) == 3, "three different items on each side.")
     for items, before, after in _measured(run):
-        moved = np.array(
-            [b["metrics"]["mc2"] - a["metrics"]["mc2"] for a, b in zip(before, after, strict=True)]
-        )
         if max(rose + fell) >= len(items) or min(rose + fell) < 0:
             continue
-        order = np.sort(moved)
         # By value, not by item: equally large changes are equally right.
-        if near(np.sort(moved[fell]), order[:3], 1e-9) and near(
-            np.sort(moved[rose]), order[-3:], 1e-9
-        ):
+        moved = _moved(before, after)
+        order, up, down = np.sort(moved), np.sort(moved[rose]), np.sort(moved[fell])
+        if near(down, order[:3], 1e-9) and near(up, order[-3:], 1e-9):
             return "these moved most. A story about them needs other items to be tested on."
-        if near(np.sort(moved[rose]), order[:3], 1e-9):
-            raise NotYetError("rose and fell are exchanged.")
+        hold(not near(up, order[:3], 1e-9), "rose and fell are exchanged.")
     raise NotYetError(
         "other items moved further. Positions in `test.items`, counted from 0; MC2 after minus "
         "before."
@@ -61,8 +55,7 @@ def movers(run: Run, answer: Any, policy: Policy | None) -> str:
 
 @exercise("04.medium", "(MC1 by the mean before, after), as fractions")
 def mean_mc1(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = finite_numbers(answer, 2)
-    hold(all(0 <= value <= 1 for value in found), "give two fractions between 0 and 1.")
+    found = two_shares(answer, "fractions")
     for items, before, after in _measured(run):
         wanted, by_sum = [], []
         for rows in (before, after):
@@ -91,9 +84,7 @@ def power_curve(run: Run, answer: Any, policy: Policy | None) -> str:
     sizes = sorted(curve)
     sizes = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
     for _, before, after in _measured(run):
-        moved = np.array([b["metrics"]["mc2"] for b in after]) - np.array(
-            [a["metrics"]["mc2"] for a in before]
-        )
+        moved = _moved(before, after)
         shifted = moved - moved.mean() + 0.02
         simulated = [_power(shifted, n, run.config.seed) for n in sizes]
         # Two simulations of some two hundred tests each differ by chance.

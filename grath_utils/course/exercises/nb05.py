@@ -6,12 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import (
-    exercise,
-    finite_numbers,
-    hold,
-    near,
-)
+from grath_utils.course.exercises.judging import exercise, finite_numbers, hold, hold_in_order, near
 from grath_utils.engine.models import Policy
 from grath_utils.evaluation.statistics import items_needed
 from grath_utils.files import notebooks_dir, read_jsonl
@@ -62,7 +57,7 @@ def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
                 gains[annotated].append(b["arc_dev_acc"] - a["arc_dev_acc"])
     wanted = [float(np.mean(gains[kind])) for kind in (True, False)]
     found = finite_numbers(answer, 2)
-    hold(not near(found[::-1], wanted, 0.05), "in the other order: annotated first.")
+    hold_in_order(found, wanted, 0.05, "annotated")
     hold(
         near(found, wanted, 0.05),
         "at least one mean is another one. ARC in points, 1e-3 minus 2e-4, rounds that differ in "

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 
-from grath_utils.config import load_config
-from grath_utils.course.exercises.judging import (
-    exercise,
-    finite_numbers,
-    hold,
-    near,
-)
+from grath_utils.config import Config, load_config
+from grath_utils.course.exercises.judging import exercise, finite_numbers, hold, hold_in_order, near
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import Policy
 from grath_utils.errors import did_you_mean
@@ -45,10 +41,7 @@ def micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
         max((n for n in sizes if needed(n, kept) <= device.memory), default=0)
         for kept in (False, True)
     ]
-    hold(
-        found != wanted[::-1] or wanted[0] == wanted[1],
-        "in the other order: without checkpointing first.",
-    )
+    hold_in_order(found, wanted, 0, "without checkpointing")
     for value, right, kept in zip(found, wanted, (False, True), strict=True):
         which = "with" if kept else "without"
         hold(
@@ -90,9 +83,9 @@ def eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
 @exercise("06.hard", "(backward over forward with an adapter, the same with all weights trained)")
 def backward_share(run: Run, answer: Any, policy: Policy | None) -> str:
     found = finite_numbers(answer, 2)
-    wanted = [_backward_over_forward(run, everything=every) for every in (False, True)]
+    wanted = [backward_over_forward(run.config, everything=every) for every in (False, True)]
     slack = 0.08  # kernels differ in what is counted of attention
-    hold(not near(found[::-1], wanted, slack), "in the other order: the adapter first.")
+    hold_in_order(found, wanted, slack, "the adapter")
     hold(
         not near(found, [1 / ratio for ratio in wanted], slack),
         "upside down: backward over forward.",
@@ -121,14 +114,14 @@ def backward_share(run: Run, answer: Any, policy: Policy | None) -> str:
     return f"freezing the base saves {1 - (1 + wanted[0]) / (1 + wanted[1]):.0%} of a step."
 
 
-def _backward_over_forward(run: Run, *, everything: bool) -> float:
+@functools.cache
+def backward_over_forward(config: Config, *, everything: bool) -> float:
     """Count both passes of a model of the run's shape; no weight is stored, nothing computed."""
-    from peft import LoraConfig as PeftLora
-    from peft import get_peft_model
+    import peft
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = shape_of(run.config.model)
+    shape = shape_of(config.model)
     sizes = LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -143,10 +136,10 @@ def _backward_over_forward(run: Run, *, everything: bool) -> float:
     with torch.device("meta"):
         model: torch.nn.Module = LlamaForCausalLM(sizes)
         if not everything:
-            targets = shape.lora_targets(run.config.lora)
-            settings = PeftLora(r=run.config.lora.r, target_modules=targets)
+            targets = shape.lora_targets(config.lora)
+            settings = peft.LoraConfig(r=config.lora.r, target_modules=targets)
             with quiet_transformers():
-                model = get_peft_model(model, settings)
+                model = peft.get_peft_model(model, settings)
         rows, tokens = COUNTED
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         mask = torch.zeros(rows, 1, tokens, tokens)  # given, or it would be looked for in the ids
