@@ -57,8 +57,8 @@ def encode_requests(
     """Encode requests; each distinct text is tokenized once.
 
     Raises:
-        ScoringError: names the item, where a request is empty or longer than ``max_length``
-            tokens, or where the tokenizer is a slow one and gives no character offsets.
+        ScoringError: a request is empty or longer than ``max_length`` tokens, or the tokenizer is a
+            slow one; the item is named.
     """
     if requests and not getattr(tokenizer, "is_fast", False):
         raise ScoringError(

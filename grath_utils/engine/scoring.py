@@ -142,8 +142,7 @@ def run_plan(
     Args:
         done: log-probabilities of passes computed before, by their number, to resume from.
         on_batch: called after each pass with its number, its log-probabilities and its tokens.
-        split: divide the passes among the processes of this launch; all return all scores, and
-            ``on_batch`` is called in all.
+        split: divide the passes among the processes of this launch; each is told all of them.
 
     Raises:
         ScoringError: a score is not finite; the item is named.
@@ -288,13 +287,10 @@ def can_run_trees(policy: Policy, longest: int) -> bool:
         return False
     # A primer and three branches, in rows so short that they are cut.
     token = [(7 + 13 * i) % model.get_input_embeddings().num_embeddings for i in range(48)]
+    branches = [token[20:27], token[20:23] + token[30:36], token[36:48]]  # two tokens of prompt
     encoded = [
-        Encoded(np.array(token[:20] + first, dtype=np.int32), tuple(rest), straddles=False)
-        for first, rest in (
-            (token[20:22], token[22:27]),
-            (token[20:22], token[22:23] + token[30:36]),
-            (token[36:38], token[38:48]),
-        )
+        Encoded(np.array(token[:20] + b[:2], dtype=np.int32), tuple(b[2:]), straddles=False)
+        for b in branches
     ]
     requests = [Request("", "", "trial")] * len(encoded)
     plans = [plan_encoded(policy, encoded, batch_tokens=10, method=m) for m in ("tree", "plain")]
@@ -304,10 +300,8 @@ def can_run_trees(policy: Policy, longest: int) -> bool:
         scores = [run_plan(policy, requests, plan) for plan in plans]
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False  # the ways in which models refuse a mask, a cache or a position
-    per_token = 1e-3 if model.dtype == torch.float32 else HALF_PRECISION_NATS
-    return all(
-        abs(a.logprob - b.logprob) <= per_token * a.tokens for a, b in zip(*scores, strict=True)
-    )
+    nats = 1e-3 if model.dtype == torch.float32 else HALF_PRECISION_NATS
+    return all(abs(a.logprob - b.logprob) <= nats * a.tokens for a, b in zip(*scores, strict=True))
 
 
 @torch.inference_mode()
