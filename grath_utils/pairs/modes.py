@@ -27,22 +27,14 @@ MODES: dict[str, PairMode] = {
 
 
 def find_mode(name: str) -> PairMode:
-    """Return a mode's row.
-
-    Raises:
-        ConfigError: there is no such mode; the nearest name is given.
-    """
+    """Return a mode's row, or raise :class:`ConfigError` with the nearest name."""
     if name not in MODES:
         raise ConfigError(f'"pairs.mode" cannot be "{name}"{did_you_mean(name, MODES)}')
     return MODES[name]
 
 
 def check_pairs_config(config: PairsConfig) -> PairMode:
-    """Return the row of the mode, once it is clear that all settings can go together.
-
-    Raises:
-        ConfigError: an unknown mode or filter, or an option that the mode does not heed.
-    """
+    """Return the row of the mode; settings that cannot go together are a :class:`ConfigError`."""
     mode = find_mode(config.mode)
     valid = [*FILTERS, "none"]
     for name in config.filters:

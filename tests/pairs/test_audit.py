@@ -47,6 +47,7 @@ def test_audit_counts():
     assert audit.distinct_correct == 0.5  # "A spirit." comes twice
     assert audit.distinct_incorrect == 1.0
     assert 0 < audit.divergence <= 1
+    assert math.isnan(audit_pairs(PAIRS[2:3], QUESTIONS).gold.decided_share)  # one pair, tied
 
 
 def test_audit_refuses_what_does_not_belong_together():
@@ -62,9 +63,6 @@ def test_wilson_interval():
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
     assert wilson(0, 10)[0] == 0.0
     assert wilson(10, 10)[1] == pytest.approx(1.0)
-
-
-# --- words and n-grams ----------------------------------------------------------------------------
 
 
 def test_word_f1_does_not_favour_short_answers():
@@ -101,9 +99,6 @@ def test_distinct_share():
     assert distinct_share(["A b.", "a B", "c"]) == pytest.approx(1 / 3)
 
 
-# --- distances -----------------------------------------------------------------------------------
-
-
 def test_word_divergence_has_known_ends():
     assert word_divergence(["one two"], ["two one"]) == pytest.approx(0.0)
     assert word_divergence(["one two"], ["three four"]) == pytest.approx(1.0)
@@ -130,8 +125,3 @@ def test_embeddings_do_not_depend_on_the_batch(tiny_policy):
     assert together.shape == (4, 64)
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.ptp(together, axis=0).max() > 0.01
-
-
-def test_gold_share_without_decided_pairs_is_not_a_number():
-    gold = audit_pairs(PAIRS[2:3], QUESTIONS).gold
-    assert math.isnan(gold.decided_share)

@@ -74,21 +74,7 @@ def test_restated_question_is_kept_apart():
 # --- properties ----------------------------------------------------------------------------------
 
 LABEL_SOUP = st.lists(
-    st.sampled_from(
-        [
-            "Correct answer",
-            "Incorrect answer",
-            "Question",
-            ":",
-            "\n",
-            " ",
-            "**",
-            "1.",
-            "x",
-            "\r",
-            '"',
-        ]
-    ),
+    st.sampled_from('Correct answer|Incorrect answer|Question|:|\n| |**|1.|x|\r|"'.split("|")),
     max_size=40,
 ).map("".join)
 
@@ -118,10 +104,7 @@ preambles = st.text(alphabet="ABDFGJKMVXYZ \n,.!", max_size=80)
 @given(preambles, answers, answers, st.booleans(), st.sampled_from(["", "1. ", "- ", "**", "> "]))
 def test_round_trip_and_no_preamble_in_an_answer(preamble, correct, incorrect, swap, mark):
     end = "**" if mark == "**" else ""
-    lines = [
-        f"{mark}Correct answer:{end} {correct}",
-        f"{mark}Incorrect answer:{end} {incorrect}",
-    ]
+    lines = [f"{mark}Correct answer:{end} {correct}", f"{mark}Incorrect answer:{end} {incorrect}"]
     text = "\n".join([preamble, *(reversed(lines) if swap else lines)])
     parsed = parse_pair(text)
     assert (parsed.correct, parsed.incorrect) == (correct, incorrect)
@@ -170,20 +153,10 @@ FILTERED = [
     (Parsed("It burns.", "The metal spoon feels cold in the hand."), Reason.QUESTION_COPY),
     (Parsed("It cools.", "It burns.", "Who painted that picture?"), Reason.OTHER_QUESTION),
     (Parsed("Shown before.", "It burns."), Reason.OTHER_QUESTION),
-    (
-        Parsed(
-            "Heat.",
-            "It is cold because " + "of the wind outside " * 2 + "at night again, as one "
-            "knows from long walks over snowy fields.",
-        ),
-        Reason.LENGTH_RATIO,
-    ),
+    (Parsed("Heat.", "Cold air came in at night" * 4), Reason.LENGTH_RATIO),
     (Parsed("I don't know.", "It burns."), Reason.NON_ANSWER),
     (Parsed("It cools.", "As an AI model I cannot say."), Reason.NON_ANSWER),
-    (
-        Parsed("It takes heat, it takes heat, it takes heat", "Heat enters it from a warm hand."),
-        Reason.REPETITION,
-    ),
+    (Parsed("It takes heat, it takes heat, it takes heat", "Heat enters it."), Reason.REPETITION),
 ]
 
 

@@ -33,23 +33,18 @@ def test_pair_prompt_has_the_official_structure(mode):
         first, second = user["content"].split("\n")
         asked = first.removeprefix("Consider the following question: ")
         assert asked != first
-        assert "correct answer" in second
-        assert "incorrect answer" in second
-        lines = assistant["content"].split("\n")
-        assert lines[0] == f"Question: {asked}"
-        assert lines[1].startswith("Correct answer: ")
-        assert lines[2].startswith("Incorrect answer: ")
-        assert len(lines) == 3
+        assert "one correct answer and one incorrect answer" in second
+        question, correct, incorrect = assistant["content"].split("\n")
+        assert question == f"Question: {asked}"
+        assert correct.startswith("Correct answer: ")
+        assert incorrect.startswith("Incorrect answer: ")
     assert messages[-1]["content"].startswith("Consider the following question: Why?\n")
 
 
 @pytest.mark.parametrize("mode", ["paper", "default"])
 def test_demonstrations_pass_their_own_parser_and_filters(mode):
-    for shot, message in zip(
-        demonstrations(mode, "pair", 6),
-        pair_messages("Why?", demonstrations(mode, "pair", 6))[1::2],
-        strict=True,
-    ):
+    shots = demonstrations(mode, "pair", 6)
+    for shot, message in zip(shots, pair_messages("Why?", shots)[1::2], strict=True):
         parsed = parse_pair(message["content"])
         assert (parsed.correct, parsed.incorrect) == (shot.correct, shot.incorrect)
         if shot.correct != "I have no comment.":
@@ -63,14 +58,8 @@ def test_zero_shot_and_too_many_shots():
 
 
 def test_sets_of_demonstrations_are_disjoint():
-    sets = [
-        {d.question for d in demonstrations(mode, kind, 6)}
-        for mode, kind in (("paper", "pair"), ("default", "pair"), ("default", "single"))
-    ]
-    assert [len(s) for s in sets] == [6, 6, 6]
-    assert not sets[0] & sets[1]
-    assert not sets[0] & sets[2]
-    assert not sets[1] & sets[2]
+    sets = (("paper", "pair"), ("default", "pair"), ("default", "single"))
+    assert len({shot.question for each in sets for shot in demonstrations(*each, 6)}) == 18
 
 
 def test_only_paper_mode_shows_benchmark_text():
@@ -89,16 +78,10 @@ def test_single_answer_prompts_differ_in_kind_only():
 
 
 def test_candidates_are_shown_only_where_given():
-    asked = pair_messages("Why?", (), candidates=("this", "that"))[-1]["content"]
-    assert "this; that" in asked
+    for kind in ("pair", "correct"):
+        (message,) = answer_messages("Why?", (), kind, candidates=("this", "that"))
+        assert "this; that" in message["content"]
     assert "candidates" not in pair_messages("Why?", ())[-1]["content"]
-    assert (
-        "this; that"
-        in answer_messages("Why?", (), "correct", candidates=("this", "that"))[-1]["content"]
-    )
-
-
-# --- rendering -----------------------------------------------------------------------------------
 
 
 def test_chat_prompt_ends_where_the_answer_begins(tokenizer):
