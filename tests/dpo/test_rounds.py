@@ -207,10 +207,11 @@ def test_an_interrupted_round_ends_with_the_same_adapter_and_log(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    # An epoch has four steps, and the only checkpoint is written in the middle of the second.
-    epochs = {"steps": 8, "save_every": 6, "batch_size": 1, "micro_batch_size": 1}
-    one_round(base, whole, **epochs)
-    settings = {**epochs, "report_to": ("tensorboard",)}
+    # An epoch has four steps; the only checkpoint is written in the middle of the second one, and
+    # where nothing is measured on held-out pairs.
+    settings = {"steps": 8, "save_every": 6, "evaluate_every": 4}
+    settings |= {"batch_size": 1, "micro_batch_size": 1, "report_to": ("tensorboard",)}
+    one_round(base, whole, **settings)
 
     class Interrupted(trainer._Watch):
         def on_step_begin(self, args, state, control, **kwargs):
