@@ -119,6 +119,7 @@ def test_hub_data_set_with_configuration_and_column(monkeypatch):
         ("arc_chalenge", 'did you mean "arc_challenge"'),
         ("nowhere.jsonl", "no such file"),
         ("word", "valid ones are"),
+        (str(Path(__file__).parent), "is a folder"),
     ],
 )
 def test_unknown_source(source, message):
@@ -168,10 +169,7 @@ def test_malformed_csv(tmp_path):
     with pytest.raises(DataError, match="line 2: not valid CSV"):
         load(path)
     assert load(path, skip_bad=True).skipped == {"malformed": 1}
-
-
-def test_the_right_column_is_suggested(tmp_path):
-    path = write(tmp_path / "q.csv", "questions,x", "a?,1")
+    write(path, "questions,x", "a?,1")
     with pytest.raises(DataError, match='did you mean "questions"'):
         load(path)
 
@@ -184,11 +182,6 @@ def test_empty_file(tmp_path, content):
         load(path, skip_bad=True)
 
 
-def test_folder_in_place_of_a_file(tmp_path):
-    with pytest.raises(DataError, match="is a folder"):
-        load(tmp_path)
-
-
 # --- limit, split, round trip ---------------------------------------------------------------------
 
 
@@ -197,7 +190,8 @@ def numbered(tmp_path, count=40) -> Path:
 
 
 def test_limit_is_drawn_by_the_seed_in_the_order_of_the_source(tmp_path):
-    config = QuestionsConfig(source=str(numbered(tmp_path)), limit=10)
+    path = numbered(tmp_path)
+    config = QuestionsConfig(source=str(path), limit=10)
     one, again, other = (load_questions(config, seed) for seed in (1, 1, 2))
     assert one == again
     assert one.fingerprint != other.fingerprint
@@ -205,12 +199,7 @@ def test_limit_is_drawn_by_the_seed_in_the_order_of_the_source(tmp_path):
     assert len(numbers) == 10
     assert numbers == sorted(numbers)
     assert numbers != list(range(10))
-
-
-def test_ids_do_not_depend_on_the_limit(tmp_path):
-    path = numbered(tmp_path)
-    ids = {q.text: q.id for q in load(path).questions}
-    assert all(ids[q.text] == q.id for q in load(path, limit=7).questions)
+    assert set(one.questions) < set(load(path).questions)  # ids do not depend on the limit
 
 
 def test_split_is_by_question_and_by_seed(tmp_path):
