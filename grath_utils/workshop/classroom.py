@@ -58,10 +58,10 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of machine that wheels are packed for."""
+    """A kind of machine that wheels are packed for, as :mod:`platform` names it there."""
 
-    system: str  # as `platform.system()` returns it there: Linux, Windows, Darwin
-    machine: str  # as `platform.machine()` returns it there: x86_64, AMD64, arm64, aarch64
+    system: str  # Linux, Windows, Darwin
+    machine: str  # x86_64, AMD64, arm64, aarch64
     python: str  # such as 3.12
     tags: tuple[str, ...] = ()  # pip's platform tags; empty for the machine that packs
 
@@ -135,12 +135,8 @@ def make_classroom(
 ) -> Path:
     """Make or complete a classroom folder, and return it.
 
-    Args:
-        to: the folder; made if need be.
-        run: the run to pack as a checkpoint; stages that it lacks are done first.
-        targets: kinds of machines to pack the packages for.
-        mirror: a benchmark mirror to pack.
-        say: called with lines of progress.
+    Stages that the run lacks are done first; it is packed as a checkpoint. The packages are those
+    for each of ``targets``, besides what an earlier call collected for others.
 
     Raises:
         UsageError: the run cannot be repeated elsewhere, or the place is wrong.
@@ -259,14 +255,10 @@ def start_page(packed: Iterable[dict[str, Any]]) -> str:
 def collect_wheels(
     folder: Path, lock: Path, target: Target, *, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Bring every package for a kind of machine into a folder of wheels.
+    """Bring every package for a kind of machine into a folder; return its entry in the manifest.
 
     For this machine pip takes the CPU build of torch, and builds what exists as source only. For
-    others it takes wheels alone.
-
-    Returns:
-        The manifest's entry: the machine, ``lock`` (its checksum), the names of the ``wheels``,
-        and what could not be had (``missing``).
+    others it takes wheels alone, and what could not be had is noted as ``missing``.
 
     Raises:
         FetchError: packages for this machine cannot be had.

@@ -54,13 +54,13 @@ def check(folder: Path) -> None:
             "error: this folder was packed without packages (--no-wheels). With a network, `make "
             "setup` in course/ installs them; GRATH_CACHE=model is the model then"
         )
-    python = "{}.{}".format(*sys.version_info)
-    here = f"Python {python} on {platform.system()} {platform.machine()}"
-    known = ["Python {python} on {system} {machine}".format(**t) for t in manifest["targets"]]
+    here = "{}.{} on {} {}".format(*sys.version_info[:2], platform.system(), platform.machine())
+    known = ["{python} on {system} {machine}".format(**t) for t in manifest["targets"]]
     if here not in known:
         sys.exit(
-            f"error: this is {here}, and the folder has packages for: {'; '.join(known)}. Use such "
-            "a Python, or have the folder packed with --platform and --python-version for yours"
+            f"error: this is Python {here}, and the folder has packages for: Python "
+            f"{'; Python '.join(known)}. Use such a Python, or have the folder packed with "
+            "--platform and --python-version for yours"
         )
     wrong = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
     if wrong:

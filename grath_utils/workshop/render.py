@@ -131,16 +131,10 @@ def render(
 ) -> list[Path]:
     """Bring the outputs of committed notebooks up to date from a run; return those written.
 
-    Only notebooks whose stamp does not match are touched. Outputs come from the executed copy in
-    ``RUN/notebooks/`` if it was made from the same code; otherwise the notebook is executed on the
-    run directory, whose finished stages are not done again. Side trips have no profile and are
-    executed as they are. If only prose was edited, the outputs stay.
-
-    Args:
-        run: the run directory and its configuration.
-        notebooks: which ones; all if empty.
-        again: take the outputs over even if the stamp matches.
-        say: called with a line for each notebook, and for what is still wrong with it.
+    Only notebooks whose stamp does not match are touched (or, ``again``, all that are named; none
+    means every one). If only prose was edited, the outputs stay. Otherwise they come from the
+    executed copy in ``RUN/notebooks/``, made now if there is none from this code. Side trips have
+    no profile and are executed as they are.
 
     Raises:
         GrathError: a cell failed, or a notebook is too large with its outputs.
