@@ -23,7 +23,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def interval(value: float, ci95: Sequence[float], spec: str = ".1f") -> str:
+def with_interval(value: float, ci95: Sequence[float], spec: str = ".1f") -> str:
     """Return ``25.1 [21.0, 29.1]``; ``spec`` is the format of each number."""
     low, high = ci95
     return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"

@@ -19,7 +19,7 @@ from grath_utils.loop.state import results, run_state
 from grath_utils.pairs.audit import audit_pairs, wilson
 from grath_utils.pairs.generate import read_pairs
 from grath_utils.pairs.words import ngram_f1
-from grath_utils.text import interval
+from grath_utils.text import with_interval
 
 ROUND_COLUMNS = (
     "model",
@@ -69,7 +69,7 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
         rows.append(
             (
                 f"round {t}" if t else "base",
-                *(interval(*mean, "+.2f") if mean else "not measured" for mean in means),
+                *(with_interval(*mean, "+.2f") if mean else "not measured" for mean in means),
                 f"{health['words']:.1f}",
                 *(f"{health[key]:.0%}" for key in ("distinct", "repetition", "non_answers")),
                 "; ".join(warned) or "none",

@@ -19,7 +19,7 @@ from grath_utils.files import atomic_path, read_jsonl, write_text
 from grath_utils.loop.run_dir import Run, model_label
 from grath_utils.loop.stages import run_pairs
 from grath_utils.loop.state import comparison_rows, results, run_state
-from grath_utils.text import interval, percent, table
+from grath_utils.text import percent, table, with_interval
 
 TEMPLATES = Environment(
     loader=PackageLoader("grath_utils.course", "."),
@@ -47,7 +47,7 @@ def comparison_table(run: Run, form: str) -> str:
     rows = []
     for row in found:
         numbers = [
-            interval(100 * row[part]["value"], [100 * end for end in row[part]["ci95"]], spec)
+            with_interval(100 * row[part]["value"], [100 * end for end in row[part]["ci95"]], spec)
             for part, spec in (("before", ".1f"), ("after", ".1f"), ("difference", "+.1f"))
         ]
         rows.append((row["benchmark"], row["metric"], str(row["n"]), *numbers))

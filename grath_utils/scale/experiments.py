@@ -25,7 +25,7 @@ from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import label, read_grid
 from grath_utils.scale.sweep_results import PointOutcome
 from grath_utils.scale.sweeps import run_here
-from grath_utils.text import interval
+from grath_utils.text import with_interval
 
 _CPU = parse_overrides(
     "questions.limit=32 pairs.candidates=2 dpo.steps=6 dpo.batch_size=8 dpo.warmup_steps=1 "
@@ -191,7 +191,7 @@ def verdicts(rows: Sequence[Difference]) -> list[tuple[Any, ...]]:
     table = []
     for name, found in rows:
         low, high = (100 * bound for bound in found["ci95"])
-        shown = interval(100 * found["value"], (low, high), "+.1f")
+        shown = with_interval(100 * found["value"], (low, high), "+.1f")
         if not found["gained"] + found["lost"]:  # no spread, so nothing to estimate it from
             least, verdict = "unknown", "no item moved"
         else:

@@ -21,7 +21,7 @@ from grath_utils.evaluation.statistics import t_interval
 from grath_utils.figures.plots import plot_sweep, plt
 from grath_utils.files import atomic_path, read_json, write_text
 from grath_utils.scale.grids import SHARED_SECTIONS, cell_of, label
-from grath_utils.text import interval
+from grath_utils.text import with_interval
 
 PANELS_OF_A_BENCHMARK = 2  # metrics of each benchmark in the figure; the headline stands first
 LONGEST_ERROR = 300
@@ -207,4 +207,4 @@ def report_text(
 
 def _points(change: Mapping[str, Any]) -> str:
     mean, bounds = 100 * change["mean"], [100 * bound for bound in change["ci95"] or ()]
-    return interval(mean, bounds, "+.1f") if bounds else f"{mean:+.1f}"
+    return with_interval(mean, bounds, "+.1f") if bounds else f"{mean:+.1f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grath_utils.text import duration, interval, table
+from grath_utils.text import duration, table, with_interval
 
 ROWS = [("a <b>", 1.23456, 3), ("c", 12345.0, 12)]
 
@@ -31,5 +31,5 @@ def test_times_and_intervals() -> None:
     assert [duration(s) for s in (5, 125, 5000, 20_000, 500_000)] == [
         "5 s", "2.1 min", "83 min", "5.6 h", "6 days",
     ]  # fmt: skip
-    assert interval(25.12, (21, 29.1)) == "25.1 [21.0, 29.1]"
-    assert interval(0.5, (-0.25, 1), "+.2f") == "+0.50 [-0.25, +1.00]"
+    assert with_interval(25.12, (21, 29.1)) == "25.1 [21.0, 29.1]"
+    assert with_interval(0.5, (-0.25, 1), "+.2f") == "+0.50 [-0.25, +1.00]"
