@@ -36,7 +36,7 @@ print(*compare(result, result)["metrics"])
 def test_the_page_on_adding_a_benchmark(tiny_llama: Path, tmp_path: Path) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = page.partition("## Add a benchmark")[2].partition("\n## ")[0]
-    code, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    code, line = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
     new, registry = re.findall(r"`(grath_utils/evaluation/benchmarks/\w+\.py)`", section)
     for name in ("grath_utils", "data"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -77,7 +77,7 @@ print(model_card(start_run(f"{folder}/run", load_config("smoke", overrides)), 0)
 def test_the_page_on_adding_a_mode(tiny_llama, questions, tmp_path):
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = page.partition("## Add a pair mode")[2].partition("\n## ")[0]
-    code, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    code, line = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
     new, registry = re.findall(r"`(grath_utils/pairs/\w+\.py)`", section)
     for name in ("grath_utils", "data"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
