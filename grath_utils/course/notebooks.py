@@ -18,7 +18,7 @@ from grath_utils.loop.stages import start_run
 from grath_utils.text import table
 
 PARAMETERS = ("PROFILE", "RUN_DIR", "SEED", "OVERRIDES")
-PACKAGES = ("torch", "transformers", "trl", "peft")
+SHOWN_PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()
     questions, resolved, versions = info["questions"], info["resolved"], info["versions"]
-    packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES)
+    packages = ", ".join(f"{name} {versions[name]}" for name in SHOWN_PACKAGES)
     print(
         f"Run       {run.path} (profile {profile}, seed {config.seed})\n"
         f"Model     {config.model.name}, quantization {config.model.quantization}\n"

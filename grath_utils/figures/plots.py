@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 
 from grath_utils.evaluation.statistics import t_interval
 
-Row = Mapping[str, Any]
+Measured = Mapping[str, Any]
 Numbers = Sequence[float]
 Interval = Numbers | None  # its two ends
 Bars = Mapping[str, Mapping[str, float]]  # name of a bar -> part -> size
@@ -129,7 +129,7 @@ def _model_name(label: str) -> str:
     return f"round {_model_order(label)}" if _model_order(label) else "base"
 
 
-def in_percent(result: Row, metric: str) -> tuple[float, list[float]]:
+def in_percent(result: Measured, metric: str) -> tuple[float, list[float]]:
     """Return a metric of a result and its interval."""
     found = result["metrics"][metric]
     return 100 * found["value"], [100 * end for end in found["ci95"]]
@@ -170,7 +170,7 @@ def _explain(figure: Figure, looks: Looks) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=len(looks), fontsize=9)
 
 
-def plot_reject_reasons(pairs: int, rejects: Sequence[Row]) -> Figure:
+def plot_reject_reasons(pairs: int, rejects: Sequence[Measured]) -> Figure:
     """Show how many completions became pairs, and why the others did not."""
     reasons = Counter(str(row["reason"]).replace("_", " ") for row in rejects).most_common()
     names, counts = zip(("usable pair", pairs), *reasons, strict=True)
@@ -230,7 +230,7 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
     return figure
 
 
-def plot_training(log: Sequence[Row], title: str = "") -> Figure:
+def plot_training(log: Sequence[Measured], title: str = "") -> Figure:
     """Show a round's loss, margin, log-probabilities and gradient norm."""
     figure, grid = new_axes(2, 2, width=8.5, height=6.2)
     loss, margin, answers, gradient = grid.flat
@@ -257,14 +257,14 @@ def plot_training(log: Sequence[Row], title: str = "") -> Figure:
     return figure
 
 
-def _curve(axis: Axes, rows: Sequence[Row], key: str, *, begin: int = 0, **look: Any) -> None:
+def _curve(axis: Axes, rows: Sequence[Measured], key: str, *, begin: int = 0, **look: Any) -> None:
     """Draw a number of a training log over its steps, where it was logged."""
     points = [(begin + row["step"], row[key]) for row in rows if key in row]
     if points:
         axis.plot(*zip(*points, strict=True), **look)
 
 
-def plot_rounds(logs: Sequence[Sequence[Row]]) -> Figure:
+def plot_rounds(logs: Sequence[Sequence[Measured]]) -> Figure:
     """Show log-probabilities and the margin over all rounds; held out where there are such rows."""
     figure, axes = new_axes(1, 2, width=9.6, height=3.3)
     answers, margin = axes
@@ -346,7 +346,7 @@ METRIC_NAMES = {
 }
 
 
-def plot_metrics(results: Mapping[str, Mapping[str, Row]]) -> Figure:
+def plot_metrics(results: Mapping[str, Mapping[str, Measured]]) -> Figure:
     """Show every metric of every model of :func:`.state.results`, with its 95 % interval."""
     panels = [
         (benchmark, metric)
@@ -381,7 +381,7 @@ def plot_choices(
     return figure
 
 
-def plot_differences(rows: Sequence[tuple[str, Row]]) -> Figure:
+def plot_differences(rows: Sequence[tuple[str, Measured]]) -> Figure:
     """Show paired changes with their 95 % intervals around the line of no change.
 
     A row is a name and a difference as :func:`.measure.compare` returns it.
@@ -395,7 +395,7 @@ def plot_differences(rows: Sequence[tuple[str, Row]]) -> Figure:
     return figure
 
 
-def plot_sweep(panels: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
+def plot_sweep(panels: Sequence[tuple[str, Sequence[Measured]]]) -> Figure:
     """Show the change in every cell of a sweep: each seed, their mean, its interval over seeds.
 
     A panel is (title, cells) for one metric, with the same cells in all panels. A cell has
@@ -419,7 +419,7 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
     return figure
 
 
-def plot_controls(results: Mapping[str, Row]) -> Figure:
+def plot_controls(results: Mapping[str, Measured]) -> Figure:
     """Show every model's MC1 on a benchmark beside what question-blind rules reach on it."""
     controls = next(iter(results.values()))["controls"]
     rules = {rule: 100 * value for rule, value in controls.items() if rule != "uniform_mc2"}
@@ -437,7 +437,7 @@ def plot_controls(results: Mapping[str, Row]) -> Figure:
     return figure
 
 
-def plot_category_change(before: Row, after: Row) -> Figure:
+def plot_category_change(before: Measured, after: Measured) -> Figure:
     """Show MC2 in each category in two results on the same items, and the paired change."""
     values: dict[str, list[tuple[float, float]]] = {}
     for first, second in zip(before["items"], after["items"], strict=True):

@@ -79,7 +79,7 @@ class _BadRow(Exception):
     """A row that cannot be used: (reason in a word, sentence for the error message)."""
 
 
-Row = tuple[str, Any]
+LocatedRow = tuple[str, Any]
 """Where a row stands and what is there, or the :class:`_BadRow` that says why it is no row."""
 
 
@@ -124,7 +124,7 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     return QuestionSet(source, tuple(kept), dict(skipped))
 
 
-def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[Row]]:
+def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
     """Return the source in words, and its rows."""
     name, split = config.source, config.split
     if name == "own":
@@ -195,7 +195,7 @@ def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
     return tuple(map(str, texts)), gold
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[LocatedRow]:
     """Read a file; a bad line becomes a :class:`_BadRow`, so that it spoils no other."""
     try:
         # What is not UTF-8 becomes surrogates, for _question.
@@ -233,7 +233,7 @@ def _csv_rows(lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
         yield reader.line_num, row
 
 
-def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[Row]:
+def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[LocatedRow]:
     from datasets import load_dataset
 
     try:

@@ -42,7 +42,7 @@ STAMP = "grath"
 LARGEST = 400_000
 """Bytes that a committed notebook may have: GitHub shows it at once, and a clone stays small."""
 FIGURE_COLOURS = 64  # few enough for a small file, more than a figure here uses
-PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
+STAMPED_PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
 COST = ("seconds", "peak_memory_gib", "stages", "files", "date")
 DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
 
@@ -243,7 +243,7 @@ def take_over(
         "source_sha256": source_digest(source.cells),
         "code_sha256": source_digest(source.cells, code_only=True),
         "profile": profile,
-        "versions": {name: facts["versions"][name] for name in PACKAGES},
+        "versions": {name: facts["versions"][name] for name in STAMPED_PACKAGES},
         "device": {name: facts["device"][name] for name in DEVICE},
         "cost": {name: most.get(name) for name in COST},
     }

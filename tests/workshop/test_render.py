@@ -29,7 +29,7 @@ from grath_utils.workshop.render import (
 )
 
 FACTS = {
-    "versions": dict.fromkeys(rendering.PACKAGES, "1.0"),
+    "versions": dict.fromkeys(rendering.STAMPED_PACKAGES, "1.0"),
     "device": dict.fromkeys(rendering.DEVICE, 2),
 }
 PARAMETERS = 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""'
