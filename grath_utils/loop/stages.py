@@ -322,10 +322,10 @@ def run_stages(run: Run, *, progress: bool = True, say: Callable[[str], None] = 
 
 def _note_done(run: Run) -> None:
     """Note what is there: a process may have been killed just before it noted its work."""
-    for stage in plan_stages(run):
-        if stage.done:
-            for path in filter(Path.exists, (*stage.beside, stage.output)):
-                record_made(run, path)
+    done = (stage for stage in plan_stages(run) if stage.done)
+    made = (path for stage in done for path in (*stage.beside, stage.output))
+    for path in filter(Path.exists, (run.questions, *made)):
+        record_made(run, path)
 
 
 def check_ready(run: Run, needed: Sequence[Path], notebook: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from helpers import config_for, make_tiny_llama, write_pairs
 
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
-from grath_utils.files import read_jsonl, write_json, write_jsonl
+from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run, load_run, model_label
 from grath_utils.loop.stages import (
     check_ready,
@@ -19,6 +19,7 @@ from grath_utils.loop.stages import (
     plan_stages,
     run_pairs,
     run_questions,
+    run_stages,
     start_run,
     train_iteration,
 )
@@ -218,6 +219,15 @@ def test_what_was_deleted_is_made_again_the_same(run: Run) -> None:
     shutil.rmtree(run.adapter(0))
     train_iteration(start_run(run.path, run.config), 0, progress=False)
     assert run.manifest.read_bytes() == made
+
+
+def test_what_a_killed_process_had_made_and_not_noted_is_noted(run: Run) -> None:
+    short = with_loop(run, iterations=1)
+    write_pairs(short, 0)
+    run.manifest.unlink()  # as if killed right after each file
+    run_stages(short, progress=False, say=lambda line: None)
+    noted = read_json(run.manifest)
+    assert {"questions.jsonl", "iter_0/pairs.jsonl", "iter_0/adapter"} <= noted.keys()
 
 
 def test_what_no_longer_fits_is_named(run: Run) -> None:
