@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,8 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A few pairs and a short round, for what is about training.
 PAIRS = [
@@ -136,3 +140,24 @@ def write_pairs(run: Run, t: int) -> None:
         for q in run_questions(run)
     ]  # fmt: skip
     write_jsonl(run.pairs(t), rows)
+
+
+def follow_contributing(title: str, room: str, last: str, folder: Path) -> None:
+    """Copy the package to ``folder``, with the file and the line that a section adds.
+
+    Args:
+        title: of the section of CONTRIBUTING.md.
+        room: where both files are, such as ``pairs``.
+        last: the registry's last line, which the new one follows.
+        folder: where the copy goes.
+    """
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {title}")[2].partition("\n## ")[0]
+    code, line = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
+    new, registry = re.findall(rf"`(grath_utils/{room}/\w+\.py)`", section)
+    for name in ("grath_utils", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / new).write_text(code, encoding="utf-8")
+    rows = (folder / registry).read_text(encoding="utf-8")
+    assert last in rows
+    (folder / registry).write_text(rows.replace(last, last + line), encoding="utf-8")

@@ -79,9 +79,16 @@ def _code(notebook: Path) -> list[str]:
     ]
 
 
-def work_done(took: Mapping[str, Any]) -> tuple[int, int]:
-    """Return how much an execution had to do: stages of the run, and files that it left there."""
-    return len(took.get("stages") or []), took.get("files") or 0
+def most_work(*took: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return what that execution took which had the most to do: later ones find the stages done.
+
+    What counts are stages of the run, then files that it left there.
+    """
+
+    def work(one: Mapping[str, Any]) -> tuple[int, int]:
+        return len(one.get("stages") or []), one.get("files") or 0
+
+    return max(filter(None, took), key=work, default=None)
 
 
 def execute_notebook(
@@ -147,7 +154,7 @@ def execute_notebook(
             stages_now, files_now = _contents(run)
             took["stages"] = sorted(stages_now - stages)
             took["files"] = max(files_now - files, 0)
-            took["earlier"] = _most_work(target)
+            took["earlier"] = _earlier(target)
         # Progress bars would stay at 0 %, sliders be dead; what was drawn beside them stays.
         executed["metadata"].pop("widgets", None)
         for outputs in (cell["outputs"] for cell in executed["cells"] if "outputs" in cell):
@@ -162,11 +169,11 @@ def _contents(run: Run) -> tuple[set[str], int]:
     return {stage.id for stage in plan_stages(run) if stage.done}, beside
 
 
-def _most_work(executed: Path) -> dict[str, Any] | None:
-    """Return what that execution took which had the most to do: later ones find the stages done."""
+def _earlier(executed: Path) -> Mapping[str, Any] | None:
+    """Return the most that an execution of the copy that is there now has taken."""
     last = read_json(executed)["metadata"].get("grath_execution", {}) if executed.is_file() else {}
     earlier = last.pop("earlier", None)
-    return max(filter(None, (last, earlier)), key=work_done, default=None)
+    return most_work(last, earlier)
 
 
 def _explained(error: Any, path: Path, failed: Path, cell_timeout: int | None) -> GrathError:

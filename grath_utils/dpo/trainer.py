@@ -177,7 +177,14 @@ def run_trainer(
     with quiet_transformers(), warnings.catch_warnings(action="ignore"):
         trainer = ReadyDataTrainer(
             model=policy.model,
-            args=_arguments(policy, config, folder, seed=seed, evaluates=bool(held_out_rows)),
+            args=_arguments(
+                policy,
+                config,
+                folder,
+                seed=seed,
+                evaluates=bool(held_out_rows),
+                resumed=done > 0,
+            ),
             train_dataset=Dataset.from_list(list(train_rows)),
             eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
             processing_class=policy.tokenizer,
@@ -189,7 +196,6 @@ def run_trainer(
             policy.model.get_parameter(name).data = weights
         trainer.remove_callback(PrinterCallback)  # _Watch shows what matters
         trainer.add_callback(_Watch(config, trackers, progress and processes.is_main()))
-        trainer.args.eval_on_start &= not done  # a resumed round has measured that already
         trainer.train(resume_from_checkpoint=checkpoint)
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
@@ -207,7 +213,13 @@ def _last_checkpoint(folder: Path) -> tuple[int, str | None]:
 
 
 def _arguments(
-    policy: Policy, config: DPOConfig, folder: Path, *, seed: int, evaluates: bool
+    policy: Policy,
+    config: DPOConfig,
+    folder: Path,
+    *,
+    seed: int,
+    evaluates: bool,
+    resumed: bool,
 ) -> TRLConfig:
     split = split_batch(config, processes.size())
     on_cpu = policy.device.type == "cpu"
@@ -241,7 +253,7 @@ def _arguments(
             logging_steps=config.log_every,
             eval_strategy="steps" if evaluates else "no",
             eval_steps=config.evaluate_every,
-            eval_on_start=evaluates,
+            eval_on_start=evaluates and not resumed,  # a resumed round has measured that already
             save_steps=config.save_every,
             save_total_limit=2,
             report_to="none",  # _Watch calls the trackers

@@ -244,6 +244,8 @@ def _record(run: Run, iteration: int, *outputs: Path) -> None:
         RunError: an output was made a second time and is different; what no longer fits is named.
     """
     changed = [path for path in outputs if record_made(run, path)]
+    if not changed:
+        return
     plan = [stage for stage in plan_stages(run) if stage.iteration is not None]
     after = itertools.dropwhile(lambda stage: stage.output not in changed, plan)
     left = [s.output for s in list(after)[1:] if s.iteration >= iteration and s.done]

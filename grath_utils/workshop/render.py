@@ -30,8 +30,8 @@ from grath_utils.course.execute import (
     WIDGET,
     execute_notebook,
     is_current,
+    most_work,
     run_notebooks,
-    work_done,
 )
 from grath_utils.course.notebooks import numbered_notebooks
 from grath_utils.errors import GrathError, UsageError
@@ -238,7 +238,7 @@ def take_over(
                 output.execution_count = number
     last, old = executed.metadata.get("grath_execution", {}), result.metadata.pop(STAMP, {})
     costs = [last, last.get("earlier"), old.get("cost") if old.get("profile") == profile else None]
-    most = max(filter(None, costs), key=work_done, default={})
+    most = most_work(*costs) or {}
     result.metadata[STAMP] = {
         "source_sha256": source_digest(source.cells),
         "code_sha256": source_digest(source.cells, code_only=True),

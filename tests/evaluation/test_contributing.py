@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from helpers import follow_contributing
+
 from grath_utils.files import write_jsonl
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLLOW = """
 import sys
 
@@ -34,17 +34,9 @@ print(*compare(result, result)["metrics"])
 
 
 def test_the_page_on_adding_a_benchmark(tiny_llama: Path, tmp_path: Path) -> None:
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = page.partition("## Add a benchmark")[2].partition("\n## ")[0]
-    code, line = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
-    new, registry = re.findall(r"`(grath_utils/evaluation/benchmarks/\w+\.py)`", section)
-    for name in ("grath_utils", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / new).write_text(code, encoding="utf-8")
-    rows = (tmp_path / registry).read_text(encoding="utf-8")
-    last = '    "own:RETENTION",\n'
-    assert last in rows
-    (tmp_path / registry).write_text(rows.replace(last, last + line), encoding="utf-8")
+    follow_contributing(
+        "Add a benchmark", "evaluation/benchmarks", '    "own:RETENTION",\n', tmp_path
+    )
     choices = {"text": ["rain", "coal", "a stone", "sand"], "label": list("ABCD")}
     row = {"question_stem": "Clouds bring", "choices": choices, "answerKey": "A"}
     mirror = tmp_path / "mirror"

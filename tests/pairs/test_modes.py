@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import follow_contributing
 
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError
@@ -75,17 +75,7 @@ print(model_card(start_run(f"{folder}/run", load_config("smoke", overrides)), 0)
 
 
 def test_the_page_on_adding_a_mode(tiny_llama, questions, tmp_path):
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    section = page.partition("## Add a pair mode")[2].partition("\n## ")[0]
-    code, line = re.findall(r"```(?:python|text)\n(.*?)```", section, re.DOTALL)
-    new, registry = re.findall(r"`(grath_utils/pairs/\w+\.py)`", section)
-    for name in ("grath_utils", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / new).write_text(code, encoding="utf-8")
-    rows = (tmp_path / registry).read_text(encoding="utf-8")
-    last = '    "controls:RANDOM",\n'
-    assert last in rows
-    (tmp_path / registry).write_text(rows.replace(last, last + line), encoding="utf-8")
+    follow_contributing("Add a pair mode", "pairs", '    "controls:RANDOM",\n', tmp_path)
 
     run = subprocess.run(
         [sys.executable, "-c", FOLLOW, tiny_llama, questions, tmp_path],
