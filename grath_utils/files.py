@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import platformdirs
 import yaml
@@ -75,35 +76,92 @@ def mirror_dir() -> Path | None:
 # --- whole files ---------------------------------------------------------------------------------
 
 
+PARTIAL = ".grath-partial"  # how the name of a folder with something half-written ends
+
+
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write to; it takes ``target``'s place only on success.
+    """Yield a path beside ``target``; the file or folder made there becomes ``target`` on success.
 
-    Works for a file and for a whole folder. On any error the target is left as it was.
+    That is one rename: whenever the writer is killed, the old one or the new one is there, whole. A
+    folder with something in it is never replaced. A symbolic link stays, and what it names is
+    written.
 
     Raises:
+        UsageError: see :func:`check_place`.
         RunError: the disk is full or the place cannot be written to.
     """
-    target = Path(target)
-    try:
+    target = Path(os.path.realpath(target))
+    check_place(target)
+    with explained_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise RunError(f"cannot write to {target.parent}: {error.strerror or error}") from error
-    partial = scratch / target.name
-    try:
-        with explained_write_errors(target):
+        scratch = Path(tempfile.mkdtemp(PARTIAL, f".{target.name[:30]}.", target.parent))
+        partial = scratch / target.name
+        try:
             yield partial
             for file in filter(Path.is_file, [partial, *partial.rglob("*")]):
                 # Windows refuses to flush a file that was opened for reading only.
                 with open(file, "r+b") as handle:
                     os.fsync(handle.fileno())
-            if target.is_dir():
-                # A folder cannot be replaced in one step: move the old one out of the way first.
-                os.replace(target, scratch / "replaced")
+            if partial.is_dir() and target.is_dir():
+                target.rmdir()  # it is empty, and Windows replaces no folder
             os.replace(partial, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_place(target: Path) -> None:
+    """Check that something can be written to ``target`` without the loss of anything else.
+
+    Raises:
+        UsageError: a folder with something in it is there, or a file that is write-protected or
+            special (a device, a pipe); or a part of its path is a file.
+    """
+    target = Path(target)
+    with explained_write_errors(target):
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise UsageError(f"cannot write {target}: {above} is a file, not a folder")
+        if target.is_dir():
+            if any(target.iterdir()):
+                raise UsageError(
+                    f"{target} is a folder that is not empty, and stays; choose another"
+                )
+        elif target.exists() and (not target.is_file() or not target.stat().st_mode & 0o222):
+            kind = "write-protected" if target.is_file() else "no ordinary file"
+            raise UsageError(f"{target} is {kind}, and stays as it is; choose another file")
+
+
+def check_output(
+    target: Path, read: Callable[[Path], Any], keys: Iterable[str], inputs: Iterable[Path] = ()
+) -> None:
+    """Check, before the work, that a command may write a file: at most its own is replaced.
+
+    Args:
+        target: the file to write.
+        read: :func:`read_json` or :func:`read_jsonl`, as such a file is read.
+        keys: what each object in such a file has.
+        inputs: files that the command reads.
+
+    Raises:
+        UsageError: see :func:`check_place`; or it is a folder, an input (by whatever name), or a
+            file of another kind.
+    """
+    check_place(target)
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder; name a file")
+    if not target.exists():
+        return
+    if any(path.exists() and path.samefile(target) for path in inputs):
+        raise UsageError(f"{target} is read by this command, and stays; choose another output")
+    with suppress(DataError):
+        rows = read(target) if target.stat().st_size else []
+        rows = rows if isinstance(rows, list) else [rows]
+        if all(isinstance(row, dict) and set(keys) <= row.keys() for row in rows):
+            return
+    raise UsageError(
+        f"{target} exists and was not written by this command, so it stays; choose another output"
+    )
 
 
 @contextmanager
@@ -133,11 +191,7 @@ def explained_write_errors(target: Path) -> Iterator[None]:
 
 def sweep_partials(folder: Path) -> int:
     """Remove what a killed writer left aside in ``folder`` (and below); return how many."""
-    left = []
-    for path in filter(Path.is_dir, Path(folder).rglob(".*.*")):
-        name = path.name[1:].rpartition(".")[0]  # ``.NAME.RANDOM``, with at most these in it
-        if all(child.name in (name, "replaced") for child in path.iterdir()):
-            left.append(path)
+    left = list(filter(Path.is_dir, Path(folder).rglob(f".*{PARTIAL}")))
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return len(left)
@@ -170,10 +224,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: the file is missing, not UTF-8 or not JSON; the message says where.
     """
-    try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    return parse_json(_read_text(path), str(path))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -187,10 +238,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+        row = parse_json(line, str(path), number)
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}, line {number}: expected a JSON object such as "
@@ -198,6 +246,37 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def parse_json(text: str, where: str = "", line: int | None = None) -> Any:
+    """Return the value of JSON text that stands in the file ``where`` (on one ``line`` of it).
+
+    Raises:
+        DataError: it is not JSON, gives a key twice, or holds what we could not write again: NaN,
+            infinity, a number of thousands of digits, half of a surrogate pair, endless brackets.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_doubled_keys)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        return value
+    except json.JSONDecodeError as error:
+        line, reason = line or error.lineno, error.msg
+    except UnicodeEncodeError:
+        reason = "half of a surrogate pair, which is no character"
+    except RecursionError:
+        reason = "too many brackets within brackets"
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+    place = f"{where}, line {line}: " if where and line else where and f"{where}: "
+    raise DataError(f"{place}not valid JSON ({reason})")
+
+
+def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f'"{next(k for k in row if keys.count(k) > 1)}" is given twice')
+    return row
 
 
 def _read_text(path: Path) -> str:
@@ -218,33 +297,64 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML or gives a key twice.
+        ConfigError: the file cannot be read, or see :func:`parse_yaml`.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDoubledKeys)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text; save the file as UTF-8") from error
+        return parse_yaml(_read_text(path), str(path))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value of YAML text that stands at ``where``.
+
+    Raises:
+        ConfigError: it is not YAML, gives a key twice, or has endless brackets.
+    """
+    try:
+        return yaml.load(text, Loader=_Yaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        doubled = isinstance(error, yaml.constructor.ConstructorError)
-        reason = error.problem if doubled else "not valid YAML"
-        raise ConfigError(f"{path}{line}: {reason}") from error
+        told = isinstance(error, yaml.constructor.ConstructorError)
+        reason = error.problem if told else "not valid YAML"
+        raise ConfigError(f"{where}{line}: {reason}") from error
+    # What PyYAML lets through: endless brackets or digits, and values that do not fit their !!tag.
+    except (RecursionError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{where}: not valid YAML ({str(error).partition(';')[0]})") from error
 
 
-class _NoDoubledKeys(yaml.SafeLoader):
-    """YAML itself lets a later key replace an earlier one silently."""
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2, as people read it: 010 is ten and 5e-4 a number; 1:30 and 2020-01-01 are none.
+
+    A key that is given twice is an error: by itself, the later value would replace the earlier one.
+    """
+
+    # PyYAML's own rules of YAML 1.1, by the first character.
+    yaml_implicit_resolvers: ClassVar = {
+        first: [rule for rule in rules if rule[0].rpartition(":")[2] in ("null", "bool", "merge")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            problem = None
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key must be one word"
+            elif key.value in seen:
                 problem = f'"{key.value}" is given twice'
+            if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+_NUMBER = r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf)$|\.(nan|NaN)$"
+_FIRST = list("-+.0123456789")
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), _FIRST)
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_NUMBER), _FIRST)
+_Yaml.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def fingerprint(value: Any) -> str:
@@ -289,8 +399,8 @@ class Journal:
     def read(self) -> dict[int, list[Any]]:
         """Return the finished parts by number; drop a line that a killed writer left unfinished.
 
-        A journal of other inputs is moved to ``NAME.old`` with a warning: its parts belong to
-        other results.
+        A journal of other work is moved to ``NAME.old`` (``NAME.old2``, ...) with a warning: its
+        parts belong to other results.
         """
         if self.path is None or not self.path.is_file():
             return {}
@@ -298,28 +408,33 @@ class Journal:
         for raw in self.path.read_bytes().splitlines(keepends=True):
             try:
                 row = json.loads(raw)
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (ValueError, RecursionError):
                 break
             if not raw.endswith(b"\n") or not isinstance(row, dict):
                 break
             whole.append((raw, row))
-        head = whole[0][1] if whole else {}
-        if head.get("identity") != self.identity or not all("part" in row for _, row in whole[1:]):
-            if self.path.stat().st_size == 0:
-                self.path.unlink()
-                return {}
-            aside = self.path.with_name(f"{self.path.name}.old")
+        head, *parts = [row for _, row in whole] or [{}]
+        ours = head.get("identity") == self.identity
+        ours &= all(row.keys() == {"part", "rows"} for row in parts)
+        if not whole:  # killed in its first line?
+            ours = self._head().startswith(self.path.read_bytes())
+        if not ours:
+            names = (self.path.with_name(f"{self.path.name}.old{n}") for n in ("", *range(2, 1000)))
+            aside = next(name for name in names if not name.exists())
             os.replace(self.path, aside)
             warnings.warn(
-                f"{self.path} was left by work with other inputs; it is now {aside.name}, and the "
-                "work starts from the beginning",
+                f"{self.path} was left by work with other inputs or settings; it is now "
+                f"{aside.name}, and the work starts from the beginning",
                 stacklevel=2,
             )
             return {}
         # Append after the last whole line, or the next one would be joined to a torn one.
         with open(self.path, "r+b") as handle:
             handle.truncate(sum(len(raw) for raw, _ in whole))
-        return {row["part"]: row["rows"] for _, row in whole[1:]}
+        return {row["part"]: row["rows"] for row in parts}
+
+    def _head(self) -> bytes:
+        return jsonl_line({"identity": self.identity}).encode()
 
     def append(self, part: int, rows: Sequence[Any]) -> None:
         """Add a finished part and flush it to the disk.
@@ -333,7 +448,7 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as handle:
                 if handle.tell() == 0:
-                    handle.write(jsonl_line({"identity": self.identity}).encode())
+                    handle.write(self._head())
                 handle.write(jsonl_line({"part": part, "rows": list(rows)}).encode())
                 handle.flush()
                 os.fsync(handle.fileno())

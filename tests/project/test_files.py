@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from grath_utils.errors import DataError, RunError
+from grath_utils.errors import DataError, RunError, UsageError
 from grath_utils.files import (
     Journal,
     atomic_path,
+    check_output,
     explained_write_errors,
     fingerprint,
     fingerprint_folder,
@@ -87,14 +89,62 @@ def test_any_error_while_no_space_is_left_is_explained(tmp_path: Path, monkeypat
             raise odd
 
 
-def test_folders_are_replaced_whole(tmp_path: Path) -> None:
+def make_folder(path: Path, text: str = "new") -> None:
+    path.mkdir()
+    (path / "file").write_text(text)
+
+
+def test_a_folder_appears_whole_and_takes_the_place_of_an_empty_one_only(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
-    for text in ("one", "two"):
-        with atomic_path(target) as partial:
-            partial.mkdir()
-            (partial / text).write_text(text)
-    assert [p.name for p in target.iterdir()] == ["two"]
+    target.mkdir()
+    with atomic_path(target) as partial:
+        make_folder(partial)
+    assert [p.name for p in target.iterdir()] == ["file"]
+    for make in (make_folder, Path.touch):
+        refused = pytest.raises(UsageError, match="adapter is a folder that is not empty")
+        with refused, atomic_path(target) as partial:
+            make(partial)
+    assert (target / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+CALLS = ("os.fsync", "os.replace", "tempfile.mkdtemp", "shutil.rmtree", "pathlib.Path.rmdir")
+"""What writing whole files does to the disk."""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_kill_at_any_moment_and_a_sweep_leave_one_whole_copy(
+    tmp_path: Path, monkeypatch, call: str, kind: str, late: bool
+) -> None:
+    """The process dies just before or after each call that changes something on the disk."""
+    target = tmp_path / "target"
+    if kind == "file":
+        target.write_text("old")
+    else:
+        target.mkdir()
+    if not (child := os.fork()):
+        owner, _, name = call.rpartition(".")
+        owner = Path if owner == "pathlib.Path" else __import__(owner)
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (late and real(*a, **k), os._exit(9)))
+        try:
+            with atomic_path(target) as partial:
+                if kind == "file":
+                    partial.write_text("new")
+                else:
+                    make_folder(partial)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    sweep_partials(tmp_path)
+    if kind == "file":
+        assert target.read_text() in ("old", "new")
+    elif target.exists():  # an empty folder is no loss
+        assert [p.read_text() for p in target.iterdir()] in ([], ["new"])
+    assert {p.name for p in tmp_path.iterdir()} <= {"target"}
 
 
 def test_a_killed_writer_leaves_only_what_the_sweep_removes(tmp_path: Path) -> None:
@@ -117,12 +167,85 @@ def test_a_killed_writer_leaves_only_what_the_sweep_removes(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_sweep_leaves_other_hidden_folders_alone(tmp_path: Path) -> None:
-    other = tmp_path / ".ipynb_checkpoints.old"
-    other.mkdir()
-    (other / "mine.txt").write_text("keep")
+@pytest.mark.parametrize("name", [".ipynb_checkpoints.old", ".cache.x/cache", ".x.y/replaced"])
+def test_the_sweep_leaves_other_hidden_folders_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir(parents=True)
     assert sweep_partials(tmp_path) == 0
-    assert (other / "mine.txt").exists()
+    assert (tmp_path / name).is_dir()
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name, text in (("there/old.txt", "old"), ("there/new.txt", None)):
+        if text:
+            (tmp_path / name).write_text(text)
+        link = tmp_path / f"link-{text}"
+        link.symlink_to(name)
+        write_text(link, "written")
+        assert link.is_symlink()
+        assert (tmp_path / name).read_text() == "written"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link-None", "link-old", "there"]
+
+
+def test_names_of_any_length_that_the_disk_takes(tmp_path: Path) -> None:
+    write_text(tmp_path / ("é" * 127), "x")
+    assert (tmp_path / ("é" * 127)).read_text() == "x"
+    with pytest.raises(RunError, match="cannot write .*too long"):
+        write_text(tmp_path / ("x" * 256), "x")
+
+
+PAIR = '{"id": "1", "question": "Q"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "is a folder; name a file"),
+        ("full", "is a folder that is not empty"),
+        ("", "is a folder that is not empty"),
+        ("link-to-full", "is a folder that is not empty"),
+        ("notes.txt", "was not written by this command"),
+        ("other.jsonl", "was not written by this command"),
+        ("picture.jsonl", "was not written by this command"),
+        ("input.jsonl", "is read by this command"),
+        ("full/../input.jsonl", "is read by this command"),
+        ("link-to-input", "is read by this command"),
+        ("hard-link-to-input", "is read by this command"),
+        ("input.jsonl/x", "input.jsonl is a file, not a folder"),
+        ("locked.jsonl", "is write-protected"),
+        ("pipe", "is no ordinary file"),
+        ("ours.jsonl", None),
+        ("nothing.jsonl", None),
+        ("link-to-ours", None),
+        ("new/deep/x.jsonl", None),
+    ],
+)
+def test_what_an_output_may_replace(tmp_path: Path, monkeypatch, name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path / "full")
+    for file, text in {
+        "notes.txt": "my thesis",
+        "other.jsonl": '{"id": "1"}\n',
+        "input.jsonl": PAIR,
+        "ours.jsonl": PAIR * 2,
+        "locked.jsonl": PAIR,
+        "nothing.jsonl": "",
+    }.items():
+        (tmp_path / file).write_text(text)
+    (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\x00\xff")
+    (tmp_path / "locked.jsonl").chmod(0o444)
+    for link, there in (("full", "full"), ("input", "input.jsonl"), ("ours", "ours.jsonl")):
+        (tmp_path / f"link-to-{link}").symlink_to(tmp_path / there)
+    os.link(tmp_path / "input.jsonl", tmp_path / "hard-link-to-input")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(name), tmp_path / name):
+        checked = {"read": read_jsonl, "keys": ("id", "question"), "inputs": [Path("input.jsonl")]}
+        if message is None:
+            check_output(out, **checked)
+            continue
+        with pytest.raises(UsageError, match=message):
+            check_output(out, **checked)
 
 
 @pytest.mark.parametrize(
@@ -182,19 +305,31 @@ def test_a_journal_gives_back_what_was_finished(tmp_path: Path) -> None:
     assert list(out.parent.iterdir()) == []
 
 
-OTHER = ['{"identity": "two"}\n', '{"identity": 3}\n', "no json\n", "[]\n", '{"ident']
+OTHER = ['{"identity": "two"}\n', '{"identity": 3}\n', "no json\n", "[]\n", '{"idea', "[" * 9999]
 OTHER += ['{"identity": "one"}\n{"batch": 0, "values": []}\n']
 
 
 @pytest.mark.parametrize("text", OTHER)
 def test_a_journal_of_other_work_is_set_aside(tmp_path: Path, text: str) -> None:
     journal = Journal.beside(tmp_path / "r.json", "one")
+    for name in ("r.json.journal.old", "r.json.journal.old2", "r.json.journal.old3"):
+        journal.path.write_text(text)
+        with pytest.warns(UserWarning, match=rf"other inputs or settings; it is now {name},"):
+            assert journal.read() == {}
+        assert (tmp_path / name).read_text() == text
+        journal.append(0, [1])
+        assert journal.read() == {0: [1]}
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"ident', '{"identity": "one"}'])
+def test_a_journal_that_was_torn_in_its_first_line_is_begun_again(tmp_path: Path, text) -> None:
+    journal = Journal.beside(tmp_path / "r.json", "one")
     journal.path.write_text(text)
-    with pytest.warns(UserWarning, match=r"r\.json\.journal\.old"):
+    with warnings.catch_warnings(action="error"):
         assert journal.read() == {}
-    assert (tmp_path / "r.json.journal.old").read_text() == text
     journal.append(0, [1])
     assert journal.read() == {0: [1]}
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json.journal"]
 
 
 def test_no_journal_is_kept_without_an_output() -> None:
