@@ -35,6 +35,18 @@ def metric_line(metric: Mapping[str, Any]) -> str:
     return f"{percent(metric['value'])} % [{percent(low)}, {percent(high)}], n = {metric['n']}"
 
 
+def quantization_line(kind: str, part: Mapping[str, int] | None) -> str:
+    """Return ``nf4 (8 of 14 matrices, 11.1 % of their weights)``; the kind alone without a count.
+
+    ``part`` has the fields of :class:`.engine.quantization.Quantized`.
+    """
+    if not part:
+        return kind
+    share = percent(part["weights"] / part["of_weights"])
+    counts = f"{part['matrices']} of {part['of_matrices']} matrices"
+    return f"{kind} ({counts}, {share} % of their weights)"
+
+
 def table(
     columns: Sequence[str],
     rows: Iterable[Sequence[Any]],

@@ -12,7 +12,7 @@ from grath_utils.config import Config, describe_options, load_config, parse_over
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from grath_utils.pairs.modes import MODES, describe_modes
-from grath_utils.text import metric_line
+from grath_utils.text import metric_line, quantization_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTIONS_HELP = "own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set"
@@ -114,6 +114,8 @@ def do_evaluate(options: argparse.Namespace) -> None:
     how = {name: getattr(options, name) for name in ("protocol", "limit", "seed", "out")}
     result = evaluation.evaluate(policy, options.benchmark, **how)
     print(f"{result['n']} items from {result['source']}, protocol {result['protocol']}")
+    if part := result["model"].get("quantized"):
+        print(f"quantization {quantization_line(policy.config.quantization, part)}")
     for name, metric in result["metrics"].items():
         print(f"  {name:12} {metric_line(metric)}")
     for note in result["notes"]:

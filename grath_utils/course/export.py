@@ -98,6 +98,7 @@ def model_card(run: Run, iteration: int) -> str:
         rounds=len(state.planned),
         config=run.config,
         info=info,
+        quantization=run.quantization(),
         mode=find_mode(run.config.pairs.mode),
         comparison=comparison_table(run, "github") if iteration == state.final else "",
         choice=choice_line(run),

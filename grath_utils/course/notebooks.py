@@ -76,7 +76,7 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
     packages = ", ".join(f"{name} {versions[name]}" for name in SHOWN_PACKAGES)
     print(
         f"Run       {run.path} (profile {profile}, seed {config.seed})\n"
-        f"Model     {config.model.name}, quantization {config.model.quantization}\n"
+        f"Model     {config.model.name}, quantization {run.quantization()}\n"
         f"Questions {questions['n']} from {questions['source']}\n"
         f"Device    {resolved['device']} ({info['device']['accelerator']}), {resolved['dtype']}, "
         f"{info['device']['cpu_count']} CPU cores\n"

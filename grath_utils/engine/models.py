@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,13 @@ from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
 from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
 from grath_utils.engine.machine import has_fast_bfloat16, keep_freed_memory, quiet_transformers
-from grath_utils.engine.quantization import bitsandbytes_config, round_weights
+from grath_utils.engine.quantization import (
+    Quantized,
+    bitsandbytes_config,
+    quantized_part,
+    quantized_skeleton,
+    round_weights,
+)
 from grath_utils.errors import DataError, ModelError, RunError, UsageError
 from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_json
 
@@ -37,6 +44,7 @@ class Policy:
     config: ModelConfig  # the base model, its quantization, dtype and device (no `auto`)
     fingerprint: str  # changes whenever weights, quantization, dtype or adapter do
     adapters: tuple[Path, ...] = ()  # on the base, in order: all but the last are merged into it
+    quantized: Quantized | None = None  # how much of the base is, if any
 
     @property
     def device(self) -> torch.device:
@@ -61,19 +69,12 @@ def load_base(config: ModelConfig) -> Policy:
     if quantized and on_gpu:
         options["quantization_config"] = bitsandbytes_config(config)
         options["device_map"] = {"": torch.cuda.current_device()}
-    with quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(location, **source)
-            model = AutoModelForCausalLM.from_pretrained(location, **source, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f'cannot load the model "{config.name}": {reason} '
-                "(a Hub id needs the network or a filled Hub cache, and weights in safetensors; "
-                "a folder needs config.json, tokenizer files and *.safetensors)"
-            ) from error
-    if quantized and not on_gpu:
-        round_weights(model, config.quantization)
+    part = None
+    with _explained_load_errors(config), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(location, **source)
+        model = AutoModelForCausalLM.from_pretrained(location, **source, **options)
+        if quantized:
+            part = quantized_part(model) if on_gpu else round_weights(model, config.quantization)
     if "device_map" not in options:
         model = model.to(config.device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -82,7 +83,39 @@ def load_base(config: ModelConfig) -> Policy:
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     model.eval()
     identity = [_weights_fingerprint(config, location), config.quantization, config.dtype]
-    return Policy(model, tokenizer, config.name, config, fingerprint(identity))
+    weights = fingerprint(identity)
+    return Policy(model, tokenizer, config.name, config, weights, quantized=part)
+
+
+def part_to_quantize(config: ModelConfig) -> Quantized | None:
+    """Return how much of a base model is going to be quantized, without loading its weights.
+
+    Raises:
+        ModelError: none of it can be, or there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.quantization == "none":
+        return None
+    location, source = _location(config.name), {"revision": config.revision}
+    with _explained_load_errors(config), quiet_transformers():
+        architecture = AutoConfig.from_pretrained(location, trust_remote_code=False, **source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture)
+        return quantized_part(quantized_skeleton(model, config.quantization))
+
+
+@contextlib.contextmanager
+def _explained_load_errors(config: ModelConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f'cannot load the model "{config.name}": {reason} '
+            "(a Hub id needs the network or a filled Hub cache, and weights in safetensors; "
+            "a folder needs config.json, tokenizer files and *.safetensors)"
+        ) from error
 
 
 def resolve(config: ModelConfig) -> ModelConfig:

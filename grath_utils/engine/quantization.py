@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
+from grath_utils.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How much of a model is quantized, of the matrices that are no embedding and no output head.
+
+    Those are kept everywhere. Others that are kept are parameters without a layer around them (the
+    experts of a mixture, convolutions), and what the architecture itself asks to be spared.
+    """
+
+    matrices: int
+    of_matrices: int
+    weights: int
+    of_weights: int
 
 
 def bitsandbytes_config(config: ModelConfig) -> BitsAndBytesConfig:
@@ -29,28 +47,92 @@ def bitsandbytes_config(config: ModelConfig) -> BitsAndBytesConfig:
     )
 
 
-@torch.no_grad()
-def round_weights(model: PreTrainedModel, quantization: str) -> int:
-    """Round every linear layer but the output head to a quantized type, in place; count them.
+def quantized_skeleton(model: PreTrainedModel, quantization: str) -> PreTrainedModel:
+    """Return a model like this one, without weights, that has the layers which a GPU would hold.
+
+    Transformers itself puts bitsandbytes' layers where they belong, so a CPU rounds the same ones.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    settings = bitsandbytes_config(ModelConfig(quantization=quantization, dtype="float32"))
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(skeleton, device_map=None)
+    return skeleton
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return bitsandbytes' layers in a model, by name."""
+    import bitsandbytes as bnb
+
+    kinds = bnb.nn.Linear4bit, bnb.nn.Linear8bitLt
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def quantized_part(model: PreTrainedModel) -> Quantized:
+    """Count what bitsandbytes' layers hold of a model, or of a skeleton.
+
+    Raises:
+        ModelError: they hold nothing.
+    """
+    layers, head = quantized_layers(model), model.get_output_embeddings()
+    if not layers:
+        raise ModelError(
+            f"nothing of a {type(model).__name__} can be quantized: bitsandbytes knows plain "
+            "linear layers (torch's Linear and GPT-2's Conv1D), and outside its output head this "
+            "model has none; use model.quantization=none"
+        )
+    spared = {
+        id(weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is head
+        for weight in module.parameters(recurse=False)
+    }
+    inside = [layer.in_features * layer.out_features for layer in layers.values()]
+    outside = [
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and id(weight) not in spared and name.rpartition(".")[0] not in layers
+        if not name.endswith("bias")  # of all experts together
+    ]
+    matrices, weights = len(inside), sum(inside)
+    return Quantized(matrices, matrices + len(outside), weights, weights + sum(outside))
+
+
+def round_weights(model: PreTrainedModel, quantization: str) -> Quantized:
+    """Round the weights that a GPU would hold quantized, in place, and count them.
 
     Forward and backward passes then give what QLoRA's dequantize-then-multiply gives. This is how
     the course runs QLoRA without a GPU: bitsandbytes' own CPU layers are 10 to 20 times slower than
     bfloat16, and stop giving gradients once they have run inference.
-    """
-    from bitsandbytes import functional as bnb
 
-    head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    for layer in layers:
-        weight = layer.weight
-        if quantization == "int8":
-            codes, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-            rounded = bnb.int8_vectorwise_dequant(codes, scale)
-        else:
-            # As one long row: on a CPU, blocks that cross the end of a row come back wrong.
-            codes, state = bnb.quantize_4bit(
-                weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
-            )
-            rounded = bnb.dequantize_4bit(codes, state).view_as(weight)
-        weight.copy_(rounded.to(weight.dtype))
-    return len(layers)
+    Raises:
+        ModelError: there is nothing to round.
+    """
+    skeleton = quantized_skeleton(model, quantization)
+    part = quantized_part(skeleton)
+    for name in quantized_layers(skeleton):
+        round_layer(model.get_submodule(name), quantization)
+    return part
+
+
+@torch.no_grad()
+def round_layer(layer: nn.Module, quantization: str) -> None:
+    """Round the weight of a ``Linear``, or of GPT-2's ``Conv1D``, to a quantized type, in place."""
+    from bitsandbytes import functional as bnb
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.weight
+    if isinstance(layer, Conv1D):  # (in, out); blocks and rows are those of (out, in)
+        weight = weight.T.contiguous()
+    if quantization == "int8":
+        codes, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        rounded = bnb.int8_vectorwise_dequant(codes, scale)
+    else:
+        # As one long row: on a CPU, blocks that cross the end of a row come back wrong.
+        codes, state = bnb.quantize_4bit(
+            weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
+        )
+        rounded = bnb.dequantize_4bit(codes, state).view_as(weight)
+    layer.weight.copy_((rounded.T if isinstance(layer, Conv1D) else rounded).to(weight.dtype))

@@ -3,7 +3,8 @@
 The result, schema version 1 (all values are fractions; percent is for display)::
 
     schema_version, benchmark, protocol, source, n, total, seed, limit, data_fingerprint
-    model        name, fingerprint, quantization, dtype, device
+    model        name, fingerprint, quantization, dtype, device; where it is quantized, quantized:
+                 matrices and weights that are, and of how many (engine/quantization.py)
     metrics      NAME -> value, ci95 [low, high], n
     controls     question-blind RULE -> value (multiple choice only)
     per_category CATEGORY -> METRIC -> value, n (where the benchmark has categories)
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +114,7 @@ def evaluate(
             "name": policy.name,
             "fingerprint": policy.fingerprint,
             "quantization": policy.config.quantization,
+            **({"quantized": asdict(policy.quantized)} if policy.quantized else {}),
             "dtype": policy.config.dtype,
             "device": policy.config.device,
         },

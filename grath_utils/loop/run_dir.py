@@ -29,6 +29,7 @@ from grath_utils.config import Config, config_from_dict, differing_keys
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, DataError, RunError
 from grath_utils.files import fingerprint_folder, read_json, sha256_file, sweep_partials, write_json
+from grath_utils.text import quantization_line
 
 RUN_SCHEMA = 1
 PACKAGES = (
@@ -83,6 +84,10 @@ class Run:
     def evaluation(self, model: str, benchmark: str) -> Path:
         """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
         return self.path / "evaluation" / model / f"{benchmark}.json"
+
+    def quantization(self) -> str:
+        """Return how the base weights are held, and how many of them, in words."""
+        return quantization_line(self.config.model.quantization, self.info().get("quantized"))
 
     def info(self) -> dict[str, Any]:
         """Return the contents of ``run.json``."""

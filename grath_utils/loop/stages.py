@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from grath_utils.dpo.adapters import model_after
 from grath_utils.dpo.round import train_round
 from grath_utils.dpo.tracking import check_trackers, write_scalars
 from grath_utils.engine import processes
-from grath_utils.engine.models import Policy, base_weights_fingerprint, resolve
+from grath_utils.engine.models import Policy, base_weights_fingerprint, part_to_quantize, resolve
 from grath_utils.errors import CollapseError, ConfigError, RunError
 from grath_utils.evaluation.benchmarks import check_benchmarks
 from grath_utils.evaluation.measure import evaluate
@@ -68,6 +68,8 @@ def _start_run(path: str | Path, config: Config) -> Run:
             "fingerprint": loaded.fingerprint,
         },
     }
+    if part := part_to_quantize(model):
+        facts["quantized"] = asdict(part)
     run = open_run(path, config, facts)
     recorded = run.info()
     for section, key, what in (

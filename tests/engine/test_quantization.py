@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from architectures import tiny_model
 from helpers import DPO, LORA, PAIRS
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.adapters import Weights
 from grath_utils.dpo.round import train_round
-from grath_utils.engine.models import load_base
-from grath_utils.engine.quantization import round_weights
-from grath_utils.errors import TrainingError
+from grath_utils.engine.models import load_base, part_to_quantize
+from grath_utils.engine.quantization import Quantized, round_layer, round_weights
+from grath_utils.errors import ModelError, TrainingError
 
 
 def load(folder: Path, quantization: str = "none"):
@@ -42,6 +47,64 @@ def test_nf4_keeps_sixteen_levels_a_block_and_spares_the_head(tiny_llama: Path) 
     assert torch.equal(rounded.get_input_embeddings().weight, plain.get_input_embeddings().weight)
 
 
+# Of which matrices bitsandbytes takes the place (of how many), and of how many weights.
+PARTS = {
+    "llama": (14, 14, 18432, 18432),
+    "gpt2": (8, 8, 24576, 24576),  # Conv1D
+    "gpt-neo": (12, 12, 16384, 16384),
+    "opt": (12, 12, 16384, 16384),
+    # Experts and their router are parameters without a layer: 3 matrices of each block stay.
+    "qwen2-moe": (16, 22, 9280, 21824),
+    "mixtral": (8, 14, 6144, 55552),
+    "gpt-oss": (8, 14, 6144, 55552),
+    "mamba": (8, 12, 13824, 14848),  # not the convolution and the decay
+}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_cpu_rounds_what_bitsandbytes_would_quantize(name: str, kind: str) -> None:
+    model = tiny_model(name, 300)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    part = round_weights(model, kind)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(before[k], v)]
+    assert len(changed) == part.matrices
+    assert sum(before[key].numel() for key in changed) == part.weights
+    assert part == Quantized(*PARTS[name])
+
+
+def test_the_part_is_known_before_and_after_loading(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "moe")
+    tiny_model("qwen2-moe", 300).save_pretrained(tmp_path / "moe")
+    config = ModelConfig(name=str(tmp_path / "moe"), quantization="nf4", device="cpu")
+    assert part_to_quantize(config) == load_base(config).quantized == Quantized(*PARTS["qwen2-moe"])
+    plain = replace(config, quantization="none")
+    assert (part_to_quantize(plain), load_base(plain).quantized) == (None, None)
+
+
+@pytest.mark.parametrize("load", [part_to_quantize, load_base])
+def test_a_model_of_which_nothing_can_be_quantized_is_refused(
+    tiny_llama: Path, tmp_path: Path, load: Callable
+) -> None:
+    """Falcon's layers are a class of their own, which transformers leaves as they are."""
+    shutil.copytree(tiny_llama, tmp_path / "falcon")
+    tiny_model("falcon", 300).save_pretrained(tmp_path / "falcon")
+    config = ModelConfig(name=str(tmp_path / "falcon"), quantization="nf4", device="cpu")
+    with pytest.raises(ModelError, match=r"FalconForCausalLM .* model.quantization=none"):
+        load(config)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_conv1d_is_rounded_as_the_linear_layer_that_it_is(kind: str) -> None:
+    """A GPU holds it as (out, in): blocks run along a row of that, and an int8 scale is a row's."""
+    conv, linear = Conv1D(96, 64), nn.Linear(64, 96)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.T)
+    round_layer(conv, kind)
+    round_layer(linear, kind)
+    assert torch.equal(conv.weight, linear.weight.T)
+
+
 def test_int8_rounds_to_255_levels_a_row(tiny_llama: Path) -> None:
     weight = load(tiny_llama, "int8").model.layers[0].mlp.up_proj.weight.detach()
     steps = weight / (weight.abs().max(dim=1, keepdim=True).values / 127)
@@ -59,9 +122,6 @@ class Net(nn.Module):
         self.a = nn.Parameter(torch.randn(4, width, generator=draw) / 11)
         self.b = nn.Parameter(torch.randn(64, 4, generator=draw) / 2)
 
-    def get_output_embeddings(self) -> None:
-        return None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x) + x @ self.a.T @ self.b.T)
 
@@ -77,7 +137,7 @@ def rounded(kind: str = "nf4") -> Net:
     with torch.no_grad():
         for layer, weight in zip((net.first, net.second), weights(), strict=True):
             layer.weight.copy_(weight)
-    assert round_weights(net, kind) == 2
+            round_layer(layer, kind)
     return net
 
 
@@ -115,7 +175,7 @@ def test_rounding_is_right_where_rows_are_no_whole_number_of_blocks(kind: str, m
     net = Net(width=96)
     nn.init.normal_(net.first.weight)
     before = net.first.weight.detach().clone()
-    round_weights(net, kind)
+    round_layer(net.first, kind)
     assert 0.01 < (net.first.weight - before).norm() / before.norm() < most
 
 

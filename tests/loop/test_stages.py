@@ -97,6 +97,21 @@ def test_an_unknown_benchmark_is_named_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
+def test_how_much_is_quantized_is_recorded_and_said(
+    tmp_path: Path, tiny_llama: Path, questions: Path
+) -> None:
+    config = config_for(tiny_llama, questions, **{"model.quantization": "nf4"})
+    run = start_run(tmp_path / "run", config)
+    # In each of two layers q and o of 64 x 64, k and v of 32 x 64, and three of 128 x 64.
+    counts = {"matrices": 14, "of_matrices": 14, "weights": 73728, "of_weights": 73728}
+    assert run.info()["quantized"] == counts
+    assert run.quantization() == "nf4 (14 of 14 matrices, 100.0 % of their weights)"
+    assert evaluate_model(run, None, "probe", progress=False)["model"]["quantized"] == counts
+    older = {key: value for key, value in run.info().items() if key != "quantized"}
+    write_json(run.path / "run.json", older)
+    assert start_run(run.path, config).quantization() == "nf4"
+
+
 def test_the_plan_in_order(run: Run) -> None:
     assert [(stage.id, stage.title) for stage in plan_stages(run)] == [
         ("pairs_0", "write pairs, iteration 0"),
