@@ -12,22 +12,27 @@ import dataclasses
 import json
 import math
 import operator
+import reprlib
 import shlex
+import textwrap
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grath_utils.errors import ConfigError, did_you_mean
-from grath_utils.files import read_yaml
+from grath_utils.files import parse_yaml, read_yaml
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a field, its help, and what it may be: ``choices``, ``ge`` (>=), ``gt``, ``le``."""
+    """Declare a field, its help, and what it may be: ``choices``, ``ge`` (>=), ``gt``, ``le``.
+
+    A new option says ``added=True``, and its default does what was done before there was one: what
+    older versions wrote is then continued, see :func:`own_settings`.
+    """
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -229,6 +234,22 @@ class Config:
         return dict(_flatten(self.to_dict()))
 
 
+def own_settings(section: Any) -> dict[str, Any]:
+    """Return a configuration, or a section of one, as it goes into fingerprints.
+
+    An added option counts only where it is not at its default: journals, caches and sweeps of older
+    versions keep their identity.
+    """
+    settings = {}
+    for each in dataclasses.fields(section):
+        value = getattr(section, each.name)
+        if dataclasses.is_dataclass(value):
+            settings[each.name] = own_settings(value)
+        elif "added" not in each.metadata or value != each.default:
+            settings[each.name] = value
+    return settings
+
+
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -261,6 +282,8 @@ def load_config(
     Raises:
         ConfigError: unknown profile or key, wrong type, or a value that cannot be.
     """
+    if not isinstance(profile, str):
+        raise ConfigError(f"the profile is {_brief(profile)}; expected a name such as cpu")
     tree, known = _read_profile(profile), Config().flat()
     for key, value in parse_overrides(overrides).items():
         if key not in known:
@@ -268,7 +291,9 @@ def load_config(
         if key == "profile":
             raise ConfigError('"profile" cannot be overridden: choose the profile itself')
         section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        place = tree.setdefault(section, {}) if section else tree
+        if isinstance(place, dict):  # what else it may be is refused below
+            place[name] = value
     if seed is not None:
         tree["seed"] = seed
     return config_from_dict(tree, where=f'profile "{profile}"')
@@ -304,20 +329,17 @@ def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[
     if isinstance(overrides, Mapping):
         return dict(overrides)
     try:
-        parts = shlex.split(overrides) if isinstance(overrides, str) else overrides
-    except ValueError as error:
+        parts = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot read the overrides {overrides!r}: {error}") from error
     parsed: dict[str, Any] = {}
     for part in parts:
-        key, sep, text = part.partition("=")
+        key, sep, text = part.partition("=") if isinstance(part, str) else (part, "", "")
         if not sep or not key:
-            raise ConfigError(f'expected key=value in the overrides, found "{part}"')
+            raise ConfigError(f"expected key=value in the overrides, found {_brief(part)}")
         if key in parsed:
             raise ConfigError(f'"{key}" is given twice in the overrides')
-        try:
-            parsed[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f'"{key}": cannot read the value {text!r}') from error
+        parsed[key] = parse_yaml(text, f'"{key}"')
     return parsed
 
 
@@ -334,7 +356,7 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
 
 def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f'{where}: "{prefix[:-1]}" holds {tree!r}; expected keys below it')
+        raise ConfigError(f'{where}: "{prefix[:-1]}" holds {_brief(tree)}; expected keys below it')
     kinds = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -349,6 +371,11 @@ def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
         if values[key] is not None:
             _check_limits(values[key], cls.__dataclass_fields__[key].metadata, name)
     return cls(**values)
+
+
+def _brief(value: Any) -> str:
+    """Return a user's value for a message, though it be endless."""
+    return textwrap.shorten(reprlib.repr(value), 100, placeholder="...")
 
 
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -367,17 +394,26 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         names = [value] if isinstance(value, str) else value
         good = isinstance(names, (list, tuple)) and all(isinstance(i, str) and i for i in names)
         if not good or not names:
-            raise ConfigError(f"{name} is {value!r}; expected a list of names such as [a, b]")
+            raise ConfigError(f"{name} is {_brief(value)}; expected a list of names such as [a, b]")
         if len(set(names)) != len(names):
-            raise ConfigError(f"{name} names the same thing twice: {value!r}")
+            raise ConfigError(f"{name} names the same thing twice: {_brief(value)}")
+        for text in names:
+            _check_text(text, name)
         return tuple(names)
     if kind is float and not isinstance(value, bool):
-        # YAML 1.1 reads 5e-4 as text: a number without a dot is still a number to people.
-        with contextlib.suppress(ValueError, TypeError):
-            value = float(value)
+        with contextlib.suppress(ValueError):  # 1 is a number, too, and 1e400 is infinity
+            value = float(str(value))
     if type(value) is not kind:
-        raise ConfigError(f"{name} is {value!r}; expected {expected}")
+        raise ConfigError(f"{name} is {_brief(value)}; expected {expected}")
+    if kind is str:
+        _check_text(value, name)
     return value
+
+
+def _check_text(text: str, name: str) -> None:
+    """Refuse what neither a file's name nor a file's text can hold."""
+    if not text.strip() or any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
+        raise ConfigError(f"{name} is {_brief(text)}; expected text without control characters")
 
 
 LIMITS = {
@@ -393,13 +429,15 @@ def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
         raise ConfigError(f'{name} cannot be "{value}"{did_you_mean(value, choices)}')
     if not isinstance(value, (int, float)):
         return
-    if math.isnan(value):
+    if isinstance(value, int):
+        limits = {"le": 2**31 - 1, **limits}  # what the libraries count with
+    elif math.isnan(value):
         raise ConfigError(f"{name} is not a number (NaN)")
-    if math.isinf(value):
+    elif math.isinf(value):
         raise ConfigError(f"{name} is {value}; it must be finite")
     for key, (holds, problem) in LIMITS.items():
         if key in limits and not holds(value, limits[key]):
-            raise ConfigError(f"{name} is {value}; {problem} {limits[key]}")
+            raise ConfigError(f"{name} is {_brief(value)}; {problem} {limits[key]}")
 
 
 def _check_together(config: Config, where: str) -> None:
