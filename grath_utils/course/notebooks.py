@@ -112,13 +112,16 @@ def default_run_dir(profile: str) -> Path:
 
 def run_parameters(run: Run) -> dict[str, Any]:
     """Return the ``parameters`` that make a notebook use this run and its configuration."""
-    # JSON values are YAML values, and quoting keeps spaces together.
-    settings = changed_settings(run.config).items()
+    # JSON values are YAML values (if emoji are not escaped), and quoting keeps spaces together.
+    settings = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in changed_settings(run.config).items()
+    ]
     return {
         "PROFILE": run.config.profile,
         "RUN_DIR": str(run.path),
         "SEED": run.config.seed,
-        "OVERRIDES": shlex.join(f"{key}={json.dumps(value)}" for key, value in settings),
+        "OVERRIDES": shlex.join(settings),
     }
 
 

@@ -111,8 +111,65 @@ def test_a_profile_file_of_the_user(tmp_path: Path) -> None:
     path.write_text("just words", encoding="utf-8")
     with pytest.raises(ConfigError, match="expected `key: value` lines"):
         load_config(str(path))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="no such file"):
         load_config(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10), ("-0", 0), ("5e-4", 5e-4), (".5", 0.5), ("2.", 2.0), ("1e3", 1000.0),
+        ("yes", True), ("off", False), ("~", None), ("", None), ("[a, 1]", ["a", 1]),
+        ("1:30", "1:30"), ("2020-01-01", "2020-01-01"), ("2020-99-01", "2020-99-01"),
+        ("0x1f", "0x1f"), ("1_000", "1_000"), ("雪", "雪"), ("a=b", "a=b"),
+    ],
+)  # fmt: skip
+def test_yaml_is_read_as_people_read_it(text: str, value: object) -> None:
+    read = parse_overrides([f"key={text}"])["key"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dpo: 3", '"dpo" holds 3; expected keys below it'),
+        ("dpo: &a [*a]", '"dpo" holds .*; expected keys below it'),
+        ("&a {dpo: *a}", 'unknown key "dpo.dpo"'),
+        ("lora: {targets: [" + ", ".join(  # two to the power of 99 words
+            f"&a{i} [{f'*a{i - 1}, *a{i - 1}' if i else 'x'}]" for i in range(100)
+        ) + "]}", '"lora.targets" is .*; expected a list of names'),
+        ("? [a]\n: 1", "line 1: a key must be one word"),
+        ("seed: 0\nseed: 0", 'line 2: "seed" is given twice'),
+        ("seed: 0\n--- \nseed: 1", "mine.yaml, line 2: not valid YAML"),
+        ("dpo: !!python/object:os.system {}", "line 1: could not determine a constructor"),
+        ("seed: !!bool 3", "mine.yaml: not valid YAML"),
+        ("seed: " + "9" * 5000, r"not valid YAML \(Exceeds the limit"),
+        ("seed: " + "[" * 5000, "not valid YAML .maximum recursion"),
+        ("seed: " + "9" * 4000, '"seed" is 9*[.]+9*; the most is 2147483647'),
+        ("dpo: {batch_size: 2147483648}", '"dpo.batch_size" is 2147483648; the most is 21474'),
+        ("dpo: {beta: " + "9" * 400 + "}", '"dpo.beta" is inf; it must be finite'),
+        ("dpo: {batch_size: 1e3}", '"dpo.batch_size" is 1000.0; expected a whole number'),
+        ('model: {name: "\\ud800"}', '"model.name" is .*; expected text without control'),
+        ('model: {name: "a\\0b"}', '"model.name" is .*; expected text without control'),
+        ('model: {name: " "}', '"model.name" is .*; expected text'),
+        ('lora: {targets: ["a\\nb"]}', '"lora.targets" is .*; expected text'),
+    ],
+)  # fmt: skip
+def test_a_wrong_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    for overrides in ("", "dpo.steps=3 lora.r=2"):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_config(str(path), overrides)
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("wrong", [3, None, ["cpu"], b"cpu"])
+def test_a_profile_or_overrides_of_another_type(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="expected a name such as cpu"):
+        load_config(wrong)
+    with pytest.raises(ConfigError, match="overrides"):
+        load_config("cpu", wrong)
 
 
 def test_overrides_as_mapping_list_and_text_agree() -> None:
