@@ -223,17 +223,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1], "mamba_n_groups": 1}),
     "falcon-h1": ("falcon_h1", MAMBA2 | {"mamba_d_ssm": 64, "mamba_n_groups": 1}),
-    "zamba": (
-        "zamba",
-        {
-            "num_hidden_layers": 4,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 4,
-            "n_mamba_heads": 2,
-            "use_mamba_kernels": False,
-        },
-    ),
     "lfm2": (
         "lfm2",
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},

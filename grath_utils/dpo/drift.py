@@ -13,7 +13,7 @@ import torch
 from grath_utils.dpo.data import PreferenceExample
 from grath_utils.engine.models import Policy, accepts
 from grath_utils.engine.packing import pack, row_limit
-from grath_utils.engine.scoring import LOGIT_ROWS, can_run_trees, row_logits
+from grath_utils.engine.scoring import LOGIT_ROWS, row_logits
 from grath_utils.errors import UsageError
 
 
@@ -27,26 +27,20 @@ def kl_per_token(
     where to look: in the pairs' answers, chosen and rejected, best of questions held out.
 
     Raises:
-        UsageError: no examples, or a model that does not honour tree masks.
+        UsageError: no examples.
     """
     if not examples:
         raise UsageError("there are no pairs to measure the drift on")
-    if not can_measure_drift(policy, base, examples):
-        raise UsageError(f"{policy.name}: the drift cannot be measured on this architecture")
+    longest = max(example.length for example in examples)
+    row_tokens = min(row_limit(model, longest) for model in (policy, base))
     total, count = np.zeros(len(examples)), np.zeros(len(examples))
-    for row in pack([vars(e) for e in examples], row_limit(policy.device)):
+    for row in pack([vars(e) for e in examples], row_tokens):
         logits = [_logits(model, row).split(LOGIT_ROWS) for model in (policy, base)]
         kl = np.concatenate([_kl(p, q) for p, q in zip(*logits, strict=True)])  # (P,)
         at = row["sequence"].numpy() % len(examples)  # chosen and rejected of a pair together
         np.add.at(total, at, kl[row["which"].numpy()])
         np.add.at(count, at, 1)
     return (total / count).tolist()
-
-
-def can_measure_drift(policy: Policy, base: Policy, examples: Sequence[PreferenceExample]) -> bool:
-    """Return True if both models honour tree masks, which :func:`kl_per_token` needs."""
-    longest = max(example.length for example in examples)
-    return all(can_run_trees(model, longest) for model in (policy, base))
 
 
 def _logits(policy: Policy, row: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -34,7 +34,6 @@ from grath_utils.engine import processes
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import Policy, accepts, activate_adapters
 from grath_utils.engine.packing import PackedCollator, packed_forward, row_limit
-from grath_utils.engine.scoring import can_run_trees
 from grath_utils.errors import CollapseError, ConfigError, TrainingError
 from grath_utils.files import explained_write_errors, write_json
 
@@ -171,8 +170,8 @@ def run_trainer(
         for row in (*train_rows, *held_out_rows)
     )
     # Where the weights are split, all processes have to call the model equally often.
-    if not processes.sharded() and can_run_trees(policy, longest):
-        collator = PackedCollator(collator, row_limit(policy.device))
+    if not processes.sharded():
+        collator = PackedCollator(collator, row_limit(policy, longest))
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     with quiet_transformers(), warnings.catch_warnings(action="ignore"):
         trainer = ReadyDataTrainer(

@@ -3,24 +3,31 @@
 What the prompts have in common (the demonstrations) is computed once and shared
 (:mod:`.shared_prefix`). The rest runs with continuous batching: a finished sequence leaves its slot
 at once and the next prompt takes it, so no step is spent on padding. Greedy decoding gives what
-``model.generate`` gives, up to floating-point ties. A model whose attention cannot share a prefix
-is run in plain padded batches: slower, the same completions; a warning says so.
+``model.generate`` gives, up to floating-point ties. A model that cannot share a prefix is run by
+transformers' own ``generate``: slower, the same completions; a warning says so.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers.cache_utils import DynamicCache
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
+from grath_utils.engine.chat import end_ids
+from grath_utils.engine.encoding import encode_apart, refuse_unknown_ids, token_ids
+from grath_utils.engine.models import unwrapped
 from grath_utils.engine.shared_prefix import (
     Layers,
     SharedPrefixCache,
@@ -28,6 +35,7 @@ from grath_utils.engine.shared_prefix import (
     compute_prefix,
     why_not_shared,
 )
+from grath_utils.engine.slices import TOKENS, plain_logits, say_once, why_not
 from grath_utils.errors import GrathError, UsageError
 from grath_utils.files import fingerprint
 
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 1024  # prompt tokens computed in one pass; more would only need more memory
 
-# Rendered text (tokenized without special tokens), or token ids.
+# Rendered text, or token ids.
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
@@ -125,13 +133,15 @@ def generate(
     reason = "" if method == "plain" else why_not_shared(policy.model, longest)
     if reason and method == "shared":
         raise UsageError(f"{policy.name} cannot share a prefix: {reason}")
-    if reason:
-        warnings.warn(
-            f"{policy.name} cannot share the prompt's beginning ({reason}): generating in "
-            "plain batches, which is slower",
-            stacklevel=2,
-        )
     plain = method == "plain" or bool(reason)
+    way = plain_way(policy.model, longest) if plain else ""
+    if reason:
+        say_once(
+            policy.model,
+            "prefix",
+            f"{policy.name} cannot share the prompt's beginning ({reason}), so it writes "
+            f"{PLAIN_WAYS[way]}: slower, and right",
+        )
     prefix = Prefix((), []) if plain else prefix or shared_beginning(policy, encoded)
     shared = len(prefix.token_ids)
     for number, ids in enumerate(encoded):
@@ -139,11 +149,10 @@ def generate(
             raise UsageError(f"prompt {number} does not begin with the prefix that was given")
 
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
-    listed = policy.model.generation_config.eos_token_id
-    ends = {*(listed if isinstance(listed, list) else [listed]), policy.tokenizer.eos_token_id}
+    ends = end_ids(policy.tokenizer, policy.model.generation_config.eos_token_id)
     bar = tqdm(total=len(encoded), disable=not progress, unit="completion", file=sys.stderr)
     job = _Job(policy, max_new_tokens, stop, sampling, batch_size, ends, bar)
-    guesses = _encode(policy, drafts) if drafts is not None else [[]] * len(encoded)
+    guesses = _encode(policy, drafts, encode_apart) if drafts is not None else [[]] * len(encoded)
     sequences = [
         _Sequence(job, ids[shared:], guess[: max_new_tokens - 1])
         for ids, guess in zip(encoded, guesses, strict=True)
@@ -153,7 +162,7 @@ def generate(
             stream = np.random.default_rng(int(fingerprint([seed, key]), 16))
             sequence.draws = stream.random(max_new_tokens + 1).tolist()
     with torch.inference_mode(), bar:
-        _run_plain(job, sequences) if plain else _run(job, sequences, prefix)
+        _run_plain(job, sequences, way) if plain else _run(job, sequences, prefix)
     return [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in sequences]
 
 
@@ -173,13 +182,12 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
     return [a for a, _ in same][: min(map(len, sequences)) - 1]
 
 
-def _encode(policy: Policy, prompts: Prompts) -> list[list[int]]:
-    return [
-        policy.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if isinstance(prompt, str)
-        else list(prompt)
-        for prompt in prompts
-    ]
+def _encode(
+    policy: Policy, prompts: Prompts, encode: Callable[..., Sequence[int]] = token_ids
+) -> list[list[int]]:
+    ids = [list(encode(policy.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
+    refuse_unknown_ids(policy, ids)
+    return ids
 
 
 @dataclass
@@ -364,30 +372,103 @@ def _prefill(job: _Job, cache: SharedPrefixCache, new: Sequence[_Sequence], star
         start += sum(map(len, now))
 
 
-def _run_plain(job: _Job, sequences: Sequence[_Sequence]) -> None:
-    """Write all completions batch by batch, padded on the left, each until its last is done."""
-    model, device = job.policy.model, job.policy.device
-    pad = job.policy.tokenizer.pad_token_id or 0
+# How a model that cannot share a prefix is run, the fastest first: many sequences with padding on
+# the left and a cache; one after the other with its cache; one after the other, all computed again
+# for each token.
+PLAIN_WAYS = {
+    "padded": "in padded batches",
+    "alone": "one after the other",
+    "uncached": "one after the other and without a cache",
+}
+
+
+def plain_way(model: PreTrainedModel, longest: int) -> str:
+    """Return the fastest of :data:`PLAIN_WAYS` in which a model decodes what it should.
+
+    Asked of the model itself (:mod:`.slices`): each token has to get the logits that it gets where
+    the whole sequence is computed alone, without a cache.
+    """
+    for way in ("padded", "alone"):
+        if not why_not(model, way, (longest,), lambda small, way=way: _trial(small, longest, way)):
+            return way
+    return "uncached"
+
+
+def _trial(
+    model: PreTrainedModel, longest: int, way: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Decode four tokens after a short and a long prompt; compute the whole sequences alone."""
+    draw, steps = np.random.default_rng(0), 4
+    written = draw.integers(TOKENS, size=(2, steps))
+    prompts = [draw.integers(TOKENS, size=n).tolist() for n in (max(longest, 16) - steps, 8)]
+    for batch in [prompts] if way == "padded" else [[prompt] for prompt in prompts]:
+        seen: list[torch.Tensor] = []
+
+        def choose(logits: torch.Tensor, seen: list[torch.Tensor] = seen) -> Sequence[int] | None:
+            seen.append(logits)
+            return written[: len(logits), len(seen) - 1].tolist() if len(seen) < steps else None
+
+        _decode(model, batch, choose, way=way, limit=steps)
+        for i, prompt in enumerate(batch):
+            device = seen[0].device
+            ids = torch.tensor([[*prompt, *written[i, : steps - 1]]], device=device)
+            yield torch.stack([logits[i] for logits in seen]), plain_logits(model, ids)[0, -steps:]
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    choose: Callable[[torch.Tensor], Sequence[int] | None],
+    *,
+    way: str,
+    limit: int,
+) -> None:
+    """Let transformers' own ``generate`` run the model; each model knows how its state is passed.
+
+    ``choose`` gets the logits (batch, vocabulary) after the sequences so far, and returns the next
+    token of each, or None to stop.
+    """
+    device = model.get_input_embeddings().weight.device
+    chosen: list[Sequence[int] | None] = []
+
+    def force(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not chosen or chosen[-1] is not None:
+            chosen.append(choose(logits))
+        tokens = torch.tensor(chosen[-1] or [0] * len(logits), device=logits.device)
+        return torch.full_like(logits, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+    def stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.full((len(ids),), chosen[-1] is None, device=ids.device)
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    inner = unwrapped(model)
+    before, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:  # without what the model's own settings forbid, repeat or sample
+        inner.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            use_cache=way != "uncached",
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([force]),
+            stopping_criteria=StoppingCriteriaList([stop]),
+        )
+    finally:
+        inner.generation_config = before
+
+
+def _run_plain(job: _Job, sequences: Sequence[_Sequence], way: str) -> None:
+    """Write all completions batch by batch, each until its last is done."""
+    size = job.batch_size if way == "padded" else 1
     ordered = sorted(sequences, key=lambda s: -len(s.prompt))
-    for first in range(0, len(ordered), job.batch_size):
-        batch = ordered[first : first + job.batch_size]
-        gaps = [len(batch[0].prompt) - len(s.prompt) for s in batch]
-        padded = [[pad] * gap + s.prompt for gap, s in zip(gaps, batch, strict=True)]
-        inputs = torch.tensor(padded, device=device)
-        places = torch.arange(inputs.shape[1], device=device)
-        mask = (places >= torch.tensor(gaps, device=device)[:, None]).long()
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.config)
-        while not all(s.finished for s in batch):
-            logits = model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-            job.push_all(logits[:, -1], batch)
-            inputs = torch.tensor([[s.last] for s in batch], device=device)
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+    for first in range(0, len(ordered), size):
+        batch = ordered[first : first + size]
+
+        def choose(logits: torch.Tensor, batch: list[_Sequence] = batch) -> Sequence[int] | None:
+            job.push_all(logits, batch)
+            return None if all(s.finished for s in batch) else [s.last for s in batch]
+
+        prompts = [s.prompt for s in batch]
+        _decode(job.policy.model, prompts, choose, way=way, limit=job.max_new_tokens)

@@ -19,12 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
-from grath_utils.engine.scoring import CPU_ROW_TOKENS, LOGIT_ROWS, row_logits, tree_row
+from grath_utils.engine.models import Policy
+from grath_utils.engine.scoring import (
+    CPU_ROW_TOKENS,
+    LOGIT_ROWS,
+    alone,
+    row_logits,
+    tree_row,
+    why_no_trees,
+)
 from grath_utils.engine.trie import build_trie
 
 # The longest row on a GPU: it fills the device, and masked-out attention stays below a tenth.
@@ -33,37 +42,43 @@ GPU_ROW_TOKENS = 2048
 Example = dict[str, Any]  # prompt_ids, chosen_ids, rejected_ids: lists of token ids
 
 
-def row_limit(device: torch.device) -> int:
-    """Return how many tokens a row may have on a device."""
-    return CPU_ROW_TOKENS if device.type == "cpu" else GPU_ROW_TOKENS
+def row_limit(policy: Policy, longest: int) -> int:
+    """Return how many tokens a row may have; 0 if sequences cannot share one (each goes alone)."""
+    limit = CPU_ROW_TOKENS if policy.device.type == "cpu" else GPU_ROW_TOKENS
+    return 0 if why_no_trees(policy, longest, limit) else limit
 
 
 def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.Tensor]]:
     """Merge pairs into rows of at most ``row_tokens`` tokens, or of one pair that is longer.
+
+    With 0, each answer gets a row of its own, after its prompt (:func:`.scoring.alone`).
 
     A row is a :func:`.scoring.tree_row` and, for each of the ``E`` answer tokens predicted in it:
     ``which`` of the ``predictors`` does so; ``targets``, its id; ``sequence``, its row in the
     padded batch (all chosen answers, then all rejected ones); ``column``, its position there less
     one.
     """
-    chunks: list[list[int]] = []
+    sides = [
+        (example["prompt_ids"], example[key], side * len(examples) + i)
+        for i, example in enumerate(examples)
+        for side, key in enumerate(("chosen_ids", "rejected_ids"))
+    ]
+    if not row_tokens:
+        return [alone(_row([side])) for side in sides]
+    chunks: list[list[tuple[Any, Any, int]]] = []
     size = row_tokens  # of the last chunk: full, so the first pair begins one
-    for i, example in enumerate(examples):
-        tokens = sum(len(example[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    for chosen, rejected in zip(sides[::2], sides[1::2], strict=True):
+        tokens = len(chosen[0]) + len(chosen[1]) + len(rejected[1])
         if size + tokens > row_tokens:
             chunks.append([])
             size = 0
-        chunks[-1].append(i)
+        chunks[-1] += [chosen, rejected]
         size += tokens
-    return [_row(examples, chunk) for chunk in chunks]
+    return [_row(sorted(chunk, key=itemgetter(2))) for chunk in chunks]
 
 
-def _row(examples: Sequence[Example], chunk: Sequence[int]) -> dict[str, torch.Tensor]:
-    sides = [
-        (examples[i]["prompt_ids"], examples[i][key], side * len(examples) + i)
-        for side, key in enumerate(("chosen_ids", "rejected_ids"))
-        for i in chunk
-    ]
+def _row(sides: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> dict[str, torch.Tensor]:
+    """Make one row of (prompt, answer, sequence) each."""
     # Nothing is predicted from an answer's last token, so the model need not read it.
     trie, paths = build_trie([[*prompt, *answer[:-1]] for prompt, answer, _ in sides])
     nodes = [path[len(p) - 1 :] for path, (p, _, _) in zip(paths, sides, strict=True)]

@@ -5,8 +5,8 @@ all their answers in one row; a mask lets every token see its own prefix only, a
 its depth. The keys and values of a long common prefix (the few-shot primer) are computed once and
 put before each row. The language-model head runs only where an answer's token is predicted.
 
-A model that does not honour such masks (found out by trying it on a small trie) is scored one whole
-sequence at a time instead: slower, the same numbers.
+A model that computes something else in such a row than for a sequence alone (found out by trying a
+slice of it, :mod:`.slices`) is scored one whole sequence at a time instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 
 from grath_utils.engine import processes
 from grath_utils.engine.encoding import Encoded, Request, encode_requests
-from grath_utils.engine.models import accepts, attention_window
+from grath_utils.engine.models import accepts
+from grath_utils.engine.slices import TOKENS, plain_logits, say_once, why_not
 from grath_utils.engine.trie import (
     Block,
     Trie,
@@ -33,7 +35,7 @@ from grath_utils.engine.trie import (
 from grath_utils.errors import ScoringError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import Cache
+    from transformers import Cache, PreTrainedModel
 
     from grath_utils.engine.models import Policy
 
@@ -110,12 +112,20 @@ def plan_encoded(
     policy: Policy, encoded: list[Encoded], *, batch_tokens: int = 4096, method: str = "auto"
 ) -> Plan:
     """Decide on the forward passes for prompts and completions that are token ids already."""
+    budget = min(batch_tokens, CPU_ROW_TOKENS) if policy.device.type == "cpu" else batch_tokens
     if method == "auto":
         longest = max((e.length for e in encoded), default=0)
-        method = "tree" if can_run_trees(policy, longest) else "plain"
+        reason = why_no_trees(policy, longest, budget) if encoded else ""
+        method = "plain" if reason else "tree"
+        if reason:
+            say_once(
+                policy.model,
+                "rows",
+                f"{policy.name}: sequences cannot share a row ({reason}), so each is scored alone: "
+                "slower, and right",
+            )
     if method not in ("tree", "plain"):
         raise UsageError(f'unknown scoring method "{method}"; there are auto, tree and plain')
-    budget = min(batch_tokens, CPU_ROW_TOKENS) if policy.device.type == "cpu" else batch_tokens
     trie, paths = build_trie([e.inputs for e in encoded])
     blocks = plan_blocks(trie, budget) if method == "tree" else sequence_blocks(trie)
 
@@ -202,12 +212,12 @@ def _passes(policy: Policy, plan: Plan, wanted: set[int]) -> Iterator[tuple[int,
         row = tree_row(plan.trie, block.nodes, np.searchsorted(block.nodes, predictors))
         row = {name: tensor.to(policy.device) for name, tensor in row.items()}
         if plan.method == "plain":
-            logits = model(input_ids=row["ids"], use_cache=False).logits[0, row["predictors"]]
+            row, cache = alone(row), None
         else:
             cache = DynamicCache(kept[block.prefix[-1]] if block.prefix else None)
-            logits = row_logits(model, row, model.dtype, selects=selects, cache=cache)
-            if block.keep:
-                kept[number] = [(layer.keys, layer.values) for layer in cache.layers]
+        logits = row_logits(model, row, model.dtype, selects=selects, cache=cache)
+        if block.keep:
+            kept[number] = [(layer.keys, layer.values) for layer in cache.layers]
         if number in wanted:
             targets = torch.from_numpy(plan.edge_token[edges])
             yield number, edge_logprobs(logits, torch.from_numpy(which), targets).cpu().numpy()
@@ -224,6 +234,11 @@ def tree_row(trie: Trie, nodes: np.ndarray, predictors: np.ndarray) -> dict[str,
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def alone(row: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a row that holds one sequence, to be fed without a mask or positions of ours."""
+    return {name: values for name, values in row.items() if name not in ("positions", "visible")}
+
+
 def row_logits(
     model: Callable[..., Any],
     row: Mapping[str, torch.Tensor],
@@ -234,18 +249,24 @@ def row_logits(
 ) -> torch.Tensor:
     """Return the logits at the ``predictors`` of a :func:`tree_row`: (P, vocabulary).
 
+    One that is :func:`alone` is computed as the model computes any sequence.
+
     Args:
         dtype: of the hidden states, and so of the mask.
         selects: the model's forward takes ``logits_to_keep``, so the head runs where it is needed.
         cache: keys and values of a prefix that the whole row sees; the row's own are added.
     """
-    places, visible = row["predictors"], row["visible"]
+    places = row["predictors"]
+    # 1 stands for "the last only": there is no way to ask for none.
+    options = {"logits_to_keep": places if len(places) else 1} if selects else {}
+    if "visible" not in row:
+        logits = plain_logits(model, row["ids"], **options)[0]
+        return logits[: len(places)] if selects else logits[places]
+    visible = row["visible"]
     past = cache.get_seq_length() if cache is not None else 0
     # Added to the attention scores, (1, 1, T, past + T); each layer would make it of a boolean one.
     mask = torch.zeros(len(visible), past + len(visible), dtype=dtype, device=visible.device)
     mask[:, past:].masked_fill_(~visible, torch.finfo(dtype).min)
-    # 1 stands for "the last only": there is no way to ask for none.
-    options = {"logits_to_keep": places if len(places) else 1} if selects else {}
     logits = model(
         input_ids=row["ids"],
         position_ids=row["positions"],
@@ -267,59 +288,41 @@ def edge_logprobs(logits: torch.Tensor, which: torch.Tensor, targets: torch.Tens
     return logits[which, targets].float() - total[which]
 
 
-# What a token's log-probability may differ by in a 16-bit type, computed in two orders. It says
-# little about masks: rounding gave up to 0.16 on a model that training had drifted, and letting the
-# branches see each other 0.08 on its base. Hence _heeds_mask_and_positions.
-HALF_PRECISION_NATS = 0.5
+def why_no_trees(policy: Policy, longest: int, row_tokens: int) -> str:
+    """Return why sequences of up to ``longest`` tokens cannot share rows of a model, or ''.
 
-
-def can_run_trees(policy: Policy, longest: int) -> bool:
-    """Return True if the model honours 4-D masks, position ids and a given cache.
-
-    Asked of the model itself: a small trie is scored both ways, and must come out the same; and
-    what it says must depend on mask and positions. Attention over a sliding window shorter than the
-    longest sequence is refused, since the mask says nothing of windows.
+    Asked of the model itself (:mod:`.slices`): a row as long as any of the plan's has to give each
+    sequence in it the logits that it has alone.
     """
-    model = policy.model
-    window = attention_window(model)
-    needed = ("position_ids", "attention_mask", "past_key_values")
-    if (window and longest > window) or not all(accepts(model, name) for name in needed):
-        return False
-    # A primer and three branches, in rows so short that they are cut.
-    token = [(7 + 13 * i) % model.get_input_embeddings().num_embeddings for i in range(48)]
-    branches = [token[20:27], token[20:23] + token[30:36], token[36:48]]  # two tokens of prompt
-    encoded = [
-        Encoded(np.array(token[:20] + b[:2], dtype=np.int32), tuple(b[2:]), straddles=False)
-        for b in branches
-    ]
-    requests = [Request("", "", "trial")] * len(encoded)
-    plans = [plan_encoded(policy, encoded, batch_tokens=10, method=m) for m in ("tree", "plain")]
-    try:
-        if not _heeds_mask_and_positions(policy, plans[0].trie):
-            return False
-        scores = [run_plan(policy, requests, plan) for plan in plans]
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
-        return False  # the ways in which models refuse a mask, a cache or a position
-    nats = 1e-3 if model.dtype == torch.float32 else HALF_PRECISION_NATS
-    return all(abs(a.logprob - b.logprob) <= nats * a.tokens for a, b in zip(*scores, strict=True))
+    for name in ("position_ids", "attention_mask", "past_key_values"):
+        if not accepts(policy.model, name):
+            return f"its forward pass takes no {name}"
+    trial = partial(_trial, longest=longest, row_tokens=row_tokens)
+    return why_not(policy.model, "rows", (longest, row_tokens), trial)
 
 
-@torch.inference_mode()
-def _heeds_mask_and_positions(policy: Policy, trie: Trie) -> bool:
-    """Return True if another mask, and other positions, change the logits at all.
-
-    A model that ignores either computes the very same numbers without it, in any precision.
-    """
+def _trial(
+    model: PreTrainedModel, longest: int, row_tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Compute a row of long sequences and, behind them, a short one; the last two also alone."""
     from transformers import DynamicCache
 
-    model, nodes = policy.model, np.arange(len(trie))
-    selects = accepts(model, "logits_to_keep")
-    row = {n: t.to(policy.device) for n, t in tree_row(trie, nodes, nodes[-1:]).items()}
-    mutual = {"visible": torch.ones_like(row["visible"]).tril()}  # branches see each other
-    in_order = {"positions": torch.arange(len(trie), device=policy.device)[None]}
-    with _evaluating(model):
-        right, *wrong = (
-            row_logits(model, row | other, model.dtype, selects=selects, cache=DynamicCache())
-            for other in ({}, mutual, in_order)
-        )
-    return not any(torch.equal(right, logits) for logits in wrong)
+    device = model.get_input_embeddings().weight.device
+    draw, longest = np.random.default_rng(0), max(longest, 16)
+    tail, cached = min(longest // 2, 32), 4  # of their tokens, own ones and those in the cache
+    stem = draw.integers(TOKENS // 2, size=longest - tail)
+    branches = draw.integers(TOKENS, size=(1 + row_tokens // tail, tail))
+    short = [*stem[:cached], TOKENS - 1, *draw.integers(TOKENS, size=7)]  # it sorts behind the rest
+    trie, paths = build_trie([*([*stem, *branch] for branch in sorted(branches.tolist())), short])
+
+    cache, everything = DynamicCache(), np.arange(len(trie))
+    places = np.unique(np.concatenate(paths[-2:])[cached:])
+    places = places[places >= cached]
+    for nodes, wanted in ((everything[:cached], []), (everything[cached:], places - cached)):
+        row = tree_row(trie, nodes, np.asarray(wanted, dtype=np.int64))
+        row = {name: tensor.to(device) for name, tensor in row.items()}
+        selects = accepts(model, "logits_to_keep")
+        shared = row_logits(model, row, torch.float32, selects=selects, cache=cache)
+    for path in paths[-2:]:
+        alone = plain_logits(model, torch.from_numpy(trie.token[path])[None].to(device))
+        yield shared[np.searchsorted(places, path[cached:])], alone[0, cached:]

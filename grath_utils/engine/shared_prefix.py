@@ -13,15 +13,16 @@ attention; :func:`why_not_shared` finds out by trying.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from grath_utils.engine.models import attention_window, unwrapped
+from grath_utils.engine.models import unwrapped
+from grath_utils.engine.slices import TOKENS, plain_logits, why_not
 
 NAME = "grath_shared_prefix"
 
@@ -186,43 +187,36 @@ def compute_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Layers:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-_trials: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-
-
 def why_not_shared(model: PreTrainedModel, longest: int) -> str:
-    """Return why a model cannot share a prefix in ``longest`` tokens, or '' where it can.
+    """Return why a model cannot share a prefix in sequences of ``longest`` tokens, or ''.
 
-    Apart from windows, a few tokens are computed in both ways, once for each model.
+    Asked of the model itself (:mod:`.slices`).
     """
-    window, inner = attention_window(model), unwrapped(model)
-    if window and window < longest:
-        return f"it attends within a window of {window} tokens"
-    if inner not in _trials:
-        _trials[inner] = _trial(model)
-    return _trials[inner]
-
-
-@torch.inference_mode()
-def _trial(model: PreTrainedModel) -> str:
-    """Compute the last logits of two short sequences with and without a shared prefix."""
-    inner = unwrapped(model)
-    if not inner._can_set_attn_implementation():
+    if not unwrapped(model)._can_set_attn_implementation():
         return "it does not use transformers' attention interface"
-    embedding = inner.get_input_embeddings().weight
-    ids = torch.arange(3, 27, device=embedding.device).remainder(len(embedding)).view(2, 12)
-    ids[1, :8] = ids[0, :8]  # two sequences of 12 tokens that share 8
-    plain = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    try:
-        cache = SharedPrefixCache(compute_prefix(model, ids[0, :8].tolist()), slots=2, room=4)
-        with attend_through(model, cache):
-            for start, stop in ((8, 11), (11, 12)):
-                logits = cache.forward(model, ids[:, start:stop], reach=stop - 8)
-                cache.advance(stop - start)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        return f"its forward pass fails with a shared prefix ({error})"
-    # Half-precision logits differ by rounding; a wrong mask or position differs by far more.
-    tolerance = 1e-3 if inner.dtype == torch.float32 else 0.1
-    distance = float((logits[:, -1].float() - plain).norm() / plain.norm())
-    if distance < tolerance:  # not so where it is NaN
-        return ""
-    return f"its logits change when the prefix is shared (by {distance:.1%})"
+    return why_not(model, "prefix", (longest,), lambda small: _trial(small, longest))
+
+
+def _trial(model: PreTrainedModel, longest: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Decode two tokens each of a long and a short sequence that share a beginning, and alone."""
+    device = model.get_input_embeddings().weight.device
+    shared, short = 8, 14
+    ids = torch.from_numpy(np.random.default_rng(0).integers(TOKENS, size=(2, max(longest, 16))))
+    ids[1, :shared] = ids[0, :shared]
+    ids = ids.to(device)
+    lengths = (ids.shape[1], short)
+    prefix = compute_prefix(model, ids[0, :shared].tolist())
+    cache = SharedPrefixCache(prefix, slots=2, room=ids.shape[1])
+    decoded = []
+    with attend_through(model, cache):
+        filled = torch.tensor([length - shared - 2 for length in lengths], device=device)
+        cache.forward(model, ids[:, shared:-2], reach=ids.shape[1] - shared - 2)
+        cache.advance(filled)
+        for step in (2, 1):
+            tokens = torch.stack([ids[i, length - step] for i, length in enumerate(lengths)])
+            logits = cache.forward(model, tokens[:, None], reach=int(cache.lengths.max()) + 1)
+            cache.advance(1)
+            decoded.append(logits[:, -1])
+    for i, length in enumerate(lengths):
+        alone = plain_logits(model, ids[i : i + 1, :length])[0, -2:]
+        yield torch.stack([logits[i] for logits in decoded]), alone

@@ -13,20 +13,22 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from grath_utils.config import DPOConfig
 from grath_utils.dpo.data import tokenize_pairs
-from grath_utils.dpo.drift import can_measure_drift, kl_per_token
+from grath_utils.dpo.drift import kl_per_token
 from grath_utils.dpo.round import reference_log_probs
 from grath_utils.engine.generation import generate
 from grath_utils.engine.models import Policy
 from grath_utils.errors import DataError
-from grath_utils.evaluation.statistics import bootstrap_means, interval
+from grath_utils.evaluation.statistics import mean_interval
 from grath_utils.pairs.generate import Pair
 from grath_utils.pairs.parsing import Reason, check_answer
 from grath_utils.pairs.prompts import question_messages, render_chat
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import split_words
+from grath_utils.text import brackets
 
 SIGNALS_SCHEMA = 1
 ASKED = 32  # held-out questions that are answered freely, at most
@@ -60,8 +62,8 @@ def measure_signals(
 
     Returns:
         ``pairs`` (their ids), ``chosen`` and ``rejected`` (summed log-probabilities, nats), ``kl``
-        (KL(policy || base) of each pair, nats a token; None on architectures where it cannot be
-        measured), ``questions`` (ids), ``answers`` and ``health`` (:func:`text_health`).
+        (KL(policy || base) of each pair, nats a token), ``questions`` (ids), ``answers`` and
+        ``health`` (:func:`text_health`).
 
     Raises:
         ScoringError: a log-probability is not finite.
@@ -79,9 +81,7 @@ def measure_signals(
     chosen, rejected, kl = [], [], [0.0] * len(examples)
     if examples:
         chosen, rejected = reference_log_probs(policy, examples, progress=progress)
-        if not can_measure_drift(policy, base, examples):
-            kl = None
-        elif policy is not base:
+        if policy is not base:
             kl = kl_per_token(policy, base, examples)
     asked = questions[:ASKED]
     prompts = [render_chat(policy.tokenizer, question_messages(q.text)) for q in asked]
@@ -112,9 +112,8 @@ def text_health(questions: Sequence[str], answers: Sequence[str]) -> dict[str, f
 
     def share(*reasons: Reason) -> float:
         found = [
-            check_answer(question, answer, filters={reason}) is reason
+            check_answer(question, answer, filters=reasons) in reasons
             for question, answer in zip(questions, answers, strict=True)
-            for reason in reasons
         ]
         return sum(found) / max(len(answers), 1)
 
@@ -133,10 +132,13 @@ def margins(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
     *base* model, without beta, so that rounds with other references can be compared.
 
     Raises:
-        DataError: the two were measured on other pairs.
+        DataError: the two were measured on other pairs, or a pair lacks a log-probability.
     """
     if base["pairs"] != after["pairs"]:
         raise DataError("the signals of two rounds stand on different held-out pairs")
+    sides = [signals[side] for signals in (base, after) for side in ("chosen", "rejected")]
+    if any(len(side) != len(base["pairs"]) for side in sides):
+        raise DataError("the signals of a round hold a log-probability too few or too many")
     chosen, rejected = (np.subtract(after[side], base[side]) for side in ("chosen", "rejected"))
     return np.asarray(chosen - rejected, dtype=np.float64)
 
@@ -149,7 +151,10 @@ def displacement(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarra
 def alarms(base: Mapping[str, Any], after: Mapping[str, Any], *, max_kl: float) -> list[str]:
     """Return the signs of collapse in a round's signals, in words; ``max_kl`` in nats a token."""
     found = []
-    if after["kl"] and (drift := np.mean(after["kl"])) > max_kl:
+    # Asked the other way round, so that what is not a number raises an alarm, too.
+    if not np.isfinite(margins(base, after)).all():
+        found.append("its held-out margin is not finite")
+    if after["kl"] and not (drift := np.mean(after["kl"])) <= max_kl:
         found.append(
             f"it has drifted {drift:.2f} nats a token from the base (loop.max_kl is {max_kl:g})"
         )
@@ -157,13 +162,13 @@ def alarms(base: Mapping[str, Any], after: Mapping[str, Any], *, max_kl: float) 
     factor = max(now["words"], 1e-9) / max(before["words"], 1e-9)
     if not 1 / LENGTH_FACTOR <= factor <= LENGTH_FACTOR:
         found.append(f"answers went from {before['words']:.0f} words to {now['words']:.0f}")
-    if before["distinct"] - now["distinct"] > DISTINCT_LOSS:
+    if not before["distinct"] - now["distinct"] <= DISTINCT_LOSS:
         found.append(
             "distinct two-word sequences fell from "
             f"{before['distinct']:.0%} to {now['distinct']:.0%}"
         )
     for key, what in (("repetition", "turn in circles"), ("non_answers", "refuse or are empty")):
-        if now[key] - before[key] > SHARE_RISE:
+        if not now[key] - before[key] <= SHARE_RISE:
             found.append(f"{now[key]:.0%} of the answers {what} ({before[key]:.0%} before)")
     return found
 
@@ -186,33 +191,49 @@ def choose_round(
 ) -> Choice:
     """Choose one of at least one round by its signals, and say whether another should follow.
 
-    Of the rounds without alarm the best is that with the largest mean held-out margin over the
-    base; the one that is kept is the *earliest* within one standard error of it (the rule of
-    Breiman et al., Classification and Regression Trees, 1984): what a later round adds must be
-    more than noise, since each round drifts further. A further round is not worth its cost after
-    an alarm, or when the last one did not raise the margin. ``seed`` is that of the bootstrap
-    behind the interval in the text.
+    The candidates are the base model, whose margin over itself is 0, and the rounds without alarm.
+    The best round has the largest mean held-out margin; the one that is kept is the *earliest*
+    within one standard error of it (the rule of Breiman et al., Classification and Regression
+    Trees, 1984) that is itself more than one standard error above the base: what a later candidate
+    adds must be more than noise, since each round drifts further. A further round is not worth its
+    cost after an alarm, or when the last one did not raise the margin. ``seed`` is that of the
+    bootstrap behind the interval in the text.
     """
     warned = tuple(tuple(alarms(base, after, max_kl=max_kl)) for after in rounds)
-    gains = [margins(base, after) for after in rounds]
     fit = [t for t, found in enumerate(warned) if not found]
     last = len(rounds) - 1
     stop = f"round {last + 1}: {'; '.join(warned[last])}" if warned[last] else None
     if not fit:
         return Choice(None, "every round raised an alarm, so the base model is kept", stop, warned)
-    if not len(gains[0]):
-        why = f"round {fit[-1] + 1} is the last without alarm (no held-out pair to compare on)"
+    gains = {t: margins(base, rounds[t]) for t in fit}
+    n = len(gains[fit[0]])
+    if n < 2:
+        pairs = "one held-out pair is too few" if n else "no held-out pair"
+        why = f"round {fit[-1] + 1} is the last without alarm ({pairs} to compare on)"
         return Choice(fit[-1], why, stop, warned)
-    means = [float(g.mean()) for g in gains]
-    best = max(fit, key=lambda t: means[t])
-    kept = next(t for t in fit if means[best] - means[t] <= _standard_error(gains[best] - gains[t]))
-    if means[kept] <= 0:
-        why = f"no round raised the held-out margin (best: {means[best]:+.2f} nats)"
-        return Choice(None, f"{why}, so the base model is kept", stop, warned)
-    low, high = interval(bootstrap_means(gains[kept], RESAMPLES, seed))
+    means = {t: float(gain.mean()) for t, gain in gains.items()}
+    before = max([0.0, *(means[t] for t in fit if t < last)])
+    if stop is None and means[last] <= before:
+        stop = (
+            f"round {last + 1} did not raise the held-out margin "
+            f"({means[last]:+.2f} nats, {before:+.2f} before)"
+        )
+    errors = {t: float(stats.sem(gain)) for t, gain in gains.items()}
+    rising = [t for t in fit if means[t] > errors[t]]
+    best = max(fit, key=means.__getitem__)
+    if not rising:
+        why = (
+            "no round raised the held-out margin by more than its standard error (best: round "
+            f"{best + 1}, {means[best]:+.2f} ± {errors[best]:.2f} nats), so the base model is kept"
+        )
+        return Choice(None, why, stop, warned)
+    # One is always within that reach: the best itself, or all if it is too noisy to be among them.
+    behind = {t: means[best] - means[t] > stats.sem(gains[best] - gains[t]) for t in rising}
+    kept = min(rising, key=lambda t: (behind[t], t))
+    ci95 = mean_interval(gains[kept], RESAMPLES, seed, bounds=None)
     why = (
         f"round {kept + 1}: held-out margin {means[kept]:+.2f} nats over the base "
-        f"[{low:+.2f}, {high:+.2f}], n = {len(gains[kept])}, no alarm"
+        f"{brackets(ci95, '+.2f')}, n = {n}, no alarm"
     )
     if rounds[kept]["kl"] is None:
         why += " (its drift could not be measured)"
@@ -220,15 +241,4 @@ def choose_round(
         why += (
             f"; round {best + 1} has {means[best]:+.2f}, which is within one standard error of it"
         )
-    if stop is None and last and means[last] <= (before := max(means[:last])):
-        stop = (
-            f"round {last + 1} did not raise the held-out margin "
-            f"({means[last]:+.2f} nats, {before:+.2f} before)"
-        )
     return Choice(kept, why, stop, warned)
-
-
-def _standard_error(differences: np.ndarray) -> float:
-    """Return that of the mean of paired differences; 0 for a single pair."""
-    n = len(differences)
-    return float(differences.std(ddof=1) / n**0.5) if n > 1 else 0.0

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from architectures import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grath_utils.config import ModelConfig
-from grath_utils.engine import scoring
+from grath_utils.engine import scoring, slices
 from grath_utils.engine.encoding import Request, encode_requests
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.engine.scoring import (
-    can_run_trees,
     edge_logprobs,
     plan_requests,
     score_completions,
+    why_no_trees,
 )
 from grath_utils.engine.trie import attention_mask, build_trie, plan_blocks, sequence_blocks
 from grath_utils.errors import ScoringError, UsageError
@@ -179,9 +183,7 @@ def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [by_hand(tiny_policy, request) for request in REQUESTS]
-    assert can_run_trees(tiny_policy, 100)
     deafen(tiny_policy, monkeypatch, "attention_mask", "position_ids")
-    assert not can_run_trees(tiny_policy, 100)
     scores = score_completions(tiny_policy, REQUESTS)
     assert [score.logprob for score in scores] == pytest.approx(expected, abs=1e-4)
 
@@ -190,51 +192,60 @@ def test_a_model_that_ignores_positions_or_masks_is_scored_plainly(
 def test_in_half_precision_a_model_that_ignores_one_of_them_is_found_out(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, ignored: str
 ) -> None:
-    """Rounding may be larger there than what a wrong mask does, so size alone cannot tell."""
+    """Rounding may be larger there than what a wrong mask does; the slice is in float32."""
     tiny_policy.model.to(torch.bfloat16)
-    assert can_run_trees(tiny_policy, 100)
+    assert not why_no_trees(tiny_policy, 100, 512)
     deafen(tiny_policy, monkeypatch, ignored)
-    assert not can_run_trees(tiny_policy, 100)
+    tiny_policy = replace(tiny_policy, model=copy.copy(tiny_policy.model))  # asked again
+    assert "change by" in why_no_trees(tiny_policy, 100, 512)
 
 
-@pytest.mark.parametrize(("dtype", "accepted"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_rounding_of_a_drifted_model_in_half_precision_is_no_reason_to_score_it_plainly(
-    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, accepted: bool
-) -> None:
-    """0.16 nats a token were seen; refused, it was scored 20 times slower, its drift not at all."""
-    tiny_policy.model.to(dtype)
-    real = scoring.run_plan
-
-    def rounding(policy: Policy, requests: Any, plan: Any, **options: Any) -> Any:
-        scores = real(policy, requests, plan, **options)
-        off = 0.2 if plan.method == "tree" else 0.0
-        return [replace(score, logprob=score.logprob + off * score.tokens) for score in scores]
-
-    monkeypatch.setattr(scoring, "run_plan", rounding)
-    assert can_run_trees(tiny_policy, 100) is accepted
-
-
-def test_a_sliding_window_shorter_than_the_prompt_is_scored_plainly(tiny_policy: Policy) -> None:
-    tiny_policy.model.config.sliding_window = 50
-    assert can_run_trees(tiny_policy, 50)
-    assert not can_run_trees(tiny_policy, 51)
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2", "mistral", "gemma2", "opt", "bloom"])
-def test_other_architectures(tiny_policy: Policy, kind: str) -> None:
-    """Rotary, learned and ALiBi positions; whatever a model can do, the numbers are right."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048}
-    more = {"gemma2": {"head_dim": 16}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}}
-    sizes |= {"vocab_size": len(tiny_policy.tokenizer), "pad_token_id": 2, **more.get(kind, {})}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+def test_a_window_is_found_out_where_a_sequence_is_longer(tiny_policy: Policy) -> None:
+    model = tiny_model("mistral-window", len(tiny_policy.tokenizer))  # of 32 tokens
     policy = replace(tiny_policy, model=model)
-    scores = score_completions(policy, REQUESTS)
-    expected = [by_hand(policy, request) for request in REQUESTS]
-    assert [score.logprob for score in scores] == pytest.approx(expected, abs=2e-4)
+    assert [bool(why_no_trees(policy, longest, 512)) for longest in (33, 32, 20, 40)] == [
+        *(True, False, False, True)
+    ]
+
+
+def test_a_window_in_places_of_the_row_is_found_out_for_short_sequences_too(
+    tiny_policy: Policy,
+) -> None:
+    policy = replace(tiny_policy, model=tiny_model("gpt-neo", len(tiny_policy.tokenizer)))
+    assert why_no_trees(policy, 20, 512)
+
+
+def test_a_model_is_asked_once_and_says_so_once(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(side_effect=slices.float_slice)
+    monkeypatch.setattr(slices, "float_slice", asked)
+    policy = replace(tiny_policy, model=tiny_model("gpt-neo", len(tiny_policy.tokenizer)))
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        for requests in (REQUESTS, REQUESTS, REQUESTS[:2]):
+            score_completions(policy, requests)
+    assert [str(w.message).count("each is scored alone") for w in warned] == [1]
+    assert asked.call_count <= 2  # the shorter requests are another question
+
+
+def test_no_memory_for_the_slice_is_not_an_answer(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(slices, "float_slice", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        why_no_trees(tiny_policy, 100, 512)
+
+
+def test_a_slice_has_each_kind_of_layer_and_few_tokens(tiny_policy: Policy) -> None:
+    model = tiny_model("gemma3", 300).to(torch.bfloat16)  # five layers with a window, one without
+    small = slices.float_slice(model)
+    assert len(small.model.layers) == small.config.num_hidden_layers == 6
+    assert small.dtype == torch.float32
+    assert small.get_input_embeddings().weight.shape[0] == slices.TOKENS
+    assert len(slices.float_slice(tiny_model("llama", 300)).model.layers) == 1
+    assert model.dtype == torch.bfloat16
+    assert model.get_input_embeddings().weight.shape[0] == 300
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
