@@ -30,6 +30,10 @@ class DataError(UsageError):
     """An input file is malformed, empty or of the wrong kind; the message names file and line."""
 
 
+class StatisticsError(UsageError):
+    """Values have no mean, interval or test: not finite, too few, or not of the same items."""
+
+
 class ModelError(UsageError):
     """A model or adapter cannot be found, does not fit, or is not what it is said to be."""
 

@@ -23,16 +23,22 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def with_interval(value: float, ci95: Sequence[float], spec: str = ".1f") -> str:
+def brackets(ci95: Sequence[float] | None, spec: str = ".1f", scale: float = 1) -> str:
+    """Return ``[21.0, 29.1]``, or ``[–]`` where there is no interval."""
+    return f"[{', '.join(f'{scale * end:{spec}}' for end in ci95)}]" if ci95 else "[–]"
+
+
+def with_interval(
+    value: float, ci95: Sequence[float] | None, spec: str = ".1f", scale: float = 1
+) -> str:
     """Return ``25.1 [21.0, 29.1]``; ``spec`` is the format of each number."""
-    low, high = ci95
-    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
+    return f"{scale * value:{spec}} {brackets(ci95, spec, scale)}"
 
 
 def metric_line(metric: Mapping[str, Any]) -> str:
     """Return ``25.1 % [21.0, 29.1], n = 419`` for a metric of an evaluation's result."""
-    low, high = metric["ci95"]
-    return f"{percent(metric['value'])} % [{percent(low)}, {percent(high)}], n = {metric['n']}"
+    ends = brackets(metric["ci95"], scale=100)
+    return f"{percent(metric['value'])} % {ends}, n = {metric['n']}"
 
 
 def quantization_line(kind: str, part: Mapping[str, int] | None) -> str:

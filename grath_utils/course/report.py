@@ -47,7 +47,7 @@ def comparison_table(run: Run, form: str) -> str:
     rows = []
     for row in found:
         numbers = [
-            with_interval(100 * row[part]["value"], [100 * end for end in row[part]["ci95"]], spec)
+            with_interval(row[part]["value"], row[part]["ci95"], spec, scale=100)
             for part, spec in (("before", ".1f"), ("after", ".1f"), ("difference", "+.1f"))
         ]
         rows.append((row["benchmark"], row["metric"], str(row["n"]), *numbers))
@@ -61,6 +61,7 @@ def summary_table(run: Run) -> str:
     if not text:
         return "No finished pair of evaluations yet."
     note = "percent, with 95 % bootstrap intervals; change: paired"
+    note += "; [–]: a single item has none" if "[–]" in text else ""
     return f"{text}\n\n{note}\n{choice_line(run)}"
 
 

@@ -2,39 +2,78 @@
 
 Pure functions on arrays of per-item values; fractions everywhere, never percent. An interval is a
 95 % percentile bootstrap over items (Efron 1979): it says how the value would move with another
-draw of questions, not with another model or prompt.
+draw of questions, not with another model or prompt. Values that are not finite, and too few for
+what is asked, are a :class:`.errors.StatisticsError` that says which.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy import stats
 
-from grath_utils.errors import UsageError
+from grath_utils.errors import StatisticsError
 
 LEVEL = 0.95  # of every interval
 POWER = 0.8  # probability of finding an effect that is there
 BINS = 10  # of the reliability diagram
 COVERAGES = (0.25, 0.5, 0.75, 1.0)
 RESAMPLES_AT_ONCE = 2**22  # drawn indices held in memory at a time
+FRACTION = (0.0, 1.0)
+ROUNDING = 1e-12  # relative: values nearer than this are equal
+
+Bounds: TypeAlias = tuple[float, float] | None  # what a value can be at all; None: anything
+
+
+def _numbers(values: Any, least: int = 1) -> np.ndarray:
+    """Return at least so many values as floats; StatisticsError names those that are not finite."""
+    try:
+        array = np.array(values, dtype=np.float64, ndmin=1)
+    except (TypeError, ValueError) as error:
+        raise StatisticsError(f"not all values are numbers: {error}") from error
+    if len(array) < least:
+        raise StatisticsError(
+            "one item gives no interval: at least two are needed"
+            if len(array)
+            else "no items: a mean needs at least one"
+        )
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
+    if len(bad):
+        named = ", ".join(f"number {i + 1} ({array[i]})" for i in bad[:5])
+        more = ", ..." if len(bad) > 5 else ""
+        raise StatisticsError(f"{len(bad)} of {len(array)} values are not finite: {named}{more}")
+    return array
+
+
+def _paired(before: Any, after: Any, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of the same items in two measurements, see :func:`_numbers`."""
+    first, second = _numbers(before), _numbers(after)
+    if first.shape != second.shape:
+        raise StatisticsError(
+            f"{len(first)} values on one side and {len(second)} on the other: both must be of the "
+            "same items"
+        )
+    return _numbers(first, least), second
+
+
+def _all_equal(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) <= ROUNDING * np.abs(values).max())
 
 
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Return the mean of each bootstrap resample: (resamples,) or (resamples, columns).
 
     Args:
-        values: (items,) or (items, columns); all columns of an item are drawn together.
+        values: (items,) or (items, columns), of two items or more; all columns of an item are
+            drawn together.
         resamples: number of resamples.
         seed: the same seed draws the same items.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = _numbers(values, least=2)
     n = len(values)
-    if n == 0:
-        raise UsageError("no items: a mean needs at least one")
     rng = np.random.default_rng(seed)
     parts = _in_parts(resamples, n)
     return np.concatenate([values[rng.integers(n, size=(part, n))].mean(axis=1) for part in parts])
@@ -42,30 +81,68 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
 
 def _in_parts(resamples: int, items: int) -> Iterator[int]:
     """Yield how many resamples to draw together, so that memory is bounded."""
+    if resamples < 1:
+        raise StatisticsError(f"{resamples} resamples; at least 1 is needed")
     at_once = max(RESAMPLES_AT_ONCE // items, 1)
     for start in range(0, resamples, at_once):
         yield min(at_once, resamples - start)
 
 
 def interval(samples: np.ndarray) -> list[float]:
-    """Return the central 95 % of samples: ``[low, high]``."""
+    """Return the central 95 % of two samples or more: ``[low, high]``."""
     tail = (1 - LEVEL) / 2
-    return np.quantile(samples, [tail, 1 - tail], axis=0).tolist()
+    return np.quantile(_numbers(samples, least=2), [tail, 1 - tail], axis=0).tolist()
 
 
-def summarize(values: Sequence[float], resamples: int, seed: int) -> dict[str, Any]:
-    """Return ``{"value", "ci95", "n"}`` of per-item values."""
-    means = bootstrap_means(values, resamples, seed)
-    return {"value": float(np.mean(values)), "ci95": interval(means), "n": len(values)}
+def mean_interval(
+    values: Sequence[float], resamples: int, seed: int, bounds: Bounds = FRACTION
+) -> list[float] | None:
+    """Return the interval of a mean over two items or more, ``[low, high]``.
+
+    Items that are all equal would give a bootstrap of no width, as if nothing else could ever be.
+    Then the interval is what Wilson's limit (1927) leaves open: of ``n`` items none was otherwise,
+    so at most a share ``z^2 / (n + z^2)`` of all is, and these lie anywhere within ``bounds``. For
+    hits this is Wilson's interval, for differences of hits Tango's (1998). None without bounds.
+    """
+    values = _numbers(values, least=2)
+    if not _all_equal(values):
+        return interval(bootstrap_means(values, resamples, seed))
+    value = float(values[0])
+    if bounds is None or not bounds[0] <= value <= bounds[1]:
+        return None
+    share = stats.binomtest(0, len(values)).proportion_ci(LEVEL, method="wilson").high
+    return [float(value + share * (end - value)) for end in bounds]
+
+
+def summarize(
+    values: Sequence[float],
+    resamples: int,
+    seed: int,
+    *,
+    bounds: Bounds = FRACTION,
+    single: bool = False,
+) -> dict[str, Any]:
+    """Return ``{"value", "ci95", "n"}`` of per-item values.
+
+    Args:
+        values: (items,)
+        resamples, seed, bounds: see :func:`mean_interval`.
+        single: take a single item, too; its ``ci95`` is None.
+    """
+    values = _numbers(values, least=1 if single else 2)
+    ci95 = mean_interval(values, resamples, seed, bounds) if len(values) > 1 else None
+    return {"value": float(values.mean()), "ci95": ci95, "n": len(values)}
 
 
 def t_interval(values: Sequence[float]) -> list[float] | None:
-    """Return Student's interval of a mean over a few independent runs, or None for one run.
+    """Return Student's interval of a mean over a few independent runs.
 
-    Over seeds there are too few values for a bootstrap, which would give a far too narrow
-    interval; this one holds for any number from two on, where the values are about normal.
+    None for one run, and for runs that are all equal: there is no spread to go by. Over seeds
+    there are too few values for a bootstrap, which would give a far too narrow interval; this one
+    holds for any number from two on, where the values are about normal.
     """
-    if len(values) < 2:
+    values = _numbers(values, least=0)
+    if len(values) < 2 or _all_equal(values):
         return None
     mean, reach = np.mean(values), t_quantile(len(values) - 1) * stats.sem(values)
     return [float(mean - reach), float(mean + reach)]
@@ -74,7 +151,7 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
 def t_quantile(freedom: int) -> float:
     """Return the ``t`` with 95 % of Student's distribution between ``-t`` and ``t``."""
     if freedom < 1:
-        raise UsageError(f"{freedom} degrees of freedom; at least 1 is needed")
+        raise StatisticsError(f"{freedom} degrees of freedom; at least 1 is needed")
     return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
@@ -86,7 +163,10 @@ def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
     Args:
         before, after: 0 or 1 for each item, in the same order.
     """
-    difference = np.asarray(after, dtype=np.int64) - np.asarray(before, dtype=np.int64)
+    first, second = _paired(before, after)
+    if not np.isin([first, second], (0, 1)).all():
+        raise StatisticsError("McNemar's test is of hits: every value must be 0 or 1")
+    difference = second - first
     gained, changed = int((difference > 0).sum()), int((difference != 0).sum())
     return float(stats.binomtest(gained, changed).pvalue) if changed else 1.0
 
@@ -97,7 +177,7 @@ def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> f
     Each item's difference keeps its size and gets a random sign (Fisher's randomization test); the
     observed arrangement counts as one of the resamples, so the value is never zero.
     """
-    values = np.asarray(differences, dtype=np.float64)
+    values = _numbers(differences)
     rng = np.random.default_rng(seed)
     # A hair of tolerance: sums in another order differ in their last digits.
     observed, extreme = abs(values.sum()) - 1e-12 * len(values), 1
@@ -108,26 +188,39 @@ def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> f
 
 
 def paired_difference(
-    before: Sequence[float], after: Sequence[float], resamples: int, seed: int
+    before: Sequence[float],
+    after: Sequence[float],
+    resamples: int,
+    seed: int,
+    *,
+    bounds: tuple[float, float] = FRACTION,
+    single: bool = False,
 ) -> dict[str, Any]:
     """Compare two models on the same items.
 
+    Args:
+        before, after: (items,), in the same order.
+        resamples, seed: see :func:`bootstrap_means`.
+        bounds: what each value can be.
+        single: take a single item, too; its ``ci95`` is None.
+
     Returns:
-        ``value`` (mean of after - before), ``ci95`` (paired bootstrap), ``p_value`` and the
-        ``test`` it is from, ``before``, ``after``, ``n``, ``gained`` and ``lost`` (items whose
-        value rose and fell), and ``smallest_detectable`` (see below).
+        ``value`` (mean of after - before), ``ci95`` (paired, see :func:`mean_interval`),
+        ``p_value`` and the ``test`` it is from, ``before``, ``after``, ``n``, ``gained`` and
+        ``lost`` (items whose value rose and fell), and ``smallest_detectable`` (see below; None
+        where all items changed alike, so that there is no spread to tell it from).
     """
-    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    first, second = _paired(before, after, least=1 if single else 2)
     difference = second - first
-    n = len(difference)
+    n, reach = len(difference), bounds[1] - bounds[0]
     if np.isin([first, second], (0, 1)).all():
         test, p_value = "exact McNemar", mcnemar_exact(first, second)
     else:
         test, p_value = "sign-flip randomization", sign_flip_test(difference, resamples, seed)
-    spread = float(difference.std(ddof=1)) if n > 1 else 0.0
+    spread = None if _all_equal(difference) else float(difference.std(ddof=1))
     return {
         "value": float(difference.mean()),
-        "ci95": interval(bootstrap_means(difference, resamples, seed)),
+        "ci95": mean_interval(difference, resamples, seed, (-reach, reach)) if n > 1 else None,
         "p_value": p_value,
         "test": test,
         "before": float(first.mean()),
@@ -135,7 +228,7 @@ def paired_difference(
         "n": n,
         "gained": int((difference > 0).sum()),
         "lost": int((difference < 0).sum()),
-        "smallest_detectable": smallest_detectable_effect(n, spread),
+        "smallest_detectable": spread and smallest_detectable_effect(n, spread),
     }
 
 
@@ -149,7 +242,7 @@ def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
     values = np.asarray(p_values, dtype=np.float64)
     if not ((values >= 0) & (values <= 1)).all():
-        raise UsageError(f"p-values lie between 0 and 1, found {list(p_values)}")
+        raise StatisticsError(f"p-values lie between 0 and 1, found {list(p_values)}")
     order = np.argsort(values, kind="stable")
     steps = values[order] * np.arange(len(values), 0, -1)
     adjusted = np.empty_like(values)
@@ -167,15 +260,17 @@ def smallest_detectable_effect(n: int, spread: float) -> float:
             square root of the share of items that change.
     """
     if n < 1:
-        raise UsageError(f"n is {n}; at least 1 item is needed")
+        raise StatisticsError(f"n is {n}; at least 1 item is needed")
+    if not 0 <= spread < math.inf:
+        raise StatisticsError(f"the spread is {spread}; it must be a finite number, 0 or more")
     both_tails = 1 - (1 - LEVEL) / 2
     return float(stats.norm.ppf([both_tails, POWER]).sum()) * spread / math.sqrt(n)
 
 
 def items_needed(effect: float, spread: float) -> int:
     """Return how many items show a true mean difference ``effect`` in 80 % of all draws."""
-    if effect <= 0:
-        raise UsageError(f"the effect is {effect}; it must be above 0")
+    if not (0 < effect < math.inf and spread > 0):
+        raise StatisticsError(f"effect {effect} and spread {spread} must be finite and above 0")
     return math.ceil((smallest_detectable_effect(1, spread) / effect) ** 2)
 
 
@@ -192,7 +287,9 @@ def calibration(confidence: Sequence[float], correct: Sequence[int]) -> dict[str
         and ``selective_accuracy`` of the most confident shares of the items. Where the cut falls
         between equal confidences, these count with their mean accuracy.
     """
-    conf, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    conf, right = _paired(confidence, correct)
+    if not ((conf >= 0) & (conf <= 1)).all():
+        raise StatisticsError("a confidence is a probability: every value must lie in [0, 1]")
     place = np.clip((conf * BINS).astype(int), 0, BINS - 1)
     rows = [
         {

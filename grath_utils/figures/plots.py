@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -111,6 +111,10 @@ def _centre_on_zero(axes: Axes, rows: int) -> None:
     axes.set(xlim=(-reach, reach), ylim=(rows - 0.4, -0.6))
 
 
+def _with_interval(intervals: Iterable[Interval]) -> str:
+    return "with 95 % interval" + ("" if all(intervals) else " (a single item has none)")
+
+
 def _models(axis: Axes, labels: Sequence[str], points: Sequence[tuple], **look: Any) -> None:
     """Draw (label, value, interval) for models side by side."""
     for label, value, ci95 in points:
@@ -129,10 +133,10 @@ def _model_name(label: str) -> str:
     return f"round {_model_order(label)}" if _model_order(label) else "base"
 
 
-def in_percent(result: Measured, metric: str) -> tuple[float, list[float]]:
-    """Return a metric of a result and its interval."""
+def in_percent(result: Measured, metric: str) -> tuple[float, list[float] | None]:
+    """Return a metric of a result and its interval; None for a single item."""
     found = result["metrics"][metric]
-    return 100 * found["value"], [100 * end for end in found["ci95"]]
+    return 100 * found["value"], found["ci95"] and [100 * end for end in found["ci95"]]
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -365,7 +369,8 @@ def plot_metrics(results: Mapping[str, Mapping[str, Measured]]) -> Figure:
         axis.tick_params(axis="x", labelsize=9)
         axis.set_title(f"{benchmark}\n{METRIC_NAMES[metric]}", fontsize=10)
         axis.set_xlim(-0.5, len(points) - 0.2)
-    axes[0].set_ylabel("percent, with 95 % interval")
+    shown = (r["metrics"][metric]["ci95"] for b, metric in panels for r in results[b].values())
+    axes[0].set_ylabel(f"percent, {_with_interval(shown)}")
     return figure
 
 
@@ -387,11 +392,12 @@ def plot_differences(rows: Sequence[tuple[str, Measured]]) -> Figure:
     A row is a name and a difference as :func:`.measure.compare` returns it.
     """
     figure, axes = new_axes(width=7.6, height=1.0 + 0.42 * len(rows))
-    least = np.array([100 * difference["smallest_detectable"] for _, difference in rows])
+    least = np.array([100 * (change["smallest_detectable"] or 0) for _, change in rows])
     axes.barh(range(len(rows)), 2 * least, left=-least, height=0.5, color=GREY, alpha=0.15)
     _changes(axes, [(name, change["value"], change["ci95"]) for name, change in rows])
     _centre_on_zero(axes, len(rows))
-    axes.set_xlabel("change in points, with 95 % interval (grey band: too small to be seen here)")
+    shown = _with_interval(change["ci95"] for _, change in rows)
+    axes.set_xlabel(f"change in points, {shown} (grey band: too small to be seen here)")
     return figure
 
 
@@ -399,7 +405,7 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Measured]]]) -> Figure:
     """Show the change in every cell of a sweep: each seed, their mean, its interval over seeds.
 
     A panel is (title, cells) for one metric, with the same cells in all panels. A cell has
-    ``name``, ``seeds`` (a value for each), ``mean`` and ``ci95`` (None for fewer than two).
+    ``name``, ``seeds`` (a value for each), ``mean`` and ``ci95`` (:func:`.t_interval`).
     """
     columns, n = min(2, len(panels)), len(panels[0][1])
     figure, axes = _panels(len(panels), columns, 1.1 + 0.34 * n, width=5.4 * columns)
@@ -413,7 +419,7 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Measured]]]) -> Figure:
         axis.set_title(title, fontsize=10.5)
     figure.supxlabel(
         "change from the base model, in points (ticks: seeds; marker: their mean, with 95 %\n"
-        "interval over seeds; diamond: interval without 0; hollow: one seed, so no interval)",
+        "interval over seeds; diamond: interval without 0; hollow: none: one seed, or equal ones)",
         fontsize=9.5,
     )
     return figure

@@ -190,8 +190,8 @@ def verdicts(rows: Sequence[Difference]) -> list[tuple[Any, ...]]:
     """Return differences as table rows: name, items, points with interval, smallest, verdict."""
     table = []
     for name, found in rows:
-        low, high = (100 * bound for bound in found["ci95"])
-        shown = with_interval(100 * found["value"], (low, high), "+.1f")
+        low, high = found["ci95"] or (0.0, 0.0)
+        shown = with_interval(found["value"], found["ci95"], "+.1f", scale=100)
         if not found["gained"] + found["lost"]:  # no spread, so nothing to estimate it from
             least, verdict = "unknown", "no item moved"
         else:

@@ -120,7 +120,7 @@ def summarize_cells(done: Sequence[PointOutcome]) -> list[dict[str, Any]]:
 
     Returns:
         ``values``, ``n`` (finished seeds), and ``metrics``: a name such as ``probe.mc1.change`` ->
-        ``mean``, ``ci95`` (None for one seed), ``seeds`` (the values).
+        ``mean``, ``ci95`` (:func:`.t_interval`), ``seeds`` (the values).
     """
     cells = []
     for values, group in groupby(done, key=lambda outcome: cell_of(outcome.values)):
@@ -136,7 +136,7 @@ def summarize_cells(done: Sequence[PointOutcome]) -> list[dict[str, Any]]:
 
 
 def summary_row(cell: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cell as one row; intervals are over seeds, and empty for a single one."""
+    """Return a cell as one row; intervals are over seeds, and empty where there is none."""
     row = {**cell["values"], "n": cell["n"]}
     for name, found in cell["metrics"].items():
         row |= _with_bounds(name, found["mean"], found["ci95"])
@@ -181,16 +181,19 @@ def report_text(
     if cells:
         rows = [
             {"cell": label(cell["values"]), "seeds": cell["n"]}
-            | {name: _points(change) for name, change in _changes(cell).items()}
+            | {
+                name: with_interval(change["mean"], change["ci95"], "+.1f", scale=100)
+                for name, change in _changes(cell).items()
+            }
             for cell in cells
         ]
         parts += [
             tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True),
             "![Change from the base model in every cell](figure.png)",
             "Points of percent, change from the base model: mean over the seeds, with Student's "
-            "95 % interval over the seeds where there are at least two. Every run with its "
-            "intervals over the questions: [table.csv](table.csv); base and last model of every "
-            "cell: [summary.csv](summary.csv).",
+            "95 % interval over the seeds ([–]: one seed, or seeds that are all equal). Every run "
+            "with its intervals over the questions: [table.csv](table.csv); base and last model of "
+            "every cell: [summary.csv](summary.csv).",
         ]
     bad = [
         f"- `{outcome.name}`: {outcome.status}"
@@ -203,8 +206,3 @@ def report_text(
         parts += ["## Points that did not end well", "\n".join(bad)]
         parts.append("The same command tries them again, and keeps what is done.")
     return "\n\n".join(parts) + "\n"
-
-
-def _points(change: Mapping[str, Any]) -> str:
-    mean, bounds = 100 * change["mean"], [100 * bound for bound in change["ci95"] or ()]
-    return with_interval(mean, bounds, "+.1f") if bounds else f"{mean:+.1f}"

@@ -33,3 +33,5 @@ def test_times_and_intervals() -> None:
     ]  # fmt: skip
     assert with_interval(25.12, (21, 29.1)) == "25.1 [21.0, 29.1]"
     assert with_interval(0.5, (-0.25, 1), "+.2f") == "+0.50 [-0.25, +1.00]"
+    assert with_interval(0.5, (0.25, 1), scale=100) == "50.0 [25.0, 100.0]"
+    assert with_interval(0.5, None) == "0.5 [–]"
