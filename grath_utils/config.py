@@ -17,7 +17,6 @@ import shlex
 import textwrap
 import types
 import typing
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -392,28 +391,26 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
         raise ConfigError(f"{name} has no value; expected {expected}")
     if kind not in KIND_NAMES:
         names = [value] if isinstance(value, str) else value
-        good = isinstance(names, (list, tuple)) and all(isinstance(i, str) and i for i in names)
-        if not good or not names:
+        if not isinstance(names, (list, tuple)) or not names or not all(map(_is_word, names)):
             raise ConfigError(f"{name} is {_brief(value)}; expected a list of names such as [a, b]")
         if len(set(names)) != len(names):
             raise ConfigError(f"{name} names the same thing twice: {_brief(value)}")
-        for text in names:
-            _check_text(text, name)
         return tuple(names)
     if kind is float and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # 1 is a number, too, and 1e400 is infinity
             value = float(str(value))
-    if type(value) is not kind:
+    if type(value) is not kind or (kind is str and not _is_word(value)):
         raise ConfigError(f"{name} is {_brief(value)}; expected {expected}")
-    if kind is str:
-        _check_text(value, name)
     return value
 
 
-def _check_text(text: str, name: str) -> None:
-    """Refuse what neither a file's name nor a file's text can hold."""
-    if not text.strip() or any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
-        raise ConfigError(f"{name} is {_brief(text)}; expected text without control characters")
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and is_text(value)
+
+
+def is_text(value: str) -> bool:
+    """Return False for what no file's name or content can hold: NUL, half a surrogate pair."""
+    return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
 
 
 LIMITS = {
@@ -476,8 +473,13 @@ def describe_options() -> list[tuple[str, Any, str]]:
     return rows
 
 
-def differing_keys(ours: Config, theirs: Mapping[str, Any]) -> list[str]:
+def differing_keys(ours: Config, theirs: Config) -> list[str]:
     """Return lines such as ``dpo.beta: 0.1 here, 0.05 there`` for every differing key."""
-    here, there, absent = ours.flat(), dict(_flatten(theirs)), "(absent)"
-    both = [(key, here.get(key, absent), there.get(key, absent)) for key in sorted(here | there)]
-    return [f"{key}: {a} here, {b} there" for key, a, b in both if a != b]
+    here, there = ours.flat(), theirs.flat()
+    return [f"{k}: {here[k]} here, {there[k]} there" for k in sorted(here) if here[k] != there[k]]
+
+
+def unknown_keys(tree: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys in nested mappings that are no options."""
+    known = Config()
+    return sorted(dict(_flatten(tree)).keys() - known.flat().keys() - known.to_dict().keys())

@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "choice": ["text_health"],
         "named_models": ["load_policy", "resolve_name"],
-        "run_dir": ["BASE", "Run", "environment_facts", "load_run", "model_label"],
+        "run_dir": [
+            "BASE",
+            "Run",
+            "check_not_of_a_run",
+            "environment_facts",
+            "load_run",
+            "model_label",
+        ],
         "stages": [
             "check_ready",
             "evaluate_model",

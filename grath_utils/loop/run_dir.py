@@ -25,13 +25,29 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from grath_utils.config import Config, config_from_dict, differing_keys
+from grath_utils.config import Config, config_from_dict, differing_keys, unknown_keys
 from grath_utils.engine import processes
-from grath_utils.errors import ConfigError, DataError, RunError
-from grath_utils.files import fingerprint_folder, read_json, sha256_file, sweep_partials, write_json
+from grath_utils.errors import ConfigError, DataError, RunError, UsageError
+from grath_utils.files import (
+    PARTIAL,
+    explained_write_errors,
+    fingerprint_folder,
+    read_json,
+    sha256_file,
+    sweep_partials,
+    user_path,
+    write_json,
+)
 from grath_utils.text import quantization_line
 
-RUN_SCHEMA = 1
+RUN_SCHEMA = 1  # raised where an older version could no longer continue a run
+FACTS = {  # what is read of run.json beside the configuration
+    "model": {"name", "weights"},
+    "questions": {"source", "n", "fingerprint"},
+    "resolved": {"device", "dtype"},
+    "device": {"cpu_count", "memory_gib", "accelerator"},
+    "versions": set(),
+}
 PACKAGES = (
     "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib papermill "
     "jupyterlab numpy"
@@ -90,8 +106,17 @@ class Run:
         return quantization_line(self.config.model.quantization, self.info().get("quantized"))
 
     def info(self) -> dict[str, Any]:
-        """Return the contents of ``run.json``."""
-        return read_json(self.path / "run.json")
+        """Return the contents of ``run.json``.
+
+        Raises:
+            RunError: it lacks some of the facts that are read of it.
+        """
+        record = self.path / "run.json"
+        made = read_json(record)
+        for section, keys in FACTS.items() if made.keys() & FACTS.keys() else ():
+            if not (isinstance(made.get(section), dict) and keys <= made[section].keys()):
+                raise _damaged(record, f'"{section}" is not as it was written')
+        return made
 
 
 def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None = None) -> Run:
@@ -101,11 +126,11 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
 
     Raises:
         ConfigError: the directory was made by another configuration (the keys are named), or it
-            is not a run directory and not empty.
+            is not a run directory and not empty. An option that is not recorded had its default.
         RunError: ``run.json`` is damaged, something in it was changed by hand, or the place cannot
             be written to.
     """
-    run = Run(Path(path).expanduser().resolve(), config)
+    run = Run(user_path(path), config)
     record = run.path / "run.json"
     if record.exists():
         differing = differing_keys(config, _recorded_config(record))
@@ -119,12 +144,10 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
         return run
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file; name a folder for the run")
-    if run.path.is_dir():
-        sweep_partials(run.path)  # a run that was killed before its first file was whole
-        if any(p.name != ".lock" for p in run.path.iterdir()):
-            raise ConfigError(
-                f"{run.path} is not empty and holds no run.json; choose another folder"
-            )
+    # A run that was killed before its first file was whole leaves what is swept away later.
+    there = run.path.iterdir() if run.path.is_dir() else ()
+    if any(path.name != ".lock" and path.suffix != PARTIAL for path in there):
+        raise ConfigError(f"{run.path} is not empty and holds no run.json; choose another folder")
     made = {
         "schema_version": RUN_SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -141,38 +164,64 @@ def load_run(path: str | Path) -> Run:
 
     Raises:
         DataError: there is no run there.
-        RunError: its record is damaged, or something in it was changed by hand.
+        ConfigError: another version made it, with options that this one does not have.
+        RunError: its record is damaged or of a newer version, or something was changed by hand.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = user_path(path)
     record = folder / "run.json"
     if not record.exists():
         raise DataError(
             f"{folder} holds no run (no run.json); make one with "
             "`python -m grath_utils run --profile cpu --run-dir DIR`"
         )
-    run = Run(folder, config_from_dict(_recorded_config(record), where=str(folder)))
+    run = Run(folder, _recorded_config(record))
     _check_untouched(run)
     return run
 
 
-def _recorded_config(record: Path) -> dict[str, Any]:
+def _recorded_config(record: Path) -> Config:
     try:
-        config = read_json(record)["config"]
-        if not isinstance(config, dict):
-            raise TypeError
-    except (DataError, KeyError, TypeError) as error:
+        made = read_json(record)
+        schema, tree = made.get("schema_version", RUN_SCHEMA), made["config"]
+        if not (isinstance(schema, int) and isinstance(tree, dict)):
+            raise TypeError("a value of the wrong kind")
+    except (DataError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(record, error) from error
+    another = f"{record} was made by another version of grath_utils"
+    if schema > RUN_SCHEMA:
         raise RunError(
-            f"{record} is damaged or was edited by hand ({error}); restore it, or start again in a "
-            "new folder"
-        ) from error
-    return config
+            f"{another}, a newer one (schema_version {schema}; this one knows {RUN_SCHEMA}): "
+            "continue it with that one"
+        )
+    if unknown := unknown_keys(tree):
+        raise ConfigError(
+            f"{another}, with options that this one does not have: {', '.join(unknown)}. Continue "
+            "it with that one, or start a new run directory"
+        )
+    return config_from_dict(tree, where=str(record))
+
+
+def _damaged(record: Path, reason: object) -> RunError:
+    return RunError(
+        f"{record} is damaged or was edited by hand ({reason}); restore it, or start again in a "
+        "new folder"
+    )
+
+
+def check_not_of_a_run(path: Path) -> None:
+    """Raise UsageError for a file that a run has made: nothing but the run may replace it."""
+    path = user_path(path)
+    for folder in path.parents:
+        made = _manifest(folder / "manifest.json") if (folder / "run.json").is_file() else {}
+        if path.relative_to(folder).as_posix() in made:
+            raise UsageError(f"{path} belongs to the run in {folder}; choose another output")
 
 
 def record_made(run: Run, output: Path) -> bool:
     """Note the hash of a stage's output; return whether it takes the place of another one."""
 
     def note() -> bool:
-        made = _manifest(run)
+        made = _manifest(run.manifest)
         name, value = output.relative_to(run.path).as_posix(), _hash(output)
         if made.get(name) == value:
             return False
@@ -184,7 +233,7 @@ def record_made(run: Run, output: Path) -> bool:
 
 def _check_untouched(run: Run) -> None:
     """Check that what the stages left is still as they left it; what is missing is made again."""
-    for name, value in _manifest(run).items():
+    for name, value in _manifest(run.manifest).items():
         path = run.path / name
         if path.exists() and _hash(path) != value:
             raise RunError(
@@ -194,16 +243,16 @@ def _check_untouched(run: Run) -> None:
             )
 
 
-def _manifest(run: Run) -> dict[str, str]:
-    if not run.manifest.exists():
+def _manifest(path: Path) -> dict[str, str]:
+    if not path.exists():
         return {}
     try:
-        made = read_json(run.manifest)
+        made = read_json(path)
         if not all(isinstance(value, str) for value in made.values()):
             raise TypeError
     except (DataError, AttributeError, TypeError) as error:
         raise RunError(
-            f"{run.manifest} is damaged. Delete it: what the run holds is then taken as it is"
+            f"{path} is damaged. Delete it: what the run holds is then taken as it is"
         ) from error
     return made
 
@@ -213,7 +262,12 @@ def _hash(path: Path) -> str:
 
 
 LOCK_HOLDER = "GRATH_RUN_LOCK"
-"""Environment variable: the run directory that this process, or one that started it, has locked."""
+"""Environment variable: the run directories, one a line, that this process has locked, or one that
+started it."""
+
+
+def _held() -> list[str]:
+    return os.environ.get(LOCK_HOLDER, "").split("\n")
 
 
 @contextmanager
@@ -221,33 +275,35 @@ def lock_run(run: Run) -> Iterator[None]:
     """Hold the run directory for one process; the lock goes with the process, even if killed.
 
     Whoever holds it may take it again, and so may the kernels that it starts. The processes of
-    one launch share it: the main one takes it for all.
+    one launch share it: the main one takes it for all. A process may hold several.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or the place cannot be written to.
     """
-    if os.environ.get(LOCK_HOLDER) == str(run.path):
+    own = str(run.path)
+    if own in _held():
         yield
         return
     lock = FileLock(run.path / ".lock", timeout=0)
 
     def take() -> None:
-        run.path.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(
-                f"{run.path} is in use by another process; wait for it to end, or choose another "
-                "folder"
-            ) from None
+        with explained_write_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise RunError(
+                    f"{run.path} is in use by another process; wait for it to end, or choose "
+                    "another folder"
+                ) from None
         sweep_partials(run.path)
 
-    processes.on_main(take)
-    os.environ[LOCK_HOLDER] = str(run.path)
     try:
+        processes.on_main(take)
+        os.environ[LOCK_HOLDER] = "\n".join([*_held(), own])
         yield
     finally:
-        del os.environ[LOCK_HOLDER]
+        os.environ[LOCK_HOLDER] = "\n".join(path for path in _held() if path != own)
         lock.release()
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grath_utils.config import Config, config_from_dict, load_config
+from grath_utils.config import Config, config_from_dict, load_config, own_settings
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.files import fingerprint, read_yaml
 
@@ -57,7 +57,7 @@ class Shared:
     @property
     def name(self) -> str:
         """Its address, such as ``pairs-0f3c…``: the same for the same work."""
-        return f"{self.kind}-{fingerprint(self.config.to_dict())}"
+        return f"{self.kind}-{fingerprint(own_settings(self.config))}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Point:
     def name(self) -> str:
         """The name of its run directory: readable, and different for every configuration."""
         slug = re.sub(r"[^\w.=+-]+", "-", label(self.values, between="_"))
-        return f"{slug[:LONGEST_NAME].rstrip('-._=')}-{fingerprint(self.config.to_dict())[:8]}"
+        return f"{slug[:LONGEST_NAME].rstrip('-._=')}-{fingerprint(own_settings(self.config))[:8]}"
 
     def shared(self, kind: str) -> Shared:
         """Return the shared stage of a kind that this point uses."""

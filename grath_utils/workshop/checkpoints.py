@@ -127,7 +127,7 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
 
 
 def _check_same_origin(run: Run, source: Run) -> None:
-    lines = differing_keys(run.config, source.config.to_dict())
+    lines = differing_keys(run.config, source.config)
     for section, key in (("model", "weights"), ("questions", "fingerprint")):
         here, there = (made.info()[section][key] for made in (run, source))
         if here != there:

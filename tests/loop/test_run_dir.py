@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
-from grath_utils.config import load_config
-from grath_utils.errors import ConfigError, DataError, RunError
-from grath_utils.loop.run_dir import load_run, lock_run, open_run
+from grath_utils.config import LoraConfig, load_config, option, own_settings
+from grath_utils.errors import ConfigError, DataError, RunError, UsageError
+from grath_utils.files import atomic_path, fingerprint, read_json, write_json
+from grath_utils.loop.run_dir import (
+    Run,
+    check_not_of_a_run,
+    load_run,
+    lock_run,
+    open_run,
+    record_made,
+)
 
 
 def test_made_once_and_opened_again(tmp_path: Path) -> None:
@@ -47,6 +62,93 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
             opening()
 
 
+# --- runs of other versions ----------------------------------------------------------------------
+
+OLD = read_json(Path(__file__).with_name("run_of_schema_1.json"))
+"""What the first version of the schema wrote for the smoke profile, with the options of its day."""
+
+
+def recorded(folder: Path, change: Callable[[dict], object] = lambda made: None) -> Path:
+    """Write an older run's ``run.json``, changed, to a folder; return the folder."""
+    made = copy.deepcopy(OLD)
+    change(made)
+    write_json(folder / "run.json", made)
+    return folder
+
+
+def test_every_option_that_came_later_says_so() -> None:
+    config = load_config("smoke")
+    assert json.loads(json.dumps(own_settings(config))) == OLD["config"]
+    assert fingerprint(own_settings(config)) == "00f2c9b6d4b0288f"  # what sweeps of then go by
+    assert fingerprint(own_settings(config.pairs)) == "25eebf03cd06cecc"  # and journals of pairs
+
+
+@dataclass(frozen=True)
+class Later:
+    """A section that has got an option."""
+
+    old: int = option(1, "there from the beginning")
+    new: int = option(2, "came later", added=True)
+
+
+def test_an_added_option_counts_where_it_is_not_at_its_default() -> None:
+    assert own_settings(Later()) == {"old": 1}
+    assert own_settings(Later(old=3, new=4)) == {"old": 3, "new": 4}
+
+
+def test_a_run_that_lacks_options_goes_on_with_their_defaults(tmp_path: Path) -> None:
+    def without(made: dict) -> None:
+        del made["config"]["dpo"]["max_displacement"], made["config"]["lora"]
+        del made["schema_version"]
+
+    config, folder = load_config("smoke"), recorded(tmp_path, without)
+    before = (folder / "run.json").read_bytes()
+    assert load_run(folder).config.dpo == config.dpo
+    same = {f"lora.{key}": value for key, value in dataclasses.asdict(LoraConfig()).items()}
+    assert open_run(folder, load_config("smoke", same)).path == folder
+    assert (folder / "run.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"dpo.max_displacement: 5.0 here, 300.0 there"):
+        open_run(folder, load_config("smoke", {**same, "dpo.max_displacement": 5.0}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda made: made.update(schema_version=2), RunError, r"a newer one \(schema_version 2;"),
+        (
+            lambda made: made["config"]["dpo"].update(bta=1, alpha=2),
+            ConfigError,
+            r"options that this one does not have: dpo\.alpha, dpo\.bta\. Continue it with that",
+        ),
+        (lambda made: made["config"].update(dpo=3), ConfigError, '"dpo" holds 3'),
+        (lambda made: made["config"]["dpo"].update(beta=-1), ConfigError, '"dpo.beta" is -1'),
+        (lambda made: made.update(schema_version="1"), RunError, "damaged"),
+    ],
+)
+def test_a_run_that_this_version_cannot_continue(
+    tmp_path: Path, change: Callable[[dict], object], error: type[Exception], message: str
+) -> None:
+    folder = recorded(tmp_path, change)
+    for opening in (lambda: load_run(folder), lambda: open_run(folder, load_config("smoke"))):
+        with pytest.raises(error, match=message) as caught:
+            opening()
+        assert str(folder / "run.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["model", "questions", "resolved", "device", "versions"])
+@pytest.mark.parametrize("value", [None, 3, {}, []])
+def test_facts_that_are_no_longer_there_are_named(tmp_path: Path, section: str, value) -> None:
+    run = load_run(recorded(tmp_path, lambda made: made.update({section: value})))
+    if (section, value) == ("versions", {}):
+        assert run.info()["versions"] == {}
+        return
+    with pytest.raises(RunError, match=f'run.json is damaged .*"{section}" is not as it was'):
+        run.info()
+
+
+# --- what is there -------------------------------------------------------------------------------
+
+
 def test_no_run_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no run"):
         load_run(tmp_path)
@@ -58,6 +160,31 @@ def test_a_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
         open_run(tmp_path, load_config("smoke"))
     with pytest.raises(ConfigError, match="is a file"):
         open_run(tmp_path / "thesis.tex", load_config("smoke"))
+    with pytest.raises(UsageError, match=r"thesis\.tex is a file, not a folder"):
+        open_run(tmp_path / "thesis.tex" / "run", load_config("smoke"))
+
+
+def test_a_run_killed_in_its_first_file_is_begun_again(tmp_path: Path) -> None:
+    with contextlib.suppress(KeyError), atomic_path(tmp_path / "run.json") as partial:
+        shutil.copytree(partial.parent, tmp_path / partial.parent.name.replace("run", "ran"))
+        raise KeyError
+    assert len(list(tmp_path.iterdir())) == 1
+    run = open_run(tmp_path, load_config("smoke"))
+    with lock_run(run):
+        assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
+
+
+def test_what_a_run_has_made_is_no_place_for_another_output(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", load_config("smoke"))
+    write_json(run.pairs(0), {})
+    (tmp_path / "link").symlink_to(run.path)
+    for path in (run.pairs(0), tmp_path / "link" / "iter_0" / "pairs.jsonl"):
+        check_not_of_a_run(path)
+        record_made(run, run.pairs(0))
+        with pytest.raises(UsageError, match="belongs to the run in"):
+            check_not_of_a_run(path)
+        run.manifest.unlink()
+    check_not_of_a_run(run.path / "my.jsonl")
 
 
 HOLD = """
@@ -81,6 +208,36 @@ def test_a_second_process_is_told_and_stops(tmp_path: Path) -> None:
         assert "in use by another process" in refused.stderr
         assert other_process().returncode == 0  # a kernel that the holder starts inherits it
     assert other_process(stranger).returncode == 0
+
+
+def test_one_process_holds_several_runs(tmp_path: Path) -> None:
+    first, second = (open_run(tmp_path / name, load_config("smoke")) for name in "ab")
+
+    def free(run: Run) -> bool:
+        with contextlib.suppress(Timeout), FileLock(run.path / ".lock", timeout=0):
+            return True
+        return False
+
+    with lock_run(first):
+        with pytest.raises(KeyError), lock_run(second), lock_run(first), lock_run(second):
+            assert not free(first)
+            assert not free(second)
+            raise KeyError
+        assert free(second)
+        with lock_run(first):
+            pass
+        assert not free(first)  # taken twice, it is free when the outer one ends
+    assert free(first)
+    one, other = lock_run(first), lock_run(second)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)  # not in the order of a stack
+    assert free(first)
+    assert not free(second)
+    with lock_run(second):
+        pass
+    other.__exit__(None, None, None)
+    assert free(second)
 
 
 def test_the_lock_goes_with_a_killed_process(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_every_profile_loads_and_round_trips(name: str) -> None:
     config = load_config(name)
     assert config.profile == name
     assert config_from_dict(config.to_dict()) == config
-    assert differing_keys(config, config.to_dict()) == []
+    assert differing_keys(config, config) == []
 
 
 def test_the_documented_profiles_are_there() -> None:
@@ -49,7 +49,7 @@ def test_overrides_change_what_they_name_and_nothing_else() -> None:
     assert changed.lora.targets == ("q_proj", "v_proj")
     assert changed.questions.limit is None
     assert changed.seed == 7
-    different = {line.split(":")[0] for line in differing_keys(changed, plain.to_dict())}
+    different = {line.split(":")[0] for line in differing_keys(changed, plain)}
     assert different == {"dpo.beta", "lora.targets", "questions.limit", "seed"}
 
 
@@ -149,10 +149,10 @@ def test_yaml_is_read_as_people_read_it(text: str, value: object) -> None:
         ("dpo: {batch_size: 2147483648}", '"dpo.batch_size" is 2147483648; the most is 21474'),
         ("dpo: {beta: " + "9" * 400 + "}", '"dpo.beta" is inf; it must be finite'),
         ("dpo: {batch_size: 1e3}", '"dpo.batch_size" is 1000.0; expected a whole number'),
-        ('model: {name: "\\ud800"}', '"model.name" is .*; expected text without control'),
-        ('model: {name: "a\\0b"}', '"model.name" is .*; expected text without control'),
+        ('model: {name: "\\ud800"}', '"model.name" is .*; expected text'),
+        ('model: {name: "a\\0b"}', '"model.name" is .*; expected text'),
         ('model: {name: " "}', '"model.name" is .*; expected text'),
-        ('lora: {targets: ["a\\nb"]}', '"lora.targets" is .*; expected text'),
+        ('lora: {targets: ["a\\0b"]}', '"lora.targets" is .*; expected a list'),
     ],
 )  # fmt: skip
 def test_a_wrong_profile_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -196,13 +196,13 @@ def test_paper_presets_hold_the_official_numbers() -> None:
     assert llama.lora.targets == ("q_proj", "k_proj", "v_proj")
     assert (llama.dpo.reference, llama.loop.iterations) == ("current", 2)
     assert llama.pairs.mode == "paper"
-    different = {line.split(":")[0] for line in differing_keys(llama, zephyr.to_dict())}
+    different = {line.split(":")[0] for line in differing_keys(llama, zephyr)}
     assert different == {"profile", "model.name", "dpo.steps"}
 
 
 @pytest.mark.parametrize("model", ["llama2", "zephyr"])
 def test_fix_ref_differs_from_the_headline_in_the_documented_values_only(model: str) -> None:
     headline, fixed = load_config(f"paper-{model}"), load_config(f"paper-{model}-fixref")
-    different = {line.split(":")[0] for line in differing_keys(headline, fixed.to_dict())}
+    different = {line.split(":")[0] for line in differing_keys(headline, fixed)}
     assert different == {"profile", "dpo.reference", "loop.iterations"}
     assert (fixed.dpo.reference, fixed.loop.iterations) == ("base", 10)
