@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grath_utils.errors import DataError
+from grath_utils.engine.chat import answer_form
+from grath_utils.engine.encoding import encode_answers
+from grath_utils.errors import DataError, ModelError
 from grath_utils.pairs.generate import Pair
-from grath_utils.pairs.prompts import training_prompt
+from grath_utils.pairs.prompts import training_completion, training_prompt
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,26 @@ class PreferenceData:
 def tokenize_pair(
     tokenizer: PreTrainedTokenizerBase, pair: Pair, prompt_format: str = "chat"
 ) -> PreferenceExample:
-    """Return the token ids of a pair.
+    """Return the token ids of a pair: those that scoring and generation have for the same texts.
 
-    Prompt and answer are tokenized apart and joined, so the prompt's ids are the same for both
-    answers and no token spans the border. The end-of-turn token closes each answer: a model that
-    is never shown where an answer ends would learn to ramble.
+    The prompt's ids are the same for both answers. The end-of-turn token closes each answer: a
+    model that is never shown where an answer ends would learn to ramble.
+
+    Raises:
+        ModelError: the tokenizer has no token that could end an answer.
     """
-    chat = prompt_format == "chat"
+    if not answer_form(tokenizer).end:
+        raise ModelError(
+            "the tokenizer has no eos_token, and its chat template closes no turn, so the policy "
+            "could not learn where an answer ends; name an eos_token in tokenizer_config.json"
+        )
     prompt = training_prompt(tokenizer, pair.question, prompt_format)
-    # A chat template writes the beginning-of-sequence token itself; for plain text the tokenizer
-    # adds it. Doing both is the doubled BOS of the official code.
-    prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
-    lead = "" if chat else " "  # after `A:` an answer starts with a space
     answers = [
-        (*tokenizer(lead + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        training_completion(tokenizer, text, prompt_format)
         for text in (pair.correct, pair.incorrect)
     ]
-    return PreferenceExample(pair.id, tuple(prompt_ids), *answers)
+    prompt_ids, answer_ids = encode_answers(tokenizer, prompt, answers)
+    return PreferenceExample(pair.id, prompt_ids, *answer_ids)
 
 
 def tokenize_pairs(

@@ -1,9 +1,17 @@
-"""Prompt and completion to token ids, exactly as lm-evaluation-harness splits them.
+"""Text to token ids: one rule for generation, training, reference and scoring.
 
-The rule (``TemplateLM._encode_pair`` in lm_eval/api/model.py): trailing spaces of the prompt move
-to the completion; prompt + completion is encoded as one text, and what lies beyond the length of
-the encoded prompt is the completion. Where a token spans the boundary the prompt's own encoding is
-kept, as there, and the request is marked.
+A text begins as the tokenizer begins every text, as a rule with BOS or with nothing, and exactly
+once: where a chat template has written that beginning, it is not written again. Where a template
+leaves it out (Zephyr), it is added all the same: lm-evaluation-harness (``HFLM.tok_encode``) and
+llama.cpp do so, and so such models were trained. ``apply_chat_template(tokenize=True)``, TRL and
+vLLM do not. Nothing is ever appended to a text.
+
+Prompt and completion are encoded as *one* text; what lies beyond the length of the encoded prompt
+is the completion (``TemplateLM._encode_pair`` in lm_eval/api/model.py). Where a token spans the
+boundary, the prompt's own encoding is kept. To score (:func:`encode_requests`), trailing spaces of
+the prompt move to the completion first, and a spanning token's request is marked, both as there. To
+train (:func:`encode_answers`) the prompt stays what the model sees when it generates, and after a
+spanning token the completion is encoded apart, so that nothing of it is lost.
 """
 
 from __future__ import annotations
@@ -15,10 +23,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grath_utils.errors import ScoringError
+from grath_utils.errors import ModelError, ScoringError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from grath_utils.engine.models import Policy
 
 TEXTS_AT_ONCE = 512  # lists of Python integers take ten times the memory of arrays
 
@@ -57,14 +67,8 @@ def encode_requests(
     """Encode requests; each distinct text is tokenized once.
 
     Raises:
-        ScoringError: a request is empty or longer than ``max_length`` tokens, or the tokenizer is a
-            slow one; the item is named.
+        ScoringError: a request is empty or longer than ``max_length`` tokens; the item is named.
     """
-    if requests and not getattr(tokenizer, "is_fast", False):
-        raise ScoringError(
-            f"item {requests[0].item}: the tokenizer gives no character offsets, so where the "
-            "prompt ends cannot be told; use a model with a fast tokenizer (tokenizer.json)"
-        )
     texts: list[tuple[str, str]] = []
     first: dict[tuple[str, str], Request] = {}  # of each distinct text, the first request
     for request in requests:
@@ -75,9 +79,9 @@ def encode_requests(
         first.setdefault(texts[-1], request)
     prompts = list(dict.fromkeys(prompt for prompt, _ in first if prompt))
     heads = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
-    start = _start_token(tokenizer)
-    if start is not None:  # what an empty prompt is conditioned on: the start of a text
-        heads[""] = np.array([start], dtype=np.int32)
+    start = start_ids(tokenizer) or [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if start := [token for token in start if token is not None][:1]:
+        heads[""] = np.array(start, dtype=np.int32)  # what an empty prompt is conditioned on
 
     encoded: dict[tuple[str, str], Encoded] = {}
     for text, whole in zip(first, encode_texts(tokenizer, map("".join, first)), strict=True):
@@ -106,21 +110,64 @@ def encode_requests(
     return [encoded[text] for text in texts]
 
 
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Return the ids of a prompt, and those of each answer that goes on after it."""
+    texts = [prompt, *(prompt + answer for answer in answers)]
+    head, *joint = (tuple(ids.tolist()) for ids in encode_texts(tokenizer, texts))
+    return head, [
+        whole[len(head) :] if whole[: len(head)] == head else encode_apart(tokenizer, answer)
+        for whole, answer in zip(joint, answers, strict=True)
+    ]
+
+
+def encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Return the ids of a text in the middle of another, whatever stands before it."""
+    # After a newline, as SentencePiece puts a space before the first word of a text.
+    line, joint = (
+        tokenizer(each, add_special_tokens=False)["input_ids"] for each in ("\n", f"\n{text}")
+    )
+    if line and joint[: len(line)] == line:
+        return tuple(joint[len(line) :])
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of one text, as the model is given it."""
+    return next(encode_texts(tokenizer, [text])).tolist()
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield each text's token ids (int32); one that begins with the BOS text gets no second BOS."""
-    start = _start_token(tokenizer)
-    bos = None if start is None else tokenizer.decode([start])
+    """Yield each text's token ids (int32), with the beginning that the tokenizer gives a text."""
+    start = start_ids(tokenizer)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     rest = iter(texts)
     while batch := list(islice(rest, TEXTS_AT_ONCE)):
-        ids: dict[str, np.ndarray] = {}
-        for given in (True, False):
-            group = [text for text in batch if (bos is not None and text.startswith(bos)) == given]
-            if group:
-                options = {"return_attention_mask": False, "verbose": False}
-                found = tokenizer(group, add_special_tokens=not given, **options)["input_ids"]
-                ids |= {t: np.array(i, dtype=np.int32) for t, i in zip(group, found, strict=True)}
-        yield from (ids[text] for text in batch)
+        for ids in tokenizer(batch, **options)["input_ids"]:
+            begun = ids[: len(start)] == start
+            yield np.array(ids if begun else [*start, *ids], dtype=np.int32)
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return what the tokenizer puts before every text: BOS, some other tokens, or nothing."""
+    plain, whole = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
+    for place in range(len(whole) if plain else 0):
+        if whole[place : place + len(plain)] == plain:
+            return whole[:place]
+    # A vocabulary in which the letter is nothing at all: only special tokens are there.
+    bos = tokenizer.bos_token_id
+    return whole[: whole.index(bos) + 1] if bos in whole else []
+
+
+def refuse_unknown_ids(policy: Policy, sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """Raise a ModelError if the model's embedding has no row for one of the ids."""
+    rows = policy.model.get_input_embeddings().num_embeddings
+    largest = max((int(np.max(ids)) for ids in sequences if len(ids)), default=0)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {policy.name} gives token {largest} "
+            f"({policy.tokenizer.convert_ids_to_tokens(largest)!r}), and the model has embeddings "
+            f"for {rows} only: the tokenizer belongs to another model, or tokens were "
+            "added to it without resize_token_embeddings"
+        )

@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from grath_utils.engine.chat import render_chat
 from grath_utils.engine.encoding import Request
 from grath_utils.errors import DataError, UsageError, did_you_mean
 from grath_utils.evaluation.benchmarks import find_benchmark
@@ -44,8 +45,7 @@ def build_prompts(
         solved = [protocol.question(shot) + protocol.answer(shot, shot.gold) for shot in shots]
         text = protocol.before(item) + "\n\n".join([*solved, protocol.question(item)])
         if protocol.chat:
-            turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = render_chat(tokenizer, [{"role": "user", "content": text}])
         prompts.append(text)
     return prompts
 

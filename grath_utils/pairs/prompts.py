@@ -2,8 +2,7 @@
 
 A prompt of the kind ``pair`` asks for both answers in one completion (the paper's way), ``correct``
 and ``incorrect`` for one of them; the training prompt of DPO is the bare question. All are rendered
-to *text* first and tokenized without special tokens, because a chat template writes its own
-beginning-of-sequence token (adding another is a classic).
+to *text*; :mod:`grath_utils.engine.encoding` has the one rule by which text becomes token ids.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
+from grath_utils.engine.chat import Message, answer_form, render_chat
+from grath_utils.engine.encoding import token_ids as token_ids
 from grath_utils.errors import UsageError
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.questions import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = dict[str, str]
 
 QUESTION_LABEL = "Question:"
 CORRECT_LABEL = "Correct answer:"
@@ -109,7 +108,7 @@ def training_prompt(
     if prompt_format == "chat":
         return render_chat(tokenizer, messages)
     if prompt_format == "qa":
-        return f"{_start_of_text(tokenizer)}Q: {messages[0]['content']}\nA:"
+        return f"Q: {messages[0]['content']}\nA:"
     valid = ", ".join(PROMPT_FORMATS)
     raise UsageError(f'unknown prompt format "{prompt_format}"; valid ones are: {valid}')
 
@@ -117,12 +116,13 @@ def training_prompt(
 def training_completion(
     tokenizer: PreTrainedTokenizerBase, answer: str, prompt_format: str = "chat"
 ) -> str:
-    """Return the completion that follows :func:`training_prompt`, with the end-of-text token.
+    """Return the completion that follows :func:`training_prompt`, with the token that ends it.
 
-    The end token makes the policy learn to stop. TRL adds it only where it is missing.
+    The end token makes the policy learn to stop.
     """
-    space = " " if prompt_format == "qa" else ""
-    return f"{space}{answer}{tokenizer.eos_token or ''}"
+    form = answer_form(tokenizer)
+    lead = " " if prompt_format == "qa" else form.lead
+    return f"{lead}{answer}{form.end}"
 
 
 def training_request(
@@ -136,26 +136,3 @@ def training_request(
     """Return a request to score an answer as training does."""
     prompt = training_prompt(tokenizer, question, prompt_format)
     return engine.Request(prompt, training_completion(tokenizer, answer, prompt_format), item)
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """Return the chat as text that ends where the assistant's next turn begins.
-
-    A tokenizer without a chat template (a base model) gets ``User:`` and ``Assistant:`` lines.
-    """
-    if tokenizer.chat_template:
-        options = {"tokenize": False, "add_generation_prompt": True}
-        return tokenizer.apply_chat_template(list(messages), **options)
-    turns = [f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
-    return f"{_start_of_text(tokenizer)}{''.join(turns)}Assistant:"
-
-
-def _start_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the beginning-of-sequence token if this tokenizer begins a text with it."""
-    first = tokenizer("a")["input_ids"][:1]
-    return tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a rendered prompt; nothing is added to it."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -6,7 +6,6 @@ import copy
 import functools
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -329,8 +328,3 @@ def test_what_cannot_be_scored_names_the_item(
 ) -> None:
     with pytest.raises(ScoringError, match=message):
         encode_requests(tiny_policy.tokenizer, [request_], length)
-
-
-def test_a_tokenizer_without_offsets_is_refused() -> None:
-    with pytest.raises(ScoringError, match=r"item item-0: .*no character offsets"):
-        encode_requests(SimpleNamespace(is_fast=False), REQUESTS, 100)

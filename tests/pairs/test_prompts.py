@@ -116,13 +116,3 @@ def test_without_a_template_there_are_plain_lines(tiny_llama):
     assert text.startswith("User: Consider the following question: ")
     assert text.endswith("\nAssistant:")
     assert text.count("Assistant:") == 2
-
-
-def test_begin_of_sequence_comes_once(tiny_llama):
-    """Templates write it themselves; adding special tokens would double it."""
-    llama = AutoTokenizer.from_pretrained(tiny_llama)
-    llama.chat_template = "{{ bos_token }}" + llama.chat_template
-    ids = prompts.token_ids(llama, render_chat(llama, question_messages("Why?")))
-    assert ids[0] == llama.bos_token_id
-    # In this vocabulary the same token opens the user's turn: once for the text, once for it.
-    assert ids[:3].count(llama.bos_token_id) == 2

@@ -1,0 +1,116 @@
+"""A conversation as text, by the model's own chat template, and how an answer stands in it.
+
+Nothing is known here of any family of models: a probe conversation, rendered once, shows how the
+template opens the assistant's turn and how it closes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from grath_utils.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+# Some templates write today's date into the prompt: on another day, the same seed would give other
+# answers. They are given this day, which is the one that Llama 3's template takes without a clock.
+DAY = datetime(2024, 7, 26)
+QUESTION, ANSWER = "probe-question", "probe-answer"
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What a model's answer stands between."""
+
+    header: str  # opens the assistant's turn where the template has no generation prompt to do it
+    lead: str  # then comes before the answer: mostly nothing, or a space
+    end: str  # the token that ends an answer; "" if the tokenizer has none
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return the chat as text that ends where the assistant's next turn begins.
+
+    A tokenizer without a chat template (a base model) gets ``User:`` and ``Assistant:`` lines.
+
+    Raises:
+        ModelError: the template refuses the conversation, or leaves out what is said in it.
+    """
+    if tokenizer.chat_template:
+        return _render(tokenizer, messages, prompt=True) + answer_form(tokenizer).header
+    turns = [f"{m['role'].capitalize()}: {m['content']}\n" for m in messages]
+    return f"{''.join(turns)}Assistant:"
+
+
+def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
+    """Return what an answer stands between; raises what :func:`render_chat` raises.
+
+    It ends with the template's end of turn: the token that follows the assistant's words in a
+    rendered conversation (``<end_of_turn>`` of Gemma, ``<|end|>`` of Phi, where ``eos_token`` is
+    another); where none follows, with ``eos_token``.
+    """
+    return _answer_form(tokenizer, str(tokenizer.chat_template or ""), tokenizer.eos_token or "")
+
+
+@lru_cache(maxsize=4)
+def _answer_form(tokenizer: PreTrainedTokenizerBase, template: str, eos: str) -> AnswerForm:
+    if not template:
+        return AnswerForm("", " ", eos)
+    asked = [{"role": "user", "content": QUESTION}]
+    answered = [*asked, {"role": "assistant", "content": ANSWER}]
+    prompt, bare = (_render(tokenizer, asked, prompt=prompt) for prompt in (True, False))
+    before, found, after = _render(tokenizer, answered, prompt=False).rpartition(ANSWER)
+    if not found or QUESTION not in prompt:
+        raise ModelError(
+            "the model's chat template leaves out what the "
+            f"{'user' if found else 'assistant'} says (one for images asks for text in parts); "
+            "use a model whose template takes plain text, or mend chat_template in its folder"
+        )
+    header, lead = "", before.removeprefix(prompt) if before.startswith(prompt) else ""
+    if prompt == bare:  # asking for a generation prompt changes nothing: what opens the turn is it
+        header, lead = lead.rstrip(" "), lead[len(lead.rstrip(" ")) :]
+    after = after.lstrip()
+    ends = [token for token in (eos, *tokenizer.get_added_vocab()) if after.startswith(token)]
+    return AnswerForm(header, lead, max(filter(None, ends), key=len, default=eos))
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | Sequence[int] | None) -> set[int]:
+    """Return every token that ends a completion.
+
+    These are the model's own (``listed``: its ``generation_config.eos_token_id``), the tokenizer's
+    and the template's.
+    """
+    ends = {*listed} if isinstance(listed, Sequence) else {listed}
+    ends |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(answer_form(tokenizer).end)}
+    return {end for end in ends if end is not None}
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool
+) -> str:
+    from jinja2 import TemplateError
+
+    options = {"tokenize": False, "add_generation_prompt": prompt}
+    try:
+        template = _without_clock(tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(list(messages), chat_template=template, **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ModelError(
+            "the model's chat template cannot write a conversation in which user and assistant "
+            f"take turns: {error}"
+        ) from error
+
+
+def _without_clock(template: str) -> str:
+    """Return the template with a ``strftime_now`` of its own, which always says the same day."""
+    if "strftime_now" not in template:
+        return template
+    filters = "".join(f"|replace('%{c}','{DAY.strftime(f'%{c}')}')" for c in "aAbBdHIjmMpSyY")
+    macro = f"{{% macro strftime_now(form) %}}{{{{ form|replace('%-','%'){filters} }}}}"
+    return f"{macro}{{% endmacro %}}\n{template}"  # the template's own first line stays one
