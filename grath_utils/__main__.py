@@ -2,7 +2,11 @@
 
 import sys
 
-from grath_utils.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from grath_utils.cli import main
+
+        code = main()
+    except KeyboardInterrupt:  # before the command began
+        code = 130
+    sys.exit(code)

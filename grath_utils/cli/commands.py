@@ -1,47 +1,101 @@
 """The command line: ``python -m grath_utils COMMAND``.
 
-Exit codes: 0 done, 2 wrong usage or configuration, 1 failed.
+Exit codes: 0 done, 2 wrong usage or configuration, 1 failed, 130 interrupted (Ctrl-C), 141 nobody
+reads the output any more (``| head -1``), 70 a fault of this program, which alone has a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 
 from grath_utils.cli import runs, steps, workshops
 from grath_utils.cli.arguments import Command
+from grath_utils.config import is_text
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError, UsageError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    # Piped output would hold the progress lines back until the end.
-    sys.stdout.reconfigure(line_buffering=True)
-    parser = build_parser()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    own = given[: given.index("--")] if "--" in given else given
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not so in a notebook
+            # Piped output would hold the progress lines back until the end; and what the console
+            # cannot show (as on Windows) is escaped.
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
-        options = parser.parse_args(own)
-        options.passed_on = given[len(own) + 1 :]
-        if len(own) < len(given) and options.command is not runs.do_sweep:
-            parser.error('only the command "sweep" takes arguments after --')
-        with _together(options):
-            options.command.work(options)
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+        return 0
     except GrathError as error:
         who = "" if processes.is_main() else f" (process {processes.rank()})"
-        print(f"error{who}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _end(f"error{who}: {error}", error.exit_code)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command resumes from here", file=sys.stderr)
-        return 1
+        return _end("\ninterrupted: the same command resumes from here", 130)
+    except BrokenPipeError:
+        # Python would try once more to write what is left, and complain.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        where = f"{error.filename}: " if error.filename else ""
+        return _end(f"error: {where}{error.strerror or error}", 1)
+    except Exception as error:
+        if _ran_out_of_memory(error):
+            return _end(f"error: {OUT_OF_MEMORY} ({str(error).partition('. ')[0]})", 1)
+        traceback.print_exc()
+        return _end(FAULT, 70)
+
+
+FAULT = (
+    "error: this is a fault of grath_utils, not of your input. Please report it, with the lines "
+    "above and what `python -m grath_utils env` prints"
+)
+OUT_OF_MEMORY = (
+    "the memory does not suffice. Try smaller batches (pairs.batch_size, dpo.micro_batch_size, "
+    "evaluation.batch_tokens), shorter texts or a smaller model"
+)
+
+
+def _end(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Return True for Python's error and for torch's, without importing torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _run(given: list[str]) -> None:
+    """Do what the arguments ask for.
+
+    Raises:
+        GrathError: it cannot be done.
+        SystemExit: the arguments are wrong, or ask for help (argparse).
+    """
+    for text in given:
+        if not is_text(text):
+            raise UsageError(
+                f"{text!a} is no text in this system's encoding ({sys.getfilesystemencoding()}): "
+                "rename what it names, or set PYTHONUTF8=1"
+            )
+    own = given[: given.index("--")] if "--" in given else given
+    parser = build_parser()
+    options = parser.parse_args(own)
+    options.passed_on = given[len(own) + 1 :]
+    if len(own) < len(given) and options.command is not runs.do_sweep:
+        parser.error('only the command "sweep" takes arguments after --')
+    with _together(options):
+        options.command.work(options)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import finish, start
 
 from grath_utils.cli import commands as cli
+from grath_utils.cli import runs
 from grath_utils.config import load_config
+from grath_utils.errors import RunError
 from grath_utils.loop.run_dir import open_run
 
 
@@ -178,6 +185,58 @@ def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: P
     first = tmp_path / "before.json"
     model = ("--model", tiny_llama)
     measure = ("evaluate", "--benchmark", "probe", "--limit", "8", "--dtype", "float32")
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the same command resumes"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (OSError(28, "No space left on device", "x.json"), 1, "error: x.json: No space left on"),
+        (RunError("it is damaged"), 1, "error: it is damaged"),
+        (MemoryError(), 1, "error: the memory does not suffice"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "suffice.* .CUDA out of memory.$"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "the memory does not suff"),
+        (ZeroDivisionError("at"), 70, "Traceback(.|\n)*error: this is a fault of grath_utils"),
+    ],
+)
+def test_every_end_has_its_exit_code_and_sentence(
+    capsys, monkeypatch, error: BaseException, code: int, message: str
+) -> None:
+    def do_env(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, "do_env", replace(runs.do_env, work=do_env))
+    ended, _, said = call(capsys, "env")
+    assert ended == code
+    assert re.search(message, said)
+    assert ("Traceback" in said) == (code == 70)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    process = start("options")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_a_console_cannot_show_is_escaped(tmp_path: Path, encoding: str) -> None:
+    """As on Windows, where output goes to a file."""
+    profile = tmp_path / "雪😀.yaml"
+    profile.write_text("profile: x\nquestions: {source: 问题.jsonl}\n", encoding="utf-8")
+    narrow = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    code, out, err = finish(start("options", "--profile", profile, env=narrow))
+    assert (code, err) == (0, "")
+    assert "questions.source = \\u95ee\\u9898.jsonl\n" in out
+    code, _, err = finish(start("options", "--profile", tmp_path / "风.yaml", env=narrow))
+    assert code == 2
+    assert "\\u98ce.yaml: no such file" in err
+
+
+@pytest.mark.parametrize("text", ["a\0b", "caf\udce9"])
+def test_arguments_that_no_file_can_hold_are_refused(capsys, text: str) -> None:
+    assert call(capsys, "status", "--run-dir", text)[0] == 2
+
+
     assert call(capsys, *measure, *model, "--out", first)[0] == 0
     code, out, err = call(
         capsys, "train", "--pairs", pairs, *model, "--out", tmp_path / "r0", *settings
