@@ -80,7 +80,7 @@ def _tried(model: Any, trial: Trial) -> str:
 
 
 def float_slice(model: Any) -> PreTrainedModel:
-    """Return a float32 copy of a model's first layers over its first :data:`TOKENS` tokens."""
+    """Return a float32 copy of a model's first layers over :data:`TOKENS` of its tokens."""
     model = unwrapped(model)
     config = model.config.get_text_config()
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
@@ -137,10 +137,15 @@ def _depth(layers: nn.ModuleList) -> int:
 
 
 def _few_rows(part: nn.Module) -> nn.Module:
-    """Return an embedding or output head that shares all but its weights, cut to few tokens."""
+    """Return an embedding or output head that shares all but its weights, cut to few tokens.
+
+    They are taken from all over the vocabulary: its first ones are often unused, and so all alike.
+    """
     few = copy.copy(part)
     few._parameters = {
-        name: None if values is None else nn.Parameter(values[:TOKENS].clone(), False)
+        name: None
+        if values is None
+        else nn.Parameter(values[torch.arange(TOKENS) * len(values) // TOKENS].clone(), False)
         for name, values in part._parameters.items()
     }
     if getattr(few, "padding_idx", None) is not None:

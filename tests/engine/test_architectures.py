@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, tiny_model
 from grath_utils.engine.encoding import Request
 from grath_utils.engine.generation import generate
 from grath_utils.engine.models import Policy
-from grath_utils.engine.scoring import plan_requests, run_plan
+from grath_utils.engine.scoring import plan_requests, run_plan, score_completions
 
 PRIMER = "Q: Is a primer long?\nA: It is longer than a window of 32 tokens.\n\n" * 2
 REQUESTS = [
@@ -58,3 +58,18 @@ def test_completions(policy: Policy) -> None:
         logits = logits_alone(policy, [*ids, *tokens[:-1]])[len(ids) - 1 :]
         chosen = logits[range(len(tokens)), tokens]
         assert torch.allclose(chosen, logits.max(-1).values, atol=1e-3)
+
+
+def test_scores_are_those_of_lm_eval(policy: Policy) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is a development extra")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    policy.model.config.use_cache = False  # transformers' xLSTM fails with a cache of this size
+    # One at a time: its padded batches are wrong for models with a state.
+    harness = HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=1, device="cpu")
+    texts = [(request.prompt, request.completion) for request in REQUESTS]
+    asked = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
+    expected = [score for score, _ in harness.loglikelihood(asked, disable_tqdm=True)]
+    scores = [score.logprob for score in score_completions(policy, REQUESTS)]
+    assert scores == pytest.approx(expected, abs=1e-3)
