@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from safetensors import SafetensorError
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
-from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
 from grath_utils.engine.machine import has_fast_bfloat16, keep_freed_memory, quiet_transformers
 from grath_utils.engine.quantization import (
     Quantized,
@@ -23,14 +21,22 @@ from grath_utils.engine.quantization import (
     quantized_skeleton,
     round_weights,
 )
-from grath_utils.errors import DataError, ModelError, RunError, UsageError
-from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_json
+from grath_utils.engine.stored import (
+    architecture,
+    base_weights_fingerprint,
+    explained,
+    load_stored,
+    pinned,
+)
+from grath_utils.errors import ModelError, UsageError
+from grath_utils.files import fingerprint, fingerprint_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ADAPTER_RECORD = "grath.json"  # beside adapter_config.json: which base and what was merged before
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # in config.json
 TOP = "default"  # peft's name for an only adapter; TRL counts on it
 
 
@@ -52,37 +58,46 @@ class Policy:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence in tokens that the model was made for."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2048))
+        """The longest sequence in tokens that the model was made for; ``sys.maxsize``: any.
+
+        A model without positions, such as a state-space model or one with ALiBi, has no limit of
+        its own; its tokenizer may know one.
+        """
+        config = self.model.config.get_text_config(decoder=True)
+        own = (getattr(config, name, None) for name in LENGTHS)
+        known = next((length for length in own if length and length > 0), None)
+        return int(known or min(self.tokenizer.model_max_length, sys.maxsize))
 
 
 def load_base(config: ModelConfig) -> Policy:
     """Load the base model that ``config`` describes, without an adapter, in evaluation mode."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    config = resolve(config)
+    config = pinned(resolve(config))
     keep_freed_memory(config.device)
-    location = _location(config.name)
-    source = {"revision": config.revision, "trust_remote_code": False}
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     quantized, on_gpu = config.quantization != "none", config.device == "cuda"
     if quantized and on_gpu:
         options["quantization_config"] = bitsandbytes_config(config)
         options["device_map"] = {"": torch.cuda.current_device()}
+    model, tokenizer = load_stored(config, **options)
     part = None
-    with _explained_load_errors(config), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(location, **source)
-        model = AutoModelForCausalLM.from_pretrained(location, **source, **options)
-        if quantized:
+    if quantized:
+        with explained("weights", config):
             part = quantized_part(model) if on_gpu else round_weights(model, config.quantization)
     if "device_map" not in options:
         model = model.to(config.device)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f'the tokenizer of "{config.name}" has a vocabulary of {tokenizer.vocab_size}, and the '
+            f"model has embeddings for {rows}: its tokenizer files are those of another model"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # added, never embedded
+        tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = True
     # Some chat models ship sampling settings: here, each call says what it wants.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     model.eval()
-    identity = [_weights_fingerprint(config, location), config.quantization, config.dtype]
+    identity = [base_weights_fingerprint(config), config.quantization, config.dtype]
     weights = fingerprint(identity)
     return Policy(model, tokenizer, config.name, config, weights, quantized=part)
 
@@ -93,29 +108,15 @@ def part_to_quantize(config: ModelConfig) -> Quantized | None:
     Raises:
         ModelError: none of it can be, or there is no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if config.quantization == "none":
         return None
-    location, source = _location(config.name), {"revision": config.revision}
-    with _explained_load_errors(config), quiet_transformers():
-        architecture = AutoConfig.from_pretrained(location, trust_remote_code=False, **source)
+    settings = architecture(config)
+    with explained("weights", config), quiet_transformers():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture)
+            model = AutoModelForCausalLM.from_config(settings)
         return quantized_part(quantized_skeleton(model, config.quantization))
-
-
-@contextlib.contextmanager
-def _explained_load_errors(config: ModelConfig) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f'cannot load the model "{config.name}": {reason} '
-            "(a Hub id needs the network or a filled Hub cache, and weights in safetensors; "
-            "a folder needs config.json, tokenizer files and *.safetensors)"
-        ) from error
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -130,49 +131,6 @@ def resolve(config: ModelConfig) -> ModelConfig:
     if dtype == "auto":
         dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
     return replace(config, device=device, dtype=dtype)
-
-
-def base_weights_fingerprint(config: ModelConfig) -> str:
-    """Return the hash of a base model's stored weights, whatever dtype they are loaded in."""
-    return _weights_fingerprint(config, _location(config.name))
-
-
-def _location(name: str) -> str:
-    """Return what ``from_pretrained`` takes for a base-model name: a folder, or the Hub id."""
-    if name == DEFAULT_MODEL:
-        return str(default_model_dir())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} is a folder without config.json, so not a model")
-        return str(folder.resolve())
-    parts = name.split("/")
-    if name.startswith((".", "~", "/")) or len(parts) != 2 or not all(parts):
-        raise ModelError(
-            f'unknown model "{name}": not `default`, not a folder here, and a Hub id looks like '
-            "ORGANISATION/NAME"
-        )
-    return name
-
-
-def _weights_fingerprint(config: ModelConfig, location: str) -> str:
-    """Hash the weights of a folder; for a Hub model, take the commit that was resolved."""
-    folder = Path(location)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        stored = snapshot_download(location, revision=config.revision, local_files_only=True)
-        return fingerprint([location, Path(stored).name])  # the folder's name is the commit
-    # Hashing gigabytes at every load would be felt: remember it by size and time of change.
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    state = fingerprint([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    remembered = cache_dir() / "fingerprints" / f"{state}.json"
-    with contextlib.suppress(DataError):
-        return str(read_json(remembered))
-    value = fingerprint_folder(folder, ["*.safetensors", "config.json", "tokenizer.json"])
-    with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
-        write_json(remembered, value)
-    return value
 
 
 def apply_adapters(
@@ -203,7 +161,7 @@ def apply_adapters(
                     model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
                 if folded and not getattr(model, "is_quantized", False):
                     model = model.merge_and_unload()
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except Exception as error:  # peft's own, torch's, safetensors', and of wrong types
             raise ModelError(f"cannot load the adapter in {folder}: {error}") from error
     if hasattr(model, "peft_config"):
         activate_adapters(model, trainable=trainable)
@@ -230,12 +188,13 @@ def adapter_fingerprint(folder: Path) -> str:
 def adapter_base(folder: Path) -> ModelConfig:
     """Return the base model that an adapter folder names."""
     record = _adapter_record(folder)
-    if "model" in record:
-        return ModelConfig(**record["model"])
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{folder}/adapter_config.json does not name its base model")
-    return ModelConfig(name=base)
+    model = record.get("model")
+    if model is None:
+        file = folder / "adapter_config.json"
+        model = {"name": read_json(file, dict).get("base_model_name_or_path")}
+        if not model["name"]:
+            raise ModelError(f"{file} does not name its base model")
+    return config_from_dict({"model": model}, where=str(folder)).model
 
 
 def merged_before(folder: Path) -> list[Path]:
@@ -245,7 +204,7 @@ def merged_before(folder: Path) -> list[Path]:
 
 def _adapter_record(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_RECORD
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, {"merged": ([str], None)}) if path.is_file() else {}
 
 
 def _check_adapter(folder: Path, policy: Policy) -> None:
@@ -270,10 +229,3 @@ def unwrapped(model: Any) -> PreTrainedModel:
 def accepts(model: Any, argument: str) -> bool:
     """Return True if the model's forward (below any adapter) has a parameter of this name."""
     return argument in inspect.signature(unwrapped(model).forward).parameters
-
-
-def attention_window(model: Any) -> int | None:
-    """Return how many tokens back the model attends, or None where it sees all of them."""
-    config = unwrapped(model).config.get_text_config()
-    slides = getattr(config, "use_sliding_window", True)
-    return (getattr(config, "sliding_window", None) or None) if slides else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DPO, LORA, PAIRS
-from safetensors.torch import load_file
 
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.round import train_round
@@ -123,26 +121,13 @@ def test_unknown_names_are_refused(name: str) -> None:
 
 
 def test_a_hub_id_without_network_says_what_it_needs() -> None:
-    with pytest.raises(ModelError, match='cannot load the model "no-such-org/no-such-model"'):
+    with pytest.raises(FetchError, match='the model "no-such-org/no-such-model" is not, or not'):
         load("no-such-org/no-such-model")
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="without config.json"):
         load(tmp_path)
-
-
-def test_pickled_or_truncated_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:1000])
-    with pytest.raises(ModelError, match="cannot load the model"):
-        load(folder)
-    torch.save(load_file(tiny_llama / weights.name), folder / "pytorch_model.bin")
-    weights.unlink()
-    with pytest.raises(ModelError, match="safetensors"):
-        load(folder)
 
 
 def test_a_device_that_is_not_here(tiny_llama: Path) -> None:
