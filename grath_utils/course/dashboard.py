@@ -10,10 +10,10 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from grath_utils.evaluation.statistics import summarize
+from grath_utils.evaluation.statistics import FRACTION, Bounds, summarize
 from grath_utils.figures.plots import in_percent
 from grath_utils.loop.choice import displacement, margins
-from grath_utils.loop.run_dir import Run, model_label
+from grath_utils.loop.run_dir import BASE, Run, model_label
 from grath_utils.loop.stages import run_questions
 from grath_utils.loop.state import results, run_state
 from grath_utils.pairs.audit import audit_pairs, wilson
@@ -37,20 +37,12 @@ SIGNALS = (  # title, unit, and the values of held-out pairs from the signals of
     ("gain of the chosen answers", "nats", displacement),
     ("drift: KL to the base", "nats a token", lambda base, after: after["kl"]),
 )
+UNMOVED = (0.0, 0.0)  # bounds of the base model's signals: against itself nothing else can be
 HEALTH = (
     ("length of free answers", "words", "words"),
     ("distinct two-word sequences", "share", "distinct"),
     ("answers that refuse", "share", "non_answers"),
 )
-
-
-def choice_line(run: Run) -> str:
-    """Return which round was chosen and why, and why the loop stopped early if it did."""
-    found = run_state(run).choice
-    if found is None:
-        return "no round has been measured yet"
-    line = f"chosen without a look at any benchmark: {found.why}"
-    return line + (f"; stopped early, {found.stop}" if found.stop else "")
 
 
 def round_rows(run: Run) -> list[tuple[str, ...]]:
@@ -64,7 +56,8 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
         return []
     measured = zip((state.base, *state.rounds), ((), *state.choice.alarms), strict=True)
     for t, (after, warned) in enumerate(measured):
-        means = [_mean(run, values(state.base, after)) for _, _, values in SIGNALS]
+        bounds = None if t else UNMOVED
+        means = [_mean(run, values(state.base, after), bounds) for _, _, values in SIGNALS]
         health = after["health"]
         rows.append(
             (
@@ -78,11 +71,14 @@ def round_rows(run: Run) -> list[tuple[str, ...]]:
     return rows
 
 
-def _mean(run: Run, values: Sequence[float] | None) -> tuple[float, list[float]] | None:
+def _mean(
+    run: Run, values: Sequence[float] | None, bounds: Bounds
+) -> tuple[float, list[float] | None] | None:
     """Return a mean and its interval by the run's bootstrap; None where nothing was measured."""
     if values is None or not len(values):
         return None
-    found = summarize(values, run.config.evaluation.bootstrap, run.config.seed)
+    how = {"bounds": bounds, "single": True}
+    found = summarize(values, run.config.evaluation.bootstrap, run.config.seed, **how)
     return found["value"], found["ci95"]
 
 
@@ -109,7 +105,7 @@ def dashboard_panels(run: Run) -> list[Panel]:
         found = audit_pairs(pairs, questions)
         audits.append((model_label(t), found.usable, wilson(found.pairs, found.questions)))
         apart = [1 - ngram_f1(pair.correct, pair.incorrect) for pair in pairs]
-        distances.append((model_label(t), *_mean(run, apart)))
+        distances.append((model_label(t), *_mean(run, apart, FRACTION)))
     panels = [
         Panel("pairs for each question", "share", audits),
         Panel("distance of the two answers", "1 - n-gram F1", distances),
@@ -117,7 +113,10 @@ def dashboard_panels(run: Run) -> list[Panel]:
     signals = (state.base, *state.rounds) if state.base else ()
     measured = dict(zip(map(model_label, (None, *state.planned)), signals, strict=False))
     for title, unit, values in SIGNALS:
-        means = {label: _mean(run, values(state.base, after)) for label, after in measured.items()}
+        means = {
+            label: _mean(run, values(state.base, after), UNMOVED if label == BASE else None)
+            for label, after in measured.items()
+        }
         points = [(label, *mean) for label, mean in means.items() if mean]
         panels.append(Panel(title, unit, points, ("base", 0.0)))
     for title, unit, key in HEALTH:

@@ -5,7 +5,7 @@ The result, schema version 1 (all values are fractions; percent is for display):
     schema_version, benchmark, protocol, source, n, total, seed, limit, data_fingerprint
     model        name, fingerprint, quantization, dtype, device; where it is quantized, quantized:
                  matrices and weights that are, and of how many (engine/quantization.py)
-    metrics      NAME -> value, ci95 [low, high], n
+    metrics      NAME -> value, ci95 [low, high] (None for a single item), n
     controls     question-blind RULE -> value (multiple choice only)
     per_category CATEGORY -> METRIC -> value, n (where the benchmark has categories)
     calibration  ece, bins, selective_accuracy (multiple choice only)
@@ -21,6 +21,7 @@ A stopped evaluation resumes: its finished passes are kept in a journal beside t
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -33,21 +34,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from grath_utils.config import config_from_dict
 from grath_utils.engine import processes
 from grath_utils.engine.scoring import plan_requests, run_plan
-from grath_utils.errors import UsageError
+from grath_utils.errors import DataError, ScoringError, UsageError
 from grath_utils.evaluation import statistics
 from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from grath_utils.evaluation.benchmarks.base import Benchmark, Protocol
 from grath_utils.evaluation.blind_rules import RULES, UNIFORM_MC2, blind_rule_scores
 from grath_utils.evaluation.metrics import choice_probabilities
 from grath_utils.evaluation.protocols import build_requests, find_protocol
-from grath_utils.files import Journal, fingerprint, write_json
+from grath_utils.files import Journal, check_output, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
 
 SCHEMA_VERSION = 1
+RESULT = {  # what is read of a result again, as a form for files.read_json
+    "benchmark": str,
+    "n": int,
+    "metrics": {str: {"value": float, "ci95": ([float, float], None), "n": int}},
+    "controls": ({str: float}, None),
+    "notes": ([str], None),
+    "model": {"name": str},
+    "items": [{"id": str, "metrics": dict}],
+}
+
+
+def check_out(out: Path) -> None:
+    """Check that :func:`evaluate` may write its result, see :func:`.files.check_output`."""
+    check_output(out, read_json, ("benchmark", "protocol", "metrics", "items"))
 
 
 def evaluate(
@@ -75,13 +91,20 @@ def evaluate(
         progress: show a bar with the remaining time.
 
     Raises:
-        UsageError: unknown benchmark or protocol.
+        ConfigError: a number is not one that the settings of the same name may have.
+        UsageError: unknown benchmark or protocol; or ``out`` is something else than a result.
         DataError, FetchError: the data cannot be had.
         ScoringError: an item cannot be scored, or a score is not finite.
     """
+    settings = {"bootstrap": bootstrap, "batch_tokens": batch_tokens}
+    config_from_dict({"seed": seed, "evaluation": settings}, where="evaluate")
+    if out is not None:
+        processes.on_main(lambda: check_out(out))
     if isinstance(benchmark, str):
         benchmark = load_benchmark(benchmark, limit=limit, seed=seed)
     chosen, spec = find_protocol(benchmark.name, protocol), BENCHMARKS[benchmark.name]
+    if not benchmark.items:
+        raise DataError(f"{benchmark.name} holds no item")
     started = time.perf_counter()
     if spec.score is None:
         from grath_utils.evaluation.free_answers import evaluate_answers
@@ -97,9 +120,17 @@ def evaluate(
     items, about, notes, cost = found
     seconds = round(time.perf_counter() - started, 3)
     metrics = {
-        name: statistics.summarize([item["metrics"][name] for item in items], bootstrap, seed)
+        name: statistics.summarize(
+            metric_values(benchmark.name, items, name),
+            bootstrap,
+            seed,
+            bounds=_bounds(name),
+            single=True,
+        )
         for name in spec.metrics
     }
+    if len(items) == 1:
+        notes = [*notes, "a single item gives no interval"]
     result = {
         "schema_version": SCHEMA_VERSION,
         "benchmark": benchmark.name,
@@ -211,6 +242,29 @@ def _evaluate_choices(
     return items, {"calibration": statistics.calibration(confidence, correct)}, notes, cost
 
 
+def metric_values(benchmark: str, items: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """Return a metric of each item of a result.
+
+    Raises:
+        ScoringError: items have none, or one that is not finite; they are named.
+    """
+    values = [item["metrics"].get(name) for item in items]
+    bad = [
+        str(item["id"])
+        for item, value in zip(items, values, strict=True)
+        if not isinstance(value, (int, float)) or not math.isfinite(value)
+    ]
+    if bad:
+        named = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        raise ScoringError(f"{benchmark}: {name} of {len(bad)} items is not finite: {named}")
+    return values
+
+
+def _bounds(metric: str) -> tuple[float, float]:
+    """Return what a metric of an item can be: a fraction, or a difference of two."""
+    return (-1.0, 1.0) if metric.endswith("_diff") else statistics.FRACTION
+
+
 def _per_category(items: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return each metric's mean in each category, in the order of the data."""
     groups = defaultdict(list)
@@ -239,7 +293,7 @@ def explained_by_rules(
         f"{rivals[name].replace('_', ' ')} reaches {100 * rules[rivals[name]]:.1f} %, and the "
         f"interval starts at {100 * metric['ci95'][0]:.1f} %"
         for name, metric in metrics.items()
-        if name in rivals and rules[rivals[name]] >= metric["ci95"][0]
+        if name in rivals and metric["ci95"] and rules[rivals[name]] >= metric["ci95"][0]
     ]
 
 
@@ -255,6 +309,28 @@ def _peak_memory_mib(policy: Policy) -> float | None:
     return round(used / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+def check_comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Check that two results are of the same items, asked in the same way.
+
+    Raises:
+        UsageError: they differ in benchmark, protocol, items, their order, or data.
+    """
+    differ = "the two results cannot be compared"
+    first, second = ([item["id"] for item in result["items"]] for result in (before, after))
+    for key in ("benchmark", "protocol", "data_fingerprint"):
+        if key == "data_fingerprint" and first != second:
+            order = " in another order" if sorted(first) == sorted(second) else ""
+            raise UsageError(
+                f"{differ}: they are of different items{order} ({len(first)} in one, "
+                f"{len(second)} in the other, {len({*first} & {*second})} in both); measure both "
+                "with the same limit and seed"
+            )
+        if before[key] != after[key]:
+            raise UsageError(
+                f"{differ}: {key} is {before[key]!r} in one and {after[key]!r} in the other"
+            )
+
+
 def compare(
     before: Mapping[str, Any], after: Mapping[str, Any], *, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
@@ -265,26 +341,22 @@ def compare(
         :func:`.statistics.paired_difference` says of the change.
 
     Raises:
-        UsageError: the results differ in benchmark, protocol, data or items.
+        UsageError: the results differ in benchmark, protocol, items or data.
+        ScoringError: a metric of an item is missing or not finite.
     """
-    for key in ("benchmark", "protocol", "data_fingerprint"):
-        if before[key] != after[key]:
-            raise UsageError(
-                f"the two results cannot be compared: {key} is {before[key]!r} in one and "
-                f"{after[key]!r} in the other"
-            )
+    check_comparable(before, after)
     first, second = before["items"], after["items"]
-    if [item["id"] for item in first] != [item["id"] for item in second]:
-        raise UsageError("the two results cannot be compared: they are of different items")
     return {
         "benchmark": before["benchmark"],
         "n": len(first),
         "models": [before["model"]["name"], after["model"]["name"]],
         "metrics": {
             name: statistics.paired_difference(
-                *([item["metrics"][name] for item in items] for items in (first, second)),
+                *(metric_values(before["benchmark"], items, name) for items in (first, second)),
                 bootstrap,
                 seed,
+                bounds=_bounds(name),
+                single=True,
             )
             for name in before["metrics"]
         },

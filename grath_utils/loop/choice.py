@@ -31,6 +31,16 @@ from grath_utils.pairs.words import split_words
 from grath_utils.text import brackets
 
 SIGNALS_SCHEMA = 1
+SIGNALS = {  # what a file of signals holds, as a form for files.read_json
+    "pairs": [str],
+    "chosen": [float],
+    "rejected": [float],
+    "kl": ([float], None),
+    "questions": [str],
+    "answers": [str],
+    "health": {"words": float, "distinct": float, "repetition": float, "non_answers": float},
+}
+MEASURE_AGAIN = "delete the run's folder signals, and they are measured again"
 ASKED = 32  # held-out questions that are answered freely, at most
 FREE_ANSWER_TOKENS = 48
 RESAMPLES = 2000
@@ -135,10 +145,14 @@ def margins(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
         DataError: the two were measured on other pairs, or a pair lacks a log-probability.
     """
     if base["pairs"] != after["pairs"]:
-        raise DataError("the signals of two rounds stand on different held-out pairs")
+        raise DataError(
+            f"the signals of two rounds stand on different held-out pairs; {MEASURE_AGAIN}"
+        )
     sides = [signals[side] for signals in (base, after) for side in ("chosen", "rejected")]
     if any(len(side) != len(base["pairs"]) for side in sides):
-        raise DataError("the signals of a round hold a log-probability too few or too many")
+        raise DataError(
+            f"a round's signals lack a log-probability or have one too many; {MEASURE_AGAIN}"
+        )
     chosen, rejected = (np.subtract(after[side], base[side]) for side in ("chosen", "rejected"))
     return np.asarray(chosen - rejected, dtype=np.float64)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from grath_utils.evaluation.free_answers import answer_metrics, cut, declines, r
 from grath_utils.evaluation.measure import compare, evaluate, explained_by_rules
 from grath_utils.evaluation.metrics import accuracy_metrics, mc1, mc2, mc3, truthfulqa_metrics
 from grath_utils.files import Journal, read_json
+from grath_utils.text import metric_line
 
 
 def make_item(choices: list[str], labels: list[int], mc1: tuple[int, ...] | None = None) -> Item:
@@ -76,8 +79,35 @@ def test_a_score_that_is_no_number_is_an_error(bad: float) -> None:
     for metrics in (truthfulqa_metrics, accuracy_metrics):
         with pytest.raises(ScoringError, match="item x: a score is not finite"):
             metrics(make_item(["a", "b"], [1, 0]), [bad, -1.0])
-    with pytest.raises(ScoringError, match="1 scores for 2 choices"):
+    for metric, wanted in ((mc1, 0), (mc2, [1, 0]), (mc3, [1, 0])):
+        with pytest.raises(ScoringError, match="a score is not finite"):
+            metric([-1.0, bad], wanted)
+    with pytest.raises(ScoringError, match="item x: 1 scores for 2 choices"):
         accuracy_metrics(make_item(["a", "b"], [1, 0]), [-1.0])
+
+
+@pytest.mark.parametrize(
+    ("measure", "text"),
+    [
+        (lambda: mc1([], 0), "both a true choice and a false one"),
+        (lambda: mc1([-1.0], 0), "both a true choice and a false one"),
+        (lambda: mc1([-1.0, -2.0], 2), "both a true choice and a false one"),
+        (lambda: mc2([], []), "both a true choice and a false one"),
+        (lambda: mc3([-1.0, -2.0], [1, 1]), "both a true choice and a false one"),
+        (lambda: mc3([-1.0, -2.0], [0, 0]), "both a true choice and a false one"),
+        (lambda: mc2([-1.0, -2.0], [1]), "2 scores for 1 choices"),
+        (lambda: mc3([-1.0], [1, 0]), "1 scores for 2 choices"),
+    ],
+)
+def test_what_has_no_metric_is_an_error(measure: Callable[[], float], text: str) -> None:
+    with pytest.raises(ScoringError, match=text):
+        measure()
+
+
+def test_probabilities_that_underflow_still_have_an_mc2() -> None:
+    # exp(-5000) is 0 in floating point; the two differ by one nat.
+    assert mc2([-5000.0, -5001.0], [1, 0]) == pytest.approx(1 / (1 + math.exp(-1)))
+    assert mc2([-5000.0, -9000.0], [0, 1]) == 0.0
 
 
 # --- the result ----------------------------------------------------------------------------------
@@ -238,10 +268,66 @@ def test_results_of_different_kinds_are_not_compared(changes: dict[str, Any]) ->
     (key,) = changes
     with pytest.raises(UsageError, match=f"cannot be compared: {key} is "):
         compare(result_of([0, 1]), result_of([0, 1], **changes))
-    other = result_of([0, 1])
+
+
+def test_results_of_different_items_are_not_compared() -> None:
+    whole, part, other = result_of([0, 1, 1]), result_of([0, 1]), result_of([0, 1])
     other["items"].reverse()
-    with pytest.raises(UsageError, match="different items"):
-        compare(result_of([0, 1]), other)
+    for second, text in (
+        (whole, r"different items \(2 in one, 3 in the other, 2 in both\); .* same limit and seed"),
+        (other, r"different items in another order"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            compare(part, {**second, "data_fingerprint": "other"})
+    # An id that both have twice is two items.
+    for result in (first := result_of([0, 0, 0]), second := result_of([1, 0, 1])):
+        result["items"][1]["id"] = "i0"
+    assert compare(first, second)["metrics"]["mc1"]["gained"] == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "0.5"])
+def test_an_item_without_a_finite_metric_is_named(value: Any) -> None:
+    bad = result_of([0, 1, 1])
+    bad["items"][1]["metrics"]["mc1"] = value
+    for results in ((bad, result_of([1, 1, 1])), (result_of([1, 1, 1]), bad)):
+        with pytest.raises(ScoringError, match="probe: mc1 of 1 items is not finite: i1$"):
+            compare(*results)
+
+
+def test_one_item_has_values_and_no_interval(tiny_policy: Policy, tmp_path: Path) -> None:
+    for benchmark in ("probe", "retention"):
+        out = tmp_path / f"{benchmark}.json"
+        result = evaluate(tiny_policy, benchmark, limit=1, out=out, progress=False)
+        assert read_json(out) == result
+        assert "a single item gives no interval" in result["notes"]
+        for name, metric in result["metrics"].items():
+            assert (metric["ci95"], metric["n"]) == (None, 1)
+            assert metric["value"] == result["items"][0]["metrics"][name]
+            assert metric_line(metric) == f"{100 * metric['value']:.1f} % [–], n = 1"
+        assert not any("is explained by" in note for note in result["notes"])
+        change = compare(result, result)["metrics"]
+        assert all(found["ci95"] is None and found["p_value"] == 1 for found in change.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"seed": -1}, '"seed" is -1; the least is 0'),
+        ({"seed": 2**32}, '"seed" is 4294967296; the most is 2147483647'),
+        ({"seed": 1.0}, '"seed" is 1.0; expected a whole number'),
+        ({"seed": True}, '"seed" is True; expected a whole number'),
+        ({"bootstrap": 0}, '"evaluation.bootstrap" is 0; the least is 100'),
+        ({"bootstrap": 1e3}, '"evaluation.bootstrap" is 1000.0; expected a whole number'),
+        ({"batch_tokens": 0}, '"evaluation.batch_tokens" is 0; the least is 64'),
+        ({"limit": 0}, "the limit is 0; at least 1 item is needed"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything_is_scored(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], text: str
+) -> None:
+    monkeypatch.setattr(tiny_policy.model, "forward", None)
+    with pytest.raises(UsageError, match=re.escape(text)):
+        evaluate(tiny_policy, "probe", **{"limit": 2, **wrong}, progress=False)
 
 
 # --- written answers -----------------------------------------------------------------------------
