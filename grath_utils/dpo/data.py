@@ -96,7 +96,9 @@ def tokenize_pairs(
 
 
 def collate(
-    examples: Sequence[PreferenceExample], pad_token_id: int, device: torch.device | str = "cpu"
+    examples: Sequence[PreferenceExample],
+    pad_token_id: int | None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Stack examples into one batch: all chosen sequences, then all rejected ones.
 
@@ -105,5 +107,5 @@ def collate(
     """
     from trl.trainer.dpo_trainer import DataCollatorForPreference  # as training collates
 
-    batch = DataCollatorForPreference(pad_token_id)([vars(example) for example in examples])
+    batch = DataCollatorForPreference(pad_token_id or 0)([vars(example) for example in examples])
     return {key: value.to(device) for key, value in batch.items()}

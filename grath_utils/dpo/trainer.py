@@ -164,7 +164,7 @@ def run_trainer(
     """
     done, checkpoint = processes.on_main(lambda: _last_checkpoint(folder))
     trackers = start_trackers(config.report_to, folder.parent / "tensorboard", resumed_at=done)
-    collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id)
+    collator: Any = DataCollatorForPreference(policy.tokenizer.pad_token_id or 0)
     longest = max(
         len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         for row in (*train_rows, *held_out_rows)

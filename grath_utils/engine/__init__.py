@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "default_model": ["CONVERSION"],
-        "encoding": ["Request"],
+        "encoding": ["Request", "token_ids"],
         "generation": ["Stop", "generate", "shared_beginning"],
         "machine": ["quiet_transformers"],
         "models": ["Policy", "load_base", "resolve"],

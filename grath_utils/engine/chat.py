@@ -67,10 +67,10 @@ def _answer_form(tokenizer: PreTrainedTokenizerBase, template: str, eos: str) ->
     prompt, bare = (_render(tokenizer, asked, prompt=prompt) for prompt in (True, False))
     before, found, after = _render(tokenizer, answered, prompt=False).rpartition(ANSWER)
     if not found or QUESTION not in prompt:
+        lost = "assistant" if QUESTION in prompt else "user"
         raise ModelError(
-            "the model's chat template leaves out what the "
-            f"{'user' if found else 'assistant'} says (one for images asks for text in parts); "
-            "use a model whose template takes plain text, or mend chat_template in its folder"
+            f"the model's chat template leaves out what the {lost} says; use a model whose "
+            "template takes plain text, not text in parts as beside images"
         )
     header, lead = "", before.removeprefix(prompt) if before.startswith(prompt) else ""
     if prompt == bare:  # asking for a generation prompt changes nothing: what opens the turn is it
@@ -87,8 +87,9 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | Sequence[int] | No
     and the template's.
     """
     ends = {*listed} if isinstance(listed, Sequence) else {listed}
-    ends |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(answer_form(tokenizer).end)}
-    return {end for end in ends if end is not None}
+    if end := answer_form(tokenizer).end:
+        ends.add(tokenizer.convert_tokens_to_ids(end))
+    return {*ends, tokenizer.eos_token_id} - {None}
 
 
 def _render(
@@ -96,7 +97,8 @@ def _render(
 ) -> str:
     from jinja2 import TemplateError
 
-    options = {"tokenize": False, "add_generation_prompt": prompt}
+    # A model that can think before it answers is asked not to: answers are short here.
+    options = {"tokenize": False, "add_generation_prompt": prompt, "enable_thinking": False}
     try:
         template = _without_clock(tokenizer.get_chat_template())
         return tokenizer.apply_chat_template(list(messages), chat_template=template, **options)

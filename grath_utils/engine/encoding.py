@@ -77,24 +77,24 @@ def encode_requests(
         prompt = request.prompt.rstrip()
         texts.append((prompt, request.prompt[len(prompt) :] + request.completion))
         first.setdefault(texts[-1], request)
-    prompts = list(dict.fromkeys(prompt for prompt, _ in first if prompt))
+    prompts = list(dict.fromkeys(prompt for prompt, _ in first))
     heads = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
-    start = start_ids(tokenizer) or [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    if start := [token for token in start if token is not None][:1]:
-        heads[""] = np.array(start, dtype=np.int32)  # what an empty prompt is conditioned on
+    # What stands in the place of an empty prompt, where the tokenizer writes no start itself.
+    start = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
 
     encoded: dict[tuple[str, str], Encoded] = {}
     for text, whole in zip(first, encode_texts(tokenizer, map("".join, first)), strict=True):
         prompt, item = text[0], f"item {first[text].item}"
-        if prompt not in heads:
+        given = len(heads[prompt]) > 0
+        head = heads[prompt] if given else np.array(start, dtype=np.int32)
+        if not len(head):
             raise ScoringError(
                 f"{item}: the prompt is empty, and the tokenizer has no token for the start of a "
                 "text to put in its place"
             )
-        head = heads[prompt]
         same = np.array_equal(whole[: len(head)], head)
-        tail = whole[len(head) :] if prompt or same else whole
-        this = Encoded(head, tuple(tail.tolist()), straddles=bool(prompt) and not same)
+        tail = whole[len(head) :] if given or same else whole
+        this = Encoded(head, tuple(tail.tolist()), straddles=given and not same)
         encoded[text] = this
         if not this.completion:
             raise ScoringError(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
 from grath_utils.engine.chat import Message, answer_form, render_chat
-from grath_utils.engine.encoding import token_ids as token_ids
 from grath_utils.errors import UsageError
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.questions import Question
@@ -136,3 +135,8 @@ def training_request(
     """Return a request to score an answer as training does."""
     prompt = training_prompt(tokenizer, question, prompt_format)
     return engine.Request(prompt, training_completion(tokenizer, answer, prompt_format), item)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a rendered prompt, as the model is given it."""
+    return engine.token_ids(tokenizer, text)
