@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from grath_utils.errors import StatisticsError
 from grath_utils.evaluation.statistics import t_interval
 
 Measured = Mapping[str, Any]
@@ -445,6 +446,9 @@ def plot_controls(results: Mapping[str, Measured]) -> Figure:
 
 def plot_category_change(before: Measured, after: Measured) -> Figure:
     """Show MC2 in each category in two results on the same items, and the paired change."""
+    first, second = ([item.get("id") for item in result["items"]] for result in (before, after))
+    if first != second:
+        raise StatisticsError("the two results are of different items; measure both on the same")
     values: dict[str, list[tuple[float, float]]] = {}
     for first, second in zip(before["items"], after["items"], strict=True):
         both = (first["metrics"]["mc2"], second["metrics"]["mc2"])

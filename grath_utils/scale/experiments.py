@@ -17,12 +17,12 @@ import yaml
 
 from grath_utils.config import changed_settings, parse_overrides
 from grath_utils.errors import DataError, FetchError, GrathError, UsageError, did_you_mean
-from grath_utils.evaluation.measure import compare
+from grath_utils.evaluation.measure import RESULT, compare
 from grath_utils.files import read_json, write_text
 from grath_utils.loop.run_dir import BASE, Run, load_run, model_label
 from grath_utils.loop.state import run_state
 from grath_utils.pairs.questions import load_questions
-from grath_utils.scale.grids import label, read_grid
+from grath_utils.scale.grids import ROW, label, read_grid
 from grath_utils.scale.sweep_results import PointOutcome
 from grath_utils.scale.sweeps import run_here
 from grath_utils.text import with_interval
@@ -107,7 +107,7 @@ class Trial:
     def result(self, benchmark: str, *, base: bool = False) -> dict[str, Any]:
         """Return the evaluation of its final model, or of the base model."""
         model = BASE if base else model_label(run_state(self.run).final)
-        return read_json(self.run.evaluation(model, benchmark))
+        return read_json(self.run.evaluation(model, benchmark), RESULT)
 
 
 def run_experiment(
@@ -128,7 +128,7 @@ def run_experiment(
     for outcome in outcomes:
         if outcome.status == "done":
             shown = {k: v for k, v in outcome.values.items() if several or k != "seed"}
-            made = read_json(out / "rows" / f"{outcome.name}.json")["run"]
+            made = read_json(out / "rows" / f"{outcome.name}.json", ROW)["run"]
             trials.append(Trial(label(shown), outcome.values, load_run(out / "runs" / made)))
     return trials, failed
 
@@ -192,10 +192,9 @@ def verdicts(rows: Sequence[Difference]) -> list[tuple[Any, ...]]:
     for name, found in rows:
         low, high = found["ci95"] or (0.0, 0.0)
         shown = with_interval(found["value"], found["ci95"], "+.1f", scale=100)
-        if not found["gained"] + found["lost"]:  # no spread, so nothing to estimate it from
-            least, verdict = "unknown", "no item moved"
-        else:
-            least = f"{100 * found['smallest_detectable']:.1f}"
-            verdict = "cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER"
-        table.append((name, found["n"], shown, least, verdict))
+        least = (size := found["smallest_detectable"]) and f"{100 * size:.1f}"
+        verdict = "cannot tell" if low <= 0 <= high else "higher" if low > 0 else "LOWER"
+        if not found["gained"] + found["lost"]:
+            verdict = "no item moved"
+        table.append((name, found["n"], shown, least or "unknown", verdict))
     return table

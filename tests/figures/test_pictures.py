@@ -13,6 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from grath_utils.errors import StatisticsError
+from grath_utils.evaluation import paired_difference, t_interval
 from grath_utils.figures import drawings, plots
 
 matplotlib.use("Agg")
@@ -98,8 +100,10 @@ def test_mc_scoring_shows_the_metrics_of_the_library(scores, mc1: int, mc3: str)
 
 def result(values: dict[str, list[float]]) -> dict:
     """An evaluation's items: a metric's values in each category."""
-    items = [{"category": c, "metrics": {"mc2": v}} for c, row in values.items() for v in row]
-    return {"items": items}
+    rows = [(c, v) for c, row in values.items() for v in row]
+    return {
+        "items": [{"id": i, "category": c, "metrics": {"mc2": v}} for i, (c, v) in enumerate(rows)]
+    }
 
 
 def test_category_changes_are_sorted_and_have_their_paired_interval() -> None:
@@ -112,3 +116,41 @@ def test_category_changes_are_sorted_and_have_their_paired_interval() -> None:
     markers = [container.lines[0].get_marker() for container in right.containers]
     assert markers == ["o", "o", "D"], "only b rose beyond its interval; one item has none"
     assert right.containers[2].lines[0].get_xdata()[0] == pytest.approx(100 * 0.901 / 3)
+
+
+def test_category_changes_are_of_the_same_items() -> None:
+    before, after = result({"a": [0.5, 0.5]}), result({"a": [0.5, 0.5]})
+    after["items"].reverse()
+    for other in (after, result({"a": [0.5]})):
+        with pytest.raises(StatisticsError, match="different items"):
+            plots.plot_category_change(before, other)
+
+
+def test_a_value_without_an_interval_is_shown_and_says_why() -> None:
+    one = {"metrics": {"mc1": {"value": 1.0, "ci95": None, "n": 1}}}
+    two = {"metrics": {"mc1": {"value": 0.5, "ci95": [0.2, 0.8], "n": 9}}}
+    for results, missing in (([one, two], True), ([two, two], False)):
+        named = dict(zip(("base", "iter_0"), results, strict=True))
+        (axes,) = plots.plot_metrics({"probe": named}).axes
+        assert ("a single item has none" in axes.get_ylabel()) == missing
+        assert [text.get_text() for text in axes.texts][1] == "50.0"
+    rows = [
+        ("one", paired_difference([0], [1], 9, 0, single=True)),
+        ("unmoved", paired_difference([0, 1], [0, 1], 9, 0)),
+    ]
+    (axes,) = plots.plot_differences(rows).axes
+    assert "a single item has none" in axes.get_xlabel()
+    markers = [container.lines[0] for container in axes.containers if hasattr(container, "lines")]
+    assert [line.get_markerfacecolor() for line in markers] == ["white", plots.GREY]
+
+
+def test_a_sweep_s_equal_seeds_have_no_interval() -> None:
+    seeds = {"one": [0.1], "equal": [0.1, 0.1, 0.1], "apart": [0.1, 0.11, 0.12]}
+    cells = [
+        {"name": n, "seeds": v, "mean": np.mean(v), "ci95": t_interval(v)} for n, v in seeds.items()
+    ]
+    figure = plots.plot_sweep([("probe, mc1", cells)])
+    looks = [container.lines[0].get_marker() for container in figure.axes[0].containers]
+    faces = [container.lines[0].get_markerfacecolor() for container in figure.axes[0].containers]
+    assert looks == ["o", "o", "D"]
+    assert faces[:2] == ["white", "white"]

@@ -10,6 +10,7 @@ import yaml
 
 from grath_utils.config import load_config
 from grath_utils.errors import GrathError, UsageError
+from grath_utils.evaluation import paired_difference
 from grath_utils.files import read_json
 from grath_utils.loop.run_dir import Run, open_run
 from grath_utils.scale.experiments import (
@@ -110,12 +111,15 @@ def test_verdicts() -> None:
         "higher": {"ci95": [0.01, 0.03]},
         "cannot tell": {"ci95": [-0.01, 0.05]},
         "LOWER": {"ci95": [-0.03, -0.01]},
-        "no item moved": {"ci95": [0.0, 0.0], "gained": 0, "lost": 0},
+        "no item moved": paired_difference([0, 1] * 3, [0, 1] * 3, 9, 0),
     }
     rows = verdicts([(name, found | case) for name, case in cases.items()])
     assert [row[4] for row in rows] == list(cases)
     assert rows[0] == ("higher", 6, "+2.0 [+1.0, +3.0]", "3.1", "higher")
-    assert rows[3][3] == "unknown"
+    # 6 items: z^2 / (n + z^2) = 3.8415 / 9.8415 = 39.0 %
+    assert rows[3] == ("no item moved", 6, "+0.0 [-39.0, +39.0]", "unknown", "no item moved")
+    (row,) = verdicts([("one item", paired_difference([0], [1], 9, 0, single=True))])
+    assert row == ("one item", 1, "+100.0 [–]", "unknown", "cannot tell")
 
 
 def test_failed_points_are_returned_and_without_any_other_it_stops(tiny_run: Run) -> None:
