@@ -12,7 +12,7 @@ slice of it, :mod:`.slices`) is scored one whole sequence at a time instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from grath_utils.engine import processes
-from grath_utils.engine.encoding import Encoded, Request, encode_requests
+from grath_utils.engine.attention import row_attention
+from grath_utils.engine.encoding import Encoded, Request, encode_requests, refuse_unknown_ids
 from grath_utils.engine.models import accepts
 from grath_utils.engine.slices import TOKENS, plain_logits, say_once, why_not
 from grath_utils.engine.trie import (
@@ -134,6 +135,7 @@ def plan_encoded(
         pairs.append(np.stack([path[len(path) - len(e.completion) :], e.completion]))
     edges, inverse = np.unique(np.concatenate(pairs, axis=1), axis=1, return_inverse=True)
     own = np.split(inverse.ravel(), np.cumsum([len(e.completion) for e in encoded[:-1]], dtype=int))
+    refuse_unknown_ids(policy, [trie.token, edges[1]])
     return Plan(method, encoded, trie, blocks, *edges, own[: len(encoded)])
 
 
@@ -163,7 +165,8 @@ def run_plan(
         logprobs[plan.own_edges(plan.blocks[number])] = done[number]
     todo = [number for number in range(len(plan.blocks)) if number not in done]
     own, turns = processes.own_share(todo) if split else (todo, len(todo))
-    with _evaluating(policy.model):
+    sharing = row_attention(policy.model) if plan.method == "tree" else nullcontext()
+    with _evaluating(policy.model), sharing:
         found = _passes(policy, plan, set(own))
         for _ in range(turns):
             mine = next(found, None)
@@ -322,7 +325,8 @@ def _trial(
         row = tree_row(trie, nodes, np.asarray(wanted, dtype=np.int64))
         row = {name: tensor.to(device) for name, tensor in row.items()}
         selects = accepts(model, "logits_to_keep")
-        shared = row_logits(model, row, torch.float32, selects=selects, cache=cache)
+        with row_attention(model):
+            shared = row_logits(model, row, torch.float32, selects=selects, cache=cache)
     for path in paths[-2:]:
         alone = plain_logits(model, torch.from_numpy(trie.token[path])[None].to(device))
         yield shared[np.searchsorted(places, path[cached:])], alone[0, cached:]

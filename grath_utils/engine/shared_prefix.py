@@ -21,6 +21,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from grath_utils.engine.attention import attend, attention
 from grath_utils.engine.models import unwrapped
 from grath_utils.engine.slices import TOKENS, plain_logits, why_not
 
@@ -126,13 +127,12 @@ def shared_prefix_attention(
     scale = dim**-0.5 if scaling is None else scaling
     # Query heads of one group share keys: fold the group into the query length, (b, kv, g*w, dim).
     folded = query.reshape(batch, kv_heads, -1, dim)
-    mask = cache.mask if width == 1 else cache.mask.repeat(1, 1, heads // kv_heads, 1)
-    merged, own_lse = _attend(folded, key, value, mask, scale)
+    merged, own_lse = attend(folded, key, value, cache.mask, scale)
     if cache.prefix_length:
         # For the prefix, the batch goes into the query length too: (1, kv, b*g*w, dim).
         together = folded.transpose(0, 1).reshape(1, kv_heads, -1, dim)
         prefix_key, prefix_value = cache.prefix[module.layer_idx]
-        first, first_lse = _attend(together, prefix_key[None], prefix_value[None], None, scale)
+        first, first_lse = attend(together, prefix_key[None], prefix_value[None], None, scale)
         first = first.view(kv_heads, batch, -1, dim).transpose(0, 1)
         first_lse = first_lse.view(kv_heads, batch, -1).transpose(0, 1)
         # exp(lse) of a part is its softmax denominator, so this is its weight in the whole.
@@ -144,38 +144,16 @@ def shared_prefix_attention(
 AttentionInterface.register(NAME, shared_prefix_attention)
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention (b, h, q, dim) and the log-sum-exp of its scores (b, h, q), in float32."""
-    # The CPU kernel that also returns the log-sum-exp has a private name.
-    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if query.device.type == "cpu" and kernel is not None:
-        return kernel(query, key, value, attn_mask=mask, scale=scale)
-    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scale
-    if mask is not None:
-        scores = scores + mask
-    lse = torch.logsumexp(scores, dim=-1)
-    return torch.matmul(torch.exp(scores - lse[..., None]).to(value.dtype), value), lse
-
-
 @contextlib.contextmanager
 def attend_through(model: PreTrainedModel, cache: SharedPrefixCache) -> Iterator[None]:
     """Make the model attend through ``cache`` while the context lasts."""
     global _active
-    inner = unwrapped(model)
-    before = inner.config._attn_implementation
-    inner.set_attn_implementation(NAME)
     outer, _active = _active, cache
     try:
-        yield
+        with attention(model, NAME):
+            yield
     finally:
         _active = outer
-        inner.set_attn_implementation(before)
 
 
 @torch.inference_mode()
