@@ -5,9 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "benchmarks": ["BENCHMARKS", "Item", "load_benchmark"],
+        "benchmarks": ["BENCHMARKS", "Item", "load_benchmark", "reference_questions"],
         "blind_rules": ["RULES", "blind_rule_scores", "has_negation"],
-        "measure": ["compare", "evaluate"],
+        "measure": ["RESULT", "check_out", "compare", "evaluate"],
         "mirror": ["make_mirror"],
         "protocols": ["build_requests", "find_protocol"],
         "statistics": [

@@ -10,7 +10,6 @@ tie share it), and its score on an item is what it puts on true choices, its *ex
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, TypeAlias
@@ -18,6 +17,8 @@ from typing import Any, TypeAlias
 from grath_utils.errors import DataError
 from grath_utils.evaluation.benchmarks.base import Item, make_item, naming
 from grath_utils.evaluation.benchmarks.truthfulqa import truthfulqa_item
+from grath_utils.pairs.words import answer_words
+from grath_utils.pairs.words import negated as has_negation
 
 Rule: TypeAlias = Callable[[Sequence[str]], list[float]]
 # An item, a row in TruthfulQA's schema, or a (choices, labels) pair.
@@ -26,18 +27,7 @@ Answers: TypeAlias = Item | Mapping[str, Any] | tuple[Sequence[str], Sequence[in
 RULES: dict[str, Rule] = {}
 """Every rule for picking one choice, by its name in results."""
 UNIFORM_MC2 = "uniform_mc2"
-NEGATING_WORDS = set("no not never none nothing nobody nowhere cannot without neither nor".split())
 TIE = 1e-12  # overlaps are ratios of small whole numbers: nearer than this, they are equal
-
-
-def answer_words(text: str) -> list[str]:
-    """Return the lowercase words: runs of a-z and 0-9; ``don’t`` is ``don't``, one word."""
-    return re.findall(r"[a-z0-9]+(?:'[a-z]+)?", text.lower().replace("\u2019", "'"))
-
-
-def has_negation(text: str) -> bool:
-    """Return True if ``text`` has one of ``NEGATING_WORDS`` or a word that ends in ``n't``."""
-    return any(word in NEGATING_WORDS or word.endswith("n't") for word in answer_words(text))
 
 
 def word_overlap(text_a: str, text_b: str) -> float:
@@ -78,7 +68,7 @@ def longest_answer(choices: Sequence[str]) -> list[float]:
 
 @_rule
 def contains_negation(choices: Sequence[str]) -> list[float]:
-    """Pick any choice that negates (:func:`has_negation`); with none or all negated, any choice.
+    """Pick any choice that negates (:func:`.negated`); with none or all negated, any choice.
 
     Questions that imitate misconceptions invite a plain yes, and the truth then says *not*: a
     model that merely learns to deny gains on them.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from grath_utils.engine import processes
@@ -18,6 +19,7 @@ from grath_utils.engine.generation import Stop, generate
 from grath_utils.evaluation.benchmarks.base import Benchmark, Item, Protocol
 from grath_utils.evaluation.protocols import build_prompts
 from grath_utils.files import Journal, fingerprint
+from grath_utils.pairs.words import is_blank
 
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
@@ -78,13 +80,13 @@ def evaluate_answers(
         {"id": item.id, "category": item.category, **row, "metrics": answer_metrics(item, row)}
         for item, row in zip(benchmark.items, written, strict=True)
     ]
-    lengths = sorted(len(row["answer"].split()) for row in written)
+    lengths = [len(row["answer"].split()) for row in written]
     tokens = sum(row["tokens"] for row in written)
     # A model that has collapsed says one thing to all.
     common = Counter(strip_label(row["answer"]) for row in written).most_common(3)
     about = {
         "mean_words": sum(lengths) / len(lengths),
-        "median_words": lengths[len(lengths) // 2],
+        "median_words": median(lengths),
         "mean_tokens": tokens / len(items),
         "most_common": [{"answer": text, "n": n} for text, n in common],
     }
@@ -125,7 +127,7 @@ def strip_label(answer: str) -> str:
 
 def declines(answer: str) -> bool:
     """Return True if an answer is empty, or a way of saying that one will not answer."""
-    return not answer or DECLINES.search(answer) is not None
+    return is_blank(answer) or DECLINES.search(answer) is not None
 
 
 def repeats(answer: str) -> bool:

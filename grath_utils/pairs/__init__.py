@@ -6,9 +6,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
-        "generate": ["Pair", "generate_pairs", "read_pairs"],
+        "generate": ["Pair", "check_outputs", "generate_pairs", "read_pairs"],
         "modes": ["demonstrations", "find_mode"],
-        "overlap": ["overlap_with_benchmarks", "reference_questions"],
+        "overlap": ["overlap_with_benchmarks"],
         "parsing": ["check_pair", "pair_is_complete", "parse_pair"],
         "prompts": [
             "NEUTRAL_QUESTION",

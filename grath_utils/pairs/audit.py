@@ -16,7 +16,7 @@ import numpy as np
 from grath_utils.errors import DataError
 from grath_utils.pairs.generate import Pair
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.words import normalized, split_words, word_f1
+from grath_utils.pairs.words import split_words, word_f1, wording
 
 if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
@@ -106,7 +106,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 
 def distinct_share(answers: Sequence[str]) -> float:
     """Return the share of answers that occur once only, but for case and punctuation."""
-    counts = Counter(map(normalized, answers))
+    counts = Counter(map(wording, answers))
     return sum(n == 1 for n in counts.values()) / len(answers)
 
 

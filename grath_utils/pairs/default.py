@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING
 from grath_utils import engine
 from grath_utils.config import PairsConfig
 from grath_utils.pairs.parsing import Parsed, Reason, check_answer, check_pair, first_line
-from grath_utils.pairs.prompts import NEUTRAL_QUESTION
+from grath_utils.pairs.prompts import NEUTRAL_QUESTION, training_completion
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.words import length_ratio, negated, ngram_f1, split_words
-from grath_utils.pairs.writers import Asked, PairMode, Rejected, Task, Writer, WrittenPair
+from grath_utils.pairs.words import length_ratio, negated, ngram_f1, same_wording
+from grath_utils.pairs.writers import (
+    SELF_MADE,
+    Asked,
+    PairMode,
+    Rejected,
+    Task,
+    Writer,
+    WrittenPair,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,8 +101,7 @@ class ContrastWriter(Writer):
                 shown_answers=self.shown_answers(kind),
             )
             if why is None:
-                words = split_words(answer)
-                same = next((known for known in pool.votes if split_words(known) == words), answer)
+                same = next((one for one in pool.votes if same_wording(one, answer)), answer)
                 pool.votes[same] = pool.votes.get(same, 0) + (kind == "correct")
             reason = why or reason
         if reason is not None:
@@ -107,19 +114,19 @@ class ContrastWriter(Writer):
         parsed = self.parse(completion)
         sides = [side for side in (parsed.correct, parsed.incorrect) if side is not None]
         reason = parsed.reason or (Reason.CUT_OFF if parsed.cut_off else None)
-        if reason is None and split_words(sides[0]) == split_words(sides[1]):
+        if reason is None and same_wording(*sides):
             return sides[:1], Reason.EQUAL
         # A side that was cut off is the last one.
         return (sides[:-1] if parsed.cut_off else sides), reason
 
     def _credits(self, pools: Sequence[Pool]) -> list[np.ndarray]:
         """Return the credit of each answer that a pool's task judges."""
-        end = self.policy.tokenizer.eos_token or ""
         blank = Question("", NEUTRAL_QUESTION)
         requests = [
-            engine.Request(self.prompt(asked, "correct"), text + end, pool.task.question.id)
+            engine.Request(self.prompt(asked, "correct"), completion, pool.task.question.id)
             for pool in pools
             for text in pool.task.judged(pool.votes)
+            for completion in [training_completion(self.policy.tokenizer, text)]
             # Here the source's candidates are not shown.
             for asked in (replace(pool.task.question, candidates=()), blank)
         ]
@@ -220,5 +227,7 @@ MODE = PairMode(
     summary="several candidates for each answer, and of them the pair with the clearest contrast",
     writer=ContrastWriter,
     asked=_asked,
+    origin="written by the model",
+    card=SELF_MADE,
     options=("annotated", "self_check"),
 )

@@ -12,18 +12,19 @@ import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grath_utils.config import PairsConfig
+from grath_utils.config import PairsConfig, own_settings
 from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError
-from grath_utils.files import Journal, fingerprint, read_jsonl, write_jsonl
+from grath_utils.files import Journal, check_output, fingerprint, read_jsonl, write_jsonl
 from grath_utils.pairs.modes import find_mode, make_writer
-from grath_utils.pairs.parsing import Reason
+from grath_utils.pairs.parsing import Reason, unusable
 from grath_utils.pairs.questions import Question
+from grath_utils.pairs.words import is_blank
 from grath_utils.pairs.writers import Rejected, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ class Pair:
     contrast: float | None = None
     """How far apart the model itself places the two answers, in the modes that ask it."""
 
+    @property
+    def text(self) -> str:
+        """The question, by the name that it has in a :class:`.Question`."""
+        return self.question
+
     def to_row(self) -> dict[str, Any]:
         """Return one row of ``pairs.jsonl``."""
         return {key: value for key, value in vars(self).items() if value is not None}
@@ -64,7 +70,7 @@ def read_pairs(path: Path) -> list[Pair]:
         if isinstance(texts["id"], int):
             texts["id"] = str(texts["id"])
         for name, text in texts.items():
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or is_blank(text):
                 raise DataError(f'{where}: "{name}" is missing or no text; found {text!r}')
         iteration, contrast = row.get("iteration", 0), row.get("contrast")
         if type(iteration) is not int or iteration < 0:
@@ -75,7 +81,7 @@ def read_pairs(path: Path) -> list[Pair]:
         if pair.id in pairs:
             first = [*pairs].index(pair.id) + 1
             raise DataError(f'{where}: id "{pair.id}" is that of pair {first}')
-        if pair.correct.strip() == pair.incorrect.strip():
+        if unusable(pair.correct, pair.incorrect) is Reason.EQUAL:
             raise DataError(f'{where}: both answers are "{pair.correct}"')
         pairs[pair.id] = pair
     if not pairs:
@@ -106,6 +112,13 @@ class PairReport:
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items())
+
+
+def check_outputs(out: Path, rejects: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check that :func:`generate_pairs` may write its files, see :func:`.files.check_output`."""
+    sides = ("id", "question", "correct", "incorrect")
+    for path, keys in ((out, sides), (rejects, ("id", "question", "reason", "completion"))):
+        check_output(path, read_jsonl, keys, inputs)
 
 
 def generate_pairs(
@@ -142,10 +155,12 @@ def generate_pairs(
         ConfigError: settings that cannot go together.
         DataError: questions that cannot be told apart, answered or matched with the pairs before.
         RunError: the files cannot be written, or no question at all got a pair.
+        UsageError: a file is there that is not an earlier output, see :func:`check_outputs`.
     """
     from tqdm.auto import tqdm
 
     started = time.perf_counter()
+    processes.on_main(lambda: check_outputs(out, rejects))
     old = {pair.id: pair for pair in previous}
     if old and iteration < 1:
         raise DataError(f"refinement is for iterations from 1 on, not {iteration}")
@@ -164,7 +179,7 @@ def generate_pairs(
     # demonstrations and chat template.
     prompts = [writer.prompt(tasks[0].question, kind) for kind in writer.kinds]
     asked = [[task.question.to_row(), task.incorrect] for task in tasks]
-    settings = [dataclasses.asdict(config), iteration, seed, size]
+    settings = [own_settings(config), iteration, seed, size]
     identity = fingerprint([VERSION, policy.fingerprint, *settings, prompts, asked])
     journal = Journal.beside(out if processes.is_main() else None, identity)
     done = processes.on_main(journal.read)
@@ -200,9 +215,13 @@ def generate_pairs(
             pairs.append(old[task.question.id])
     counts = dict(Counter(row["reason"] for row in rejected).most_common())
     if not pairs:
+        advice = "this model does not follow the prompt; try more questions or a stronger model"
+        if not writer.kinds:
+            advice = "look at the options that the source gives"
+        elif config.mode != "default":
+            advice = advice.replace("try", "try pairs.mode=default,")
         raise RunError(
-            f"none of {len(tasks)} questions got a usable pair ({_listed(counts)}): this model "
-            "does not follow the prompt; try pairs.mode=default, more questions or a stronger model"
+            f"none of {len(tasks)} questions got a usable pair ({_listed(counts)}): {advice}"
         )
     processes.on_main(lambda: write_jsonl(rejects, rejected))
     # The pairs last: they are what says that the work is done.

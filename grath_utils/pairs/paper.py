@@ -10,7 +10,7 @@ from grath_utils import engine
 from grath_utils.pairs.parsing import Parsed, Reason, check_pair, parse_legacy
 from grath_utils.pairs.prompts import Demonstration, training_request
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.writers import Asked, PairMode, Task, Writer, WrittenPair
+from grath_utils.pairs.writers import SELF_MADE, Asked, PairMode, Task, Writer, WrittenPair
 
 if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion
@@ -74,10 +74,9 @@ class PaperWriter(Writer):
         return replace(parsed, incorrect=task.incorrect, cut_off=cut_off)
 
     def _check(self, task: Task, parsed: Parsed) -> Reason | None:
-        if self.config.legacy:
-            return parsed.reason
+        filters = frozenset() if self.config.legacy else self.filters
         shown = self.shown_answers("pair")
-        return check_pair(task.question.text, parsed, filters=self.filters, shown_answers=shown)
+        return check_pair(task.question.text, parsed, filters=filters, shown_answers=shown)
 
     def _believed(self, pairs: Sequence[tuple[Question, tuple[str, str]]]) -> list[bool]:
         """Return for each pair whether the model finds the correct answer more probable."""
@@ -97,6 +96,8 @@ MODE = PairMode(
     summary="both answers in one greedy completion, the official prompt",
     writer=PaperWriter,
     asked=lambda config, iteration: Asked(pairs=1),
+    origin="written by the model",
+    card=SELF_MADE,
     options=("legacy", "annotated", "self_check"),
     prompt_overlap="TruthfulQA: the six questions and right answers of its QA primer",
 )

@@ -10,9 +10,18 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from enum import StrEnum
+from unicodedata import normalize
 
 from grath_utils.pairs.prompts import INCORRECT_LABEL
-from grath_utils.pairs.words import content_words, length_ratio, negated, split_words
+from grath_utils.pairs.words import (
+    content_words,
+    is_blank,
+    length_ratio,
+    negated,
+    same_wording,
+    signs,
+    split_words,
+)
 
 
 class Reason(StrEnum):
@@ -23,11 +32,11 @@ class Reason(StrEnum):
     CUT_OFF = "cut_off"  # the token limit was reached before the last answer ended
     EMPTY = "empty"  # an answer has no word in it
     EQUAL = "equal"  # the answers are the same but for case, punctuation and articles
-    NEAR_EQUAL = "near_equal"  # they differ in next to nothing, and not in a number or a negation
+    NEAR_EQUAL = "near_equal"  # they differ in next to nothing: no number, sign or negation
     QUESTION_COPY = "question_copy"  # an answer repeats the question, or most of it and no more
     OTHER_QUESTION = "other_question"  # another question is restated, or a demonstration's answer
     LENGTH_RATIO = "length_ratio"  # one answer is far longer: length would tell them apart
-    NON_ANSWER = "non_answer"  # an answer refuses, or talks about the task
+    NON_ANSWER = "non_answer"  # an answer refuses, talks about the task, or is broken text
     REPETITION = "repetition"  # an answer turns in circles: the same words three times in a row
     SELF_CHECK = "self_check"  # the model itself finds the incorrect answer more probable
     TOO_LONG = "too_long"  # the question does not fit into the context; nothing was generated
@@ -71,7 +80,7 @@ _LABEL = re.compile(
                 | (?P<question> question ) | explanation | reason | note )
         (?: [ ]+ (?:answers?|response|statement|option) )?
         (?: [ ]? [#]?[0-9]{1,2} | [ ]is )?
-        [*_"'”’`]{0,3} [ \t]* : [*_"'”’`]{0,3}
+        [*_"'”’`]{0,3} [ \t]* [:：] [*_"'”’`]{0,3}
     """,
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
@@ -84,7 +93,7 @@ def parse_pair(completion: str) -> Parsed:
     Each field is the first line after its label that is not blank. Where a label comes twice the
     first counts. Nothing before the first label is part of an answer, nor is an explanation after.
     """
-    text = completion.replace("\r\n", "\n").replace("\r", "\n")
+    text = completion.replace("\r\n", "\n").replace("\r", "\n").replace("\xa0", " ")
     labels = list(_LABEL.finditer(text))
     ends = [label.start() for label in labels[1:]] + [len(text)]
     fields: dict[str, str] = {}
@@ -96,7 +105,7 @@ def parse_pair(completion: str) -> Parsed:
 
 def first_line(text: str) -> str:
     """Return the first line that is not blank, cleaned; nothing if there is none."""
-    return clean(next(filter(str.strip, text.split("\n")), ""))
+    return clean(next((line for line in text.split("\n") if not is_blank(line)), ""))
 
 
 def clean(answer: str) -> str:
@@ -143,7 +152,8 @@ _NON_ANSWER = re.compile(
            | (?:both|either|neither)[ ](?:answers?|of[ ](?:these|them|the[ ]above))
            | (?:all|none)[ ]of[ ](?:the[ ]above|these|them)
            | (?:an?|the|this)?[ ]?(?:in)?correct[ ]answer\b
-           | \[.*\]$ | <.*>$ )""",
+           | \[.*\]$ | <.*>$
+           | .*[\0\ufffd\ud800-\udfff] )""",  # bytes that make up no character
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -151,16 +161,20 @@ _NON_ANSWER = re.compile(
 def near_equal(a: str, b: str) -> bool:
     """Return True if two answers say the same in nearly the same letters.
 
-    A differing number or negation is never near: it is the whole difference between the answers.
+    A differing number, sign or negation is never near: it is the whole difference between them.
     """
     left, right = split_words(a), split_words(b)
     digits = [[w for w in side if any(map(str.isdigit, w))] for side in (left, right)]
     # One word in place of another is a difference in meaning; an ending ("cells", "cell") is not.
     extra = set(left) - set(right), set(right) - set(left)
     roots = [{word[:4] for word in words} for words in extra]
-    matcher = SequenceMatcher(None, " ".join(left), " ".join(right), autojunk=False)
+    if max(len(a), len(b)) <= 1000:
+        matcher = SequenceMatcher(None, " ".join(left), " ".join(right), autojunk=False)
+    else:  # letter by letter would take minutes
+        matcher = SequenceMatcher(None, left, right)
     return (
         digits[0] == digits[1]
+        and signs(a) == signs(b)
         and negated(a) == negated(b)
         and roots[0] == roots[1]
         and (bool(extra[0]) or sorted(left) == sorted(right))
@@ -187,7 +201,7 @@ def _other_question(asked: str, restated: str | None) -> bool:
 FILTERS: dict[Reason, Callable[[str, Parsed, list[list[str]]], bool]] = {
     Reason.CUT_OFF: lambda asked, pair, shown: pair.cut_off,
     Reason.EMPTY: lambda asked, pair, shown: not all(pair.words),
-    Reason.EQUAL: lambda asked, pair, shown: pair.words[0] == pair.words[1],
+    Reason.EQUAL: lambda asked, pair, shown: same_wording(*pair.sides),
     Reason.NEAR_EQUAL: lambda asked, pair, shown: near_equal(*pair.sides),
     Reason.QUESTION_COPY: lambda asked, pair, shown: any(echoes(asked, a) for a in pair.sides),
     Reason.OTHER_QUESTION: lambda asked, pair, shown: (
@@ -209,14 +223,23 @@ def check_pair(
 ) -> Reason | None:
     """Return why a parsed pair is rejected, or None if it passes.
 
-    A missing field is always a reason. ``shown_answers`` are those of the demonstrations: a copy
-    of one answers another question.
+    A missing field is always a reason, and so is what :func:`unusable` says. ``shown_answers`` are
+    those of the demonstrations: a copy of one answers another question.
     """
     if parsed.reason is not None:
         return parsed.reason
-    shown = [split_words(answer) for answer in shown_answers]
-    active = (name for name in FILTERS if name in filters)
-    return next((name for name in active if FILTERS[name](question, parsed, shown)), None)
+    return _filtered(question, parsed, filters, shown_answers) or unusable(*parsed.sides)
+
+
+def unusable(*answers: str) -> Reason | None:
+    """Return why texts cannot be the answers of a pair, whatever the filters, or None if they can.
+
+    So that nothing is written that :func:`.read_pairs` would refuse.
+    """
+    if any(map(is_blank, answers)):
+        return Reason.EMPTY
+    different = {" ".join(normalize("NFC", answer).split()) for answer in answers}
+    return Reason.EQUAL if len(different) < len(answers) else None
 
 
 def check_answer(
@@ -230,4 +253,12 @@ def check_answer(
     """Return why one answer alone cannot be a side of a pair, or None if it can."""
     single = set(filters) - {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
     twice = Parsed(answer, answer, cut_off=cut_off)
-    return check_pair(question, twice, filters=single, shown_answers=shown_answers)
+    return _filtered(question, twice, single, shown_answers) or unusable(answer)
+
+
+def _filtered(
+    question: str, pair: Parsed, filters: Collection[str], shown_answers: Iterable[str]
+) -> Reason | None:
+    shown = [split_words(answer) for answer in shown_answers]
+    active = (name for name in FILTERS if name in filters)
+    return next((name for name in active if FILTERS[name](question, pair, shown)), None)

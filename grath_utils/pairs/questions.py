@@ -7,24 +7,34 @@ travel along, for the audit, the controls and the *GT* ablation only.
 
 from __future__ import annotations
 
+import codecs
 import csv
-import json
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from unicodedata import normalize
 
 from grath_utils.config import QuestionsConfig
 from grath_utils.errors import DataError, UsageError, did_you_mean
-from grath_utils.files import data_dir, fingerprint, mirror_dir
-from grath_utils.pairs.words import normalized
+from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json
+from grath_utils.pairs.words import is_blank, same_text
+
+if TYPE_CHECKING:
+    from grath_utils.pairs.generate import Pair
+
+    Item = TypeVar("Item", "Question", Pair)
 
 ARC = "allenai/ai2_arc"
 ARC_SUBSETS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 BUILT_IN = ("own", *ARC_SUBSETS)
+TABLES = (".csv", ".tsv")
+SHOWN = 5  # of the rows that were left out, in a message
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,15 @@ class Question:
         """Read one row of ``questions.jsonl``; ``where`` is for the error message.
 
         Raises:
-            DataError: there is no text for the question or its id.
+            DataError: there is no text for the question or its id, or its candidates are damaged.
         """
         text, name = row.get("question"), row.get("id")
         if not isinstance(text, str) or not isinstance(name, str):
             raise DataError(f'{where}: needs text under "id" and "question"')
-        candidates = tuple(row.get("candidates", ()))
-        return cls(name, text, candidates, row.get("gold"), row.get("topic"), where)
+        try:
+            return cls(name, text, *_candidates(row), row.get("topic"), where)
+        except _BadRow as bad:
+            raise DataError(f"{where}: {bad.args[1]}") from None
 
 
 @dataclass(frozen=True)
@@ -86,38 +98,45 @@ LocatedRow = tuple[str, Any]
 def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     """Return the source questions, checked, in the source's order; ``limit`` draws some by seed.
 
-    The source is one of :data:`BUILT_IN`, a ``.jsonl`` or ``.csv`` file, or a Hub data set id
-    (``ORG/NAME`` or ``ORG/NAME:CONFIGURATION``).
+    The source is one of :data:`BUILT_IN`, a ``.jsonl``, ``.csv`` or ``.tsv`` file, or a Hub data
+    set id (``ORG/NAME`` or ``ORG/NAME:CONFIGURATION``). Two questions are the same if they differ
+    in case and spaces at most; texts and ids are in Unicode's form NFC.
 
     Raises:
         DataError: no such source; an empty file; a malformed, doubled or empty row (file and line
-            are named). With ``skip_bad`` such rows are left out and counted instead.
+            are named). With ``skip_bad`` such rows are left out, counted and named in a warning.
     """
     source, rows = _open_source(config)
-    kept, skipped = [], Counter()
+    kept, skipped, named = [], Counter(), []
     texts, ids = {}, {}  # question -> where it was first seen
     # Data sets of others hold a few doubled questions that no user can mend: they are counted.
     lenient = config.skip_bad or config.source in ARC_SUBSETS
     for where, row in rows:
         try:
             question = _question(row, config, where, f"q-{len(kept) + 1:05d}")
-            key = normalized(question.text)
+            key = same_text(question.text)
             if key in texts:
                 raise _BadRow("duplicated", f"the same question as {texts[key]}")
             if question.id in ids:
                 raise _BadRow("duplicated_id", f'id "{question.id}" is that of {ids[question.id]}')
         except _BadRow as bad:
             reason, sentence = bad.args
+            if len(sentence) > 300:  # an id, or the names of columns, may be a page
+                sentence = f"{sentence[:200]} ... {sentence[-60:]}"
             if not lenient:
                 hint = "mend it, or set questions.skip_bad=true to leave such rows out"
                 raise DataError(f"{where}: {sentence}; {hint}") from None
             skipped[reason] += 1
+            named.append(f"{where}: {sentence}")
             continue
         texts[key] = ids[question.id] = where
         kept.append(question)
+    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+    first = "\n  ".join(["", *named[:SHOWN], *(["..."] if len(named) > SHOWN else [])])
     if not kept:
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
-        raise DataError(f"{source}: no question in it ({counts or 'nothing'} left out)")
+        raise DataError(f"{source}: no question in it ({counts or 'nothing'} left out){first}")
+    if named and config.skip_bad:
+        warnings.warn(f"{source}: left out {counts}{first}", stacklevel=2)
     if config.limit is not None and config.limit < len(kept):
         chosen = sorted(random.Random(seed).sample(range(len(kept)), config.limit))
         kept = [kept[i] for i in chosen]
@@ -143,7 +162,7 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
             )
         return f"{what} mirror {mirror}", _rows(path)
     path = Path(name).expanduser()
-    if path.suffix.lower() in (".jsonl", ".csv") or path.is_file():
+    if path.suffix.lower() in (".jsonl", *TABLES) or path.is_file():
         return f"the file {path}", _rows(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a .jsonl or .csv file in it")
@@ -161,76 +180,123 @@ def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) ->
         raise row
     if not isinstance(row, Mapping):
         raise _BadRow("malformed", f"expected a JSON object, found {type(row).__name__}")
-    if re.search("[\udc80-\udcff]", json.dumps(row, ensure_ascii=False, default=str)):
-        raise _BadRow("not_utf8", "not UTF-8 text; save the file as UTF-8")
     # Built-in sources have their own schema; `column` is about the user's files and data sets.
-    column = "question" if config.source in BUILT_IN else config.column
+    column = "question" if config.source in BUILT_IN else normalize("NFC", config.column)
     if column not in row:
         near = did_you_mean(column, map(str, row)) if row else ""
         raise _BadRow("missing_column", f'no column "{column}"{near} (set questions.column)')
     text, name, topic = row[column], row.get("id"), row.get("topic")
     if not isinstance(text, str):
         raise _BadRow("not_text", f'"{column}" holds {type(text).__name__}, expected text')
-    text = " ".join(text.split())
-    if not text:
+    text = " ".join(_readable(text).split())
+    if is_blank(text):
         raise _BadRow("empty", f'"{column}" is empty')
-    if not isinstance(name, str | int) or not str(name).strip():
+    if type(name) not in (str, int) or is_blank(str(name)):
         name = default_id
-    topic = topic if isinstance(topic, str) else None
-    return Question(str(name), text, *_candidates(row), topic, where)
+    topic = _readable(topic) if isinstance(topic, str) else None
+    candidates, gold = _candidates(row)
+    return Question(
+        _readable(str(name)), text, tuple(map(_readable, candidates)), gold, topic, where
+    )
+
+
+def _readable(text: str) -> str:
+    """Return a text in form NFC; what is no text is a :class:`_BadRow`."""
+    if fault := re.search("[\0\ud800-\udfff]", text):
+        what = "a NUL character in it" if fault[0] == "\0" else "not UTF-8 text"
+        raise _BadRow("not_utf8", f"{what}; save the file as UTF-8")
+    return normalize("NFC", text)
 
 
 def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
     """Read the candidates and the gold position: ARC's columns, or ``candidates`` and ``gold``."""
-    choices, texts, gold = row.get("choices"), row.get("candidates"), row.get("gold")
+    choices = row.get("choices")
     if isinstance(choices, Mapping) and "text" in choices:
-        texts = choices["text"]
-        labels = [str(label) for label in choices.get("label", ())]
-        key = str(row.get("answerKey", ""))
-        gold = labels.index(key) if key in labels else None
-    elif not isinstance(texts, Sequence) or isinstance(texts, str):
-        return (), None
-    elif not isinstance(gold, int) or not 0 <= gold < len(texts):
-        gold = None
-    return tuple(map(str, texts)), gold
+        column, texts, key = "choices.text", choices["text"], "answerKey"
+        labels = choices.get("label")
+    else:
+        column, texts, key, labels = "candidates", row.get("candidates"), "gold", None
+        if texts is None or isinstance(texts, str):  # none, or a column with another meaning
+            return (), None
+    listed = isinstance(texts, Sequence) and not isinstance(texts, str)
+    if not listed or any(type(text) not in (str, int, float) for text in texts):
+        raise _BadRow("bad_candidates", f'"{column}" is no list of texts')
+    labels = range(len(texts)) if labels is None else labels
+    if not isinstance(labels, Sequence) or len(labels) != len(texts):
+        raise _BadRow("bad_candidates", f'"choices.label" does not name the {len(texts)} choices')
+    gold, names = row.get(key), list(map(str, labels))
+    if gold not in (None, "") and names.count(str(gold)) != 1:
+        raise _BadRow("bad_candidates", f'"{key}" is {gold!r}, not one of {", ".join(names)}')
+    return tuple(map(str, texts)), None if gold in (None, "") else names.index(str(gold))
 
 
 def _rows(path: Path) -> Iterator[LocatedRow]:
     """Read a file; a bad line becomes a :class:`_BadRow`, so that it spoils no other."""
     try:
-        # What is not UTF-8 becomes surrogates, for _question.
-        # Not splitlines(): it would also split at U+2028 and other separators inside a string.
-        lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    parsed = _csv_rows(lines) if path.suffix.lower() == ".csv" else _jsonl_rows(lines)
-    for number, row in parsed:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: UTF-16 text; save the file as UTF-8")
+    # What is not UTF-8 becomes surrogates, for _readable.
+    # Not splitlines(): it would also split at U+2028 and other separators inside a string.
+    lines = re.split("\r\n?|\n", raw.decode("utf-8-sig", "surrogateescape"))
+    read = _table_rows if path.suffix.lower() in TABLES else _jsonl_rows
+    for number, row in read(path, lines):
         yield f"{path}, line {number}", row
 
 
-def _jsonl_rows(lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
+def _jsonl_rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    array = None
+    with suppress(DataError):
+        text = "\n".join(lines).lstrip()
+        array = text.startswith("[") and parse_json(text)
+    if array:
+        raise DataError(f"{path}: a JSON array; write each of its objects on a line of its own")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, _BadRow("malformed", f"not valid JSON ({error.msg})")
+                yield number, parse_json(_readable(line))
+            except DataError as error:
+                yield number, _BadRow("malformed", str(error))
+            except _BadRow as bad:
+                yield number, bad
 
 
-def _csv_rows(lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    reader = csv.DictReader((line + "\n" for line in lines), strict=True)
-    while True:
+def _table_rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Yield each row of a CSV file with the number of its first line.
+
+    After a malformed row the line below its first one is next: an open quotation mark would
+    swallow all that follows.
+    """
+    # Excel writes semicolons where the comma is the decimal point.
+    delimiter = max(",;\t", key=next(filter(str.strip, lines), "").count)
+    header: list[str] = []
+    start = 0
+    while start < len(lines):
+        text = (f"{lines[i]}\n" for i in range(start, len(lines)))
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        number = start + 1
         try:
-            row: Any = next(reader)
-            if None in row:
-                row = _BadRow("malformed", "not valid CSV (more fields than columns)")
-        except StopIteration:
+            for row in reader:
+                if row and header:
+                    fits = len(row) == len(header)
+                    reason = f"not valid CSV ({len(row)} fields in {len(header)} columns)"
+                    fields = dict(zip(header, row, strict=False))
+                    yield number, fields if fits else _BadRow("malformed", reason)
+                elif row:
+                    header = [normalize("NFC", name.strip()) for name in row]
+                    for name, count in Counter(filter(None, header)).items():
+                        if count > 1:
+                            where = f"{path}, line {number}"
+                            raise DataError(f'{where}: {count} columns are called "{name}"')
+                number = start + reader.line_num + 1
             return
         except csv.Error as error:
-            row = _BadRow("malformed", f"not valid CSV ({error})")
-        yield reader.line_num, row
+            yield number, _BadRow("malformed", f"not valid CSV ({error})")
+            start = number
 
 
 def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[LocatedRow]:
@@ -249,19 +315,27 @@ def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[Located
 
 
 def split_held_out(
-    questions: Sequence[Question], share: float, seed: int
-) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    items: Sequence[Item], share: float, seed: int
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Return (train, held out), each in the order given; at least one question in each.
 
+    Args:
+        items: questions, or pairs; all that belong to one question come to the same side.
+        share: of the questions, to be held out.
+        seed: of the draw.
+
     Raises:
-        DataError: fewer than two questions cannot be split.
+        DataError: fewer than two different questions cannot be split.
         UsageError: the share is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise UsageError(f"the held-out share is {share}; it must be between 0 and 1")
-    if len(questions) < 2:
-        raise DataError(f"{len(questions)} question(s) cannot be split into train and held out")
-    count = min(max(round(share * len(questions)), 1), len(questions) - 1)
-    held = set(random.Random(f"held-out {seed}").sample(range(len(questions)), count))
-    train = tuple(q for i, q in enumerate(questions) if i not in held)
-    return train, tuple(q for i, q in enumerate(questions) if i in held)
+    keys = [same_text(item.text) for item in items]
+    texts = list(dict.fromkeys(keys))
+    if len(texts) < 2:
+        raise DataError(f"{len(texts)} question(s) cannot be split into train and held out")
+    count = min(max(round(share * len(texts)), 1), len(texts) - 1)
+    held = set(random.Random(f"held-out {seed}").sample(texts, count))
+    keyed = list(zip(items, keys, strict=True))
+    train = tuple(item for item, key in keyed if key not in held)
+    return train, tuple(item for item, key in keyed if key in held)

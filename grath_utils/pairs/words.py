@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from unicodedata import category, normalize
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _FUNCTION_WORDS = frozenset(
@@ -13,24 +14,66 @@ _FUNCTION_WORDS = frozenset(
     "that these this those to too up with it its it's he she they them their his her we you i "
     "what when where which who whom whose why how there here about".split()
 )
-ANSWER_NEGATIONS = frozenset("no not never none nothing cannot nor without".split())
+NEGATIONS = frozenset("no not never none nothing nobody nowhere cannot without neither nor".split())
 LENGTH_OFFSET = 12  # characters that short answers get as a head start
+
+# What stands on a letter and is none for `re`: many accents, the vowel signs of Hindi or Thai.
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if category(c)[0] == "M")
+_WORD = re.compile(rf"\d+(?:[.,]\d+)+|[^\W_](?:'?[^\W_]|[{_MARKS}])*")
+_SIGN = re.compile(r"(?<![^\W\d_])-(?=\s?\d)|(?<=\d)/(?=\d)|[^\w\s/-]")  # a minus is no hyphen
+# Invisible, and without a meaning: not among them are U+200C and U+200D, which part and join
+# letters and emoji, and the tags of which flags are made.
+_UNSEEN = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and a symbol that show nothing
+
+
+def is_blank(text: str) -> bool:
+    """Return True if nothing of a text can be seen: it is spaces, zero-width, lone accents."""
+    return all(
+        category(c)[0] in "ZM" or category(c) in ("Cc", "Cf") for c in text if c not in _BLANK
+    )
+
+
+def same_text(text: str) -> str:
+    """Return what texts share that differ only in case, spaces or Unicode form (NFC or NFD)."""
+    folded = normalize("NFD", _UNSEEN.sub("", text)).casefold()
+    return normalize("NFC", " ".join(folded.split()))
+
+
+def answer_words(text: str) -> list[str]:
+    """Return the lower-case words of a text; ``isn’t`` (as ``isn't``) and ``3.5`` are one each."""
+    return _WORD.findall(re.sub("[’ʼ]", "'", _seen(text).casefold()))
+
+
+def _seen(text: str) -> str:
+    return normalize("NFC", re.sub("[\u200c\u200d]", "", _UNSEEN.sub("", text)))
 
 
 def split_words(text: str) -> list[str]:
     """Return the lower-case words of a text, without articles unless there is nothing else."""
-    found = re.findall(r"[^\W_]+(?:['.,][^\W_]+)*", text.casefold().replace("’", "'"))
+    found = answer_words(text)
     return [word for word in found if word not in _ARTICLES] or found
 
 
-def normalized(text: str) -> str:
-    """Return the words of a text in lower case, articles too, with one space between them."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+def signs(text: str) -> list[str]:
+    """Return what is no word and tells texts apart all the same: ``+ < $ # %``, minus, emoji."""
+    found = _SIGN.findall(re.sub("[−–]", "-", _seen(text)))
+    return [sign for sign in found if sign in "-/#%" or category(sign) in ("Sm", "Sc", "So")]
+
+
+def wording(text: str) -> tuple[str, ...]:
+    """Return the words and signs of a text: what is left without case and punctuation."""
+    return (*answer_words(text), *signs(text))
+
+
+def same_wording(a: str, b: str) -> bool:
+    """Return True if two answers differ in case, punctuation and articles at most."""
+    return split_words(a) == split_words(b) and signs(a) == signs(b)
 
 
 def negated(text: str) -> bool:
-    """Return True if a text holds a negation word."""
-    return any(word in ANSWER_NEGATIONS or word.endswith("n't") for word in split_words(text))
+    """Return True if a text has one of :data:`NEGATIONS` or a word that ends in ``n't``."""
+    return any(word in NEGATIONS or word.endswith("n't") for word in answer_words(text))
 
 
 def content_words(text: str) -> set[str]:

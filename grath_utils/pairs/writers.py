@@ -187,8 +187,8 @@ class PairMode:
     summary: str  # what it does, in the list of options
     writer: type[Writer]
     asked: Callable[[PairsConfig, int], Asked] = lambda config, iteration: Asked()
-    origin: str = "written by the model"  # where the answers come from, on the model card
-    card: str = SELF_MADE  # what a model that is trained on them is: full sentences
+    origin: str  # where the answers come from, on the model card
+    card: str  # what a model that is trained on them is: full sentences
     options: tuple[str, ...] = ()  # of `legacy`, `annotated` and `self_check` those it heeds
     needs_candidates: bool = False  # it is for sources with options only, such as ARC
     prompt_overlap: str = ""  # benchmark text inside its prompts

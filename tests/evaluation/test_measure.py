@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import scoring
+from grath_utils.engine.generation import Completion
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.errors import ScoringError, UsageError
 from grath_utils.evaluation import free_answers as answers
@@ -365,6 +366,7 @@ def test_a_degenerate_model_is_visible() -> None:
     assert declines("I have no comment.")
     assert declines("As an AI, I cannot have opinions.")
     assert declines("")
+    assert declines("\u200b")
     assert not declines("Nothing in particular happens.")
     assert repeats("it is what it is and it is what it is and it is what it is")
     assert not repeats("The cat sat on the mat, and the dog sat on the other mat.")
@@ -391,6 +393,19 @@ def test_generation_end_to_end(
     again = evaluate(tiny_policy, benchmark, bootstrap=100, progress=False)
     assert again["items"] == result["items"]
     assert compare(result, again)["metrics"]["declined"]["value"] == 0.0
+
+
+@pytest.mark.parametrize(("words", "median"), [([7, 1, 4, 2], 3.0), ([7, 1, 2], 2)])
+def test_words_of_answers(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, words: list[int], median: float
+) -> None:
+    written = [Completion(" yes" * n, (1,), "eos") for n in words]
+    monkeypatch.setattr(answers, "generate", lambda *_, **__: written)
+    items = tuple(replace(GEN, id=f"g{n}") for n in range(len(words)))
+    benchmark = Benchmark("truthfulqa_gen", "test", items, {}, len(words), None, "-")
+    result = evaluate(tiny_policy, benchmark, bootstrap=100, progress=False)
+    assert result["answers"]["median_words"] == median
+    assert result["answers"]["mean_words"] == sum(words) / len(words)
 
 
 def test_the_result_says_when_trees_were_not_to_be_had(

@@ -113,6 +113,20 @@ def test_legacy_keeps_equal_pairs(tiny_policy, tmp_path, scripted):
     assert report.rejected == {"no_incorrect": 1}
 
 
+@pytest.mark.parametrize("config", [replace(PAPER, legacy=True), replace(PAPER, filters=("none",))])
+def test_what_cannot_be_read_again_is_not_written(tiny_policy, tmp_path, scripted, config):
+    texts = ["Correct answer: \nIncorrect answer: x", "Correct answer: x\nIncorrect answer: \u200b"]
+    texts += ["Correct answer: x\nIncorrect answer: x", "Correct answer: caf\u00e9"]
+    texts[-1] += "\nIncorrect answer: cafe\u0301"
+    scripted.answer = lambda n: completion(texts[n]) if n < 4 else Scripted.default(n)
+    make(tiny_policy, tmp_path, config)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    assert [p.id for p in first] == [f"q{n}" for n in range(4, 10)]
+    reasons = [row["reason"] for row in read_jsonl(tmp_path / "rejects.jsonl")]
+    assert reasons == ["empty", "empty", "equal", "equal"]
+    refine(tiny_policy, tmp_path / "1", first, config)
+
+
 def test_answer_cut_off_at_the_limit_is_rejected(tiny_policy, tmp_path, scripted):
     text = "Correct answer: Force one.\nIncorrect answer: Magic by the"
     scripted.answer = lambda n: completion(text, "length" if n == 0 else "eos")
@@ -123,9 +137,14 @@ def test_answer_cut_off_at_the_limit_is_rejected(tiny_policy, tmp_path, scripted
 
 def test_no_pair_at_all_is_an_error(tiny_policy, tmp_path, scripted):
     scripted.answer = lambda n: completion("No.")
-    with pytest.raises(RunError, match=r"none of 10 questions .*10 no_correct"):
+    with pytest.raises(RunError, match=r"none of 10 questions .*10 no_correct.*try pairs.mode=def"):
         make(tiny_policy, tmp_path)
     assert not (tmp_path / "pairs.jsonl").exists()
+    with pytest.raises(RunError, match=r"does not follow the prompt; try more questions"):
+        make(tiny_policy, tmp_path / "default", DEFAULT)
+    same = [replace(ANNOTATED[0], candidates=("a", "A"))]
+    with pytest.raises(RunError, match=r"1 equal\): look at the options that the source gives"):
+        make(tiny_policy, tmp_path / "random", PairsConfig(mode="random"), same)
 
 
 def test_self_check_drops_what_the_model_does_not_believe(
@@ -436,6 +455,8 @@ PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iterat
         ([{k: v for k, v in PAIR.items() if k != "incorrect"}], 'pair 1: "incorrect" is missing'),
         ([PAIR, PAIR], 'pair 2: id "a" is that of pair 1'),
         ([{**PAIR, "incorrect": "x "}], 'both answers are "x"'),
+        ([{**PAIR, "correct": "\u00e9", "incorrect": "e\u0301"}], 'both answers are "\u00e9"'),
+        ([{**PAIR, "incorrect": "\u200b"}], '"incorrect" is missing or no text'),
         ([{**PAIR, "iteration": -1}], '"iteration" holds -1'),
         ([{**PAIR, "contrast": "big"}], '"contrast" holds'),
     ],

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import follow_contributing
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError
 from grath_utils.pairs.modes import MODES, check_pairs_config, describe_modes, find_mode
+from grath_utils.pairs.writers import PairMode
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +33,14 @@ def test_every_mode_is_described_and_says_what_it_asks():
         assert sum(later) <= sum(first)
         if not mode.writer.kinds:
             assert first.pairs == first.answers == 0
+
+
+def test_a_mode_states_what_the_model_card_says():
+    """A default would say "written by the model" of whatever is added."""
+    facts = {field.name: getattr(MODES["pick"], field.name) for field in fields(PairMode)}
+    for name in ("origin", "card"):
+        with pytest.raises(TypeError, match=name):
+            PairMode(**{key: value for key, value in facts.items() if key != name})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from grath_utils.pairs.parsing import (
     pair_is_complete,
     parse_legacy,
     parse_pair,
+    unusable,
 )
+from grath_utils.pairs.words import same_wording
 
 GOOD = ("It cools.", "It burns.")
 
@@ -73,23 +75,42 @@ def test_restated_question_is_kept_apart():
 
 # --- properties ----------------------------------------------------------------------------------
 
-LABEL_SOUP = st.lists(
-    st.sampled_from('Correct answer|Incorrect answer|Question|:|\n| |**|1.|x|\r|"'.split("|")),
-    max_size=40,
-).map("".join)
+PIECES = 'Correct answer|Incorrect answer|Question|:|：|\n| |**|1.|x|y|-5|5|+|#|e\u0301|\u00e9|\r|"'
+PIECES += "|\0|\u200b|\u00ad|\u202e|\u00a0|\u2028|\x85|\ufffd|\ud83d|\U0001f525|\u093f|不"
+LABEL_SOUP = st.lists(st.sampled_from(PIECES.split("|")), max_size=40).map("".join)
+TWO_ANSWERS = st.tuples(LABEL_SOUP, LABEL_SOUP).map("Correct answer: {0[0]}\nWrong: {0[1]}".format)
 
 
-@given(st.text(max_size=400) | LABEL_SOUP)
+@given(st.text(max_size=400) | LABEL_SOUP | TWO_ANSWERS)
 @example("Correct answer:" * 50)
 @example("\x85Correct answer:\u2028x")
-def test_no_input_crashes_and_every_outcome_has_a_place(text):
-    parsed = parse_pair(text)
-    reason = check_pair("Why is it so?", parsed)
-    assert reason is None or reason in Reason
-    for field in (parsed.correct, parsed.incorrect, parsed.question):
-        assert field is None or (field == field.strip() and "\n" not in field)
-    parse_legacy(text)
+@example("Correct answer: It cools.\nIncorrect answer: It\u200b coo\u00adls")
+def test_no_input_crashes_and_no_pair_is_empty_or_equal(text):
+    for parsed, filters in ((parse_pair(text), list(FILTERS)), (parse_legacy(text), [])):
+        reason = check_pair("Why is it so?", parsed, filters=filters)
+        assert reason is None or reason in Reason
+        for field in (parsed.correct, parsed.incorrect, parsed.question):
+            assert field is None or (field == field.strip() and "\n" not in field)
+        if reason is None:
+            assert unusable(*parsed.sides) is None
+            assert not filters or not near_equal(*parsed.sides)
+            assert not filters or not same_wording(*parsed.sides)
+            assert not filters or "\n".join(parsed.sides).encode()
     pair_is_complete(text)
+
+
+@pytest.mark.parametrize(
+    "filler",
+    ["x", "x ", '"', "* ", " ", "!", "Correct answer: ", "a b c d ", "- 1. ", "\ufffd", "不"],
+)
+def test_a_long_line_takes_no_time(filler):
+    """100 kB without a line's end: what grew with its square would take minutes."""
+    long = filler * (100_000 // len(filler))
+    parsed = parse_pair(f"Correct answer: {long}\nIncorrect answer: y {long}")
+    check_pair("Why is it so?", parsed)
+    check_pair("Why is it so?", Parsed(f"x y z {long}", f"x y {long} z"))
+    assert parsed.reason is None
+    assert parse_pair(long).reason
 
 
 # Letters of a kind that no label has, so that a leak would be seen.
@@ -146,7 +167,6 @@ QUESTION = "Why does a metal spoon feel cold in the hand?"
 FILTERED = [
     (Parsed("It cools.", "It bur", cut_off=True), Reason.CUT_OFF),
     (Parsed("...", "It burns."), Reason.EMPTY),
-    (Parsed("It cools.", ""), Reason.EMPTY),
     (Parsed("The heat leaves.", "the heat leaves"), Reason.EQUAL),
     (Parsed("Heat flows into the metal", "Heat flows into the metals"), Reason.NEAR_EQUAL),
     (Parsed(QUESTION, "It burns."), Reason.QUESTION_COPY),
@@ -156,6 +176,7 @@ FILTERED = [
     (Parsed("Heat.", "Cold air came in at night" * 4), Reason.LENGTH_RATIO),
     (Parsed("I don't know.", "It burns."), Reason.NON_ANSWER),
     (Parsed("It cools.", "As an AI model I cannot say."), Reason.NON_ANSWER),
+    (Parsed("It cools.", "It b\ufffdrns."), Reason.NON_ANSWER),
     (Parsed("It takes heat, it takes heat, it takes heat", "Heat enters it."), Reason.REPETITION),
 ]
 
@@ -169,6 +190,20 @@ def test_each_filter_catches_its_case_and_can_be_switched_off(parsed, reason):
     assert check_pair(QUESTION, parsed, filters=[], shown_answers=shown) is None
 
 
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        (("It cools.", ""), Reason.EMPTY),
+        (("\u200b", "It burns."), Reason.EMPTY),
+        (("It cools.", "It  cools. "), Reason.EQUAL),
+        (("caf\u00e9", "cafe\u0301"), Reason.EQUAL),
+    ],
+)
+def test_what_no_file_of_pairs_may_hold_is_rejected_without_filters(answers, reason):
+    assert check_pair(QUESTION, Parsed(*answers), filters=[]) is reason
+    assert unusable("Wind.", "wind") is None
+
+
 def test_every_filter_has_a_case():
     assert {reason for _, reason in FILTERED} == set(FILTERS)
 
@@ -180,6 +215,10 @@ def test_every_filter_has_a_case():
         ("It is a metal.", "It is not a metal."),
         ("Cats are quick.", "Dogs are quick."),
         ("The Sun orbits the Earth.", "The Earth orbits the Moon."),
+        ("It melts at -5 degrees.", "It melts at 5 degrees."),
+        ("It is written in C++.", "It is written in C#."),
+        ("x < 3", "x > 3"),
+        ("यह कि है", "यह की है"),
     ],
 )
 def test_small_differences_that_matter_are_not_near_equal(a, b):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
 from grath_utils.config import QuestionsConfig
 from grath_utils.errors import DataError, UsageError
-from grath_utils.pairs.overlap import overlap_with_benchmarks, reference_questions
+from grath_utils.evaluation import reference_questions
+from grath_utils.files import fingerprint
+from grath_utils.pairs.overlap import overlap_with_benchmarks
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
 
 
@@ -129,57 +132,206 @@ def test_unknown_source(source, message):
 
 # --- bad rows ------------------------------------------------------------------------------------
 
-BAD_ROWS = [
-    ('{"question": ', "malformed", "not valid JSON"),
-    ("[1, 2]", "malformed", "expected a JSON object"),
-    ({"text": "x"}, "missing_column", 'no column "question"'),
-    ({"question": 3}, "not_text", "holds int"),
-    ({"question": None}, "not_text", "holds NoneType"),
-    ({"question": " \n "}, "empty", "is empty"),
-    ({"question": "WHY is it so"}, "duplicated", "the same question as .*line 1"),
-    ({"question": "Else?", "id": "first"}, "duplicated_id", 'id "first" is that of .*line 1'),
-]
+ARC_ROW = {"question": "What is ice?", "answerKey": "A"}
+BAD_ROWS = {
+    "half a row": ('{"question": ', "malformed", "not valid JSON"),
+    "a list": ("[1, 2]", "malformed", "expected a JSON object, found list"),
+    "a text": ('"x"', "malformed", "expected a JSON object, found str"),
+    "a key twice": (
+        '{"question": "a?", "question": "b?"}',
+        "malformed",
+        '"question" is given twice',
+    ),
+    "not a number": ('{"question": "a?", "x": NaN}', "malformed", "not valid JSON"),
+    "a huge number": ('{"question": %s}' % ("7" * 5000), "malformed", "not valid JSON .*digits"),
+    "brackets": ("[" * 100_000, "malformed", "not valid JSON .*brackets"),
+    "brackets in a row": ('{"question": "a?", "x": %s1}' % ("[" * 10_000), "malformed", "brackets"),
+    "a lone surrogate": (r'{"question": "\ud83d?"}', "malformed", "surrogate"),
+    "a lone surrogate elsewhere": (r'{"question": "a?", "topic": "\ud83d"}', "malformed", "surrog"),
+    "NUL": ({"question": "a\0b?"}, "not_utf8", "a NUL character"),
+    "no question": ({"text": "x"}, "missing_column", 'no column "question"'),
+    "a number": ({"question": 3}, "not_text", "holds int"),
+    "a list of texts": ({"question": ["a?"]}, "not_text", "holds list"),
+    "null": ({"question": None}, "not_text", "holds NoneType"),
+    "spaces": ({"question": " \n "}, "empty", "is empty"),
+    "zero width": ({"question": "\u200b\ufeff \u2060"}, "empty", "is empty"),
+    "a lone accent": ({"question": "\u0301"}, "empty", "is empty"),
+    "the same question": ({"question": "WHY  is it so?"}, "duplicated", "the same .*line 1"),
+    "the same in NFD": ({"question": "Cafe\u0301?"}, "duplicated", "the same .*line 2"),
+    "the same id": (
+        {"question": "Else?", "id": "first"},
+        "duplicated_id",
+        'id "first" is .*line 1',
+    ),
+    "the same long id": ({"question": "Else?", "id": "/" * 10_000}, "duplicated_id", "line 2"),
+    "no choices": (
+        ARC_ROW | {"choices": {"text": None, "label": None}},
+        *("bad_candidates", '"choices.text" is no list of texts'),
+    ),
+    "a choice that is null": (
+        ARC_ROW | {"choices": {"text": ["a", None], "label": ["A", "B"]}},
+        *("bad_candidates", '"choices.text" is no list of texts'),
+    ),
+    "more choices than labels": (
+        ARC_ROW | {"choices": {"text": ["a", "b"], "label": ["A"]}},
+        *("bad_candidates", '"choices.label" does not name the 2 choices'),
+    ),
+    "labels that are no list": (
+        ARC_ROW | {"choices": {"text": ["a"], "label": 1}},
+        *("bad_candidates", '"choices.label" does not name'),
+    ),
+    "no such label": (
+        ARC_ROW | {"choices": {"text": ["a", "b"], "label": ["B", "C"]}},
+        *("bad_candidates", "\"answerKey\" is 'A', not one of B, C"),
+    ),
+    "a label twice": (
+        ARC_ROW | {"choices": {"text": ["a", "b"], "label": ["A", "A"]}},
+        *("bad_candidates", "\"answerKey\" is 'A', not one of A, A"),
+    ),
+    "no such candidate": (
+        {"question": "a?", "candidates": ["x", "y"], "gold": 2},
+        *("bad_candidates", '"gold" is 2, not one of 0, 1'),
+    ),
+    "candidates of no text": (
+        {"question": "a?", "candidates": [["x"], ["y"]]},
+        *("bad_candidates", '"candidates" is no list of texts'),
+    ),
+    "an object of candidates": ({"question": "a?", "candidates": {}}, "bad_candidates", "no list"),
+}
 
 
-@pytest.mark.parametrize(("row", "reason", "message"), BAD_ROWS)
+@pytest.mark.parametrize(("row", "reason", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_bad_row_is_named_or_counted(tmp_path, row, reason, message):
-    good = {"question": "Why is it so?", "id": "first"}
-    path = write(tmp_path / "q.jsonl", good, row, {"question": "And now?"})
-    with pytest.raises(DataError, match=f"q.jsonl, line 2: .*{message}"):
+    good = {"question": "Why is it so?", "id": "first"}, {"question": "Café?", "id": "/" * 10_000}
+    path = write(tmp_path / "q.jsonl", *good, row, {"question": "And now?"})
+    with pytest.raises(DataError, match=f"q.jsonl, line 3: .*{message}") as raised:
         load(path)
-    found = load(path, skip_bad=True)
-    assert found.skipped == {reason: 1}
-    assert [q.text for q in found.questions] == ["Why is it so?", "And now?"]
-
-
-def test_one_line_that_is_not_utf8(tmp_path):
-    for name, first in (("q.jsonl", b'{"question": "a?"}\n'), ("q.csv", b"question\na?\n")):
-        path = tmp_path / name
-        path.write_bytes(first + b'{"question": "\xff\xfe?"}\n')
-        line = first.count(b"\n") + 1
-        with pytest.raises(DataError, match=f"line {line}: not UTF-8"):
-            load(path)
+    assert len(str(raised.value)) < 600
+    with pytest.warns(UserWarning, match=f"left out 1 {reason}\n.*q.jsonl, line 3: .*{message}"):
         found = load(path, skip_bad=True)
-        assert found.skipped == {"not_utf8": 1}
-        assert len(found) == 1
+    assert found.skipped == {reason: 1}
+    assert [q.text for q in found.questions] == ["Why is it so?", "Café?", "And now?"]
+    write(path, row, row)
+    if reason not in ("duplicated", "duplicated_id"):
+        with pytest.raises(
+            DataError, match=f"no question in it \\(2 {reason} left out\\)\n.*line 1"
+        ):
+            load(path, skip_bad=True)
 
 
-def test_malformed_csv(tmp_path):
-    path = write(tmp_path / "q.csv", "question,x", "a?,1,2", "b?,1")
-    with pytest.raises(DataError, match="line 2: not valid CSV"):
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "What is C#?"},
+        {"question": "Is it", "id": 7},
+        {"question": "???"},
+        {"question": "🔥"},
+        {"question": "a?", "choices": None, "candidates": None, "gold": None, "id": None},
+        {"question": "a?", "choices": ["x", "y"], "answer": 1},  # of another data set's form
+        {"question": "a?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": ""},
+        {"question": "a?", "choices": {"text": [1, 2], "label": [1, 2]}, "answerKey": 2},
+        {"question": "a?", "id": "a/b"},
+        {"question": "long " * 100_000, "topic": 3},
+    ],
+)
+def test_rows_that_are_not_bad(tmp_path, row):
+    path = write(tmp_path / "q.jsonl", {"question": "What is C++?"}, {"question": "Is it?"}, row)
+    assert load(path).questions[2].text == row["question"].strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "line"),
+    [("q.jsonl", b'{"question": "a?"}\n', 2), ("q.csv", b"question\na?\n", 3)],
+)
+def test_one_line_that_is_not_utf8(tmp_path, name, first, line):
+    path = tmp_path / name
+    path.write_bytes(first + b'{"question": "\xff\xfe?"}\n')
+    with pytest.raises(DataError, match=f"line {line}: not UTF-8"):
         load(path)
-    assert load(path, skip_bad=True).skipped == {"malformed": 1}
-    write(path, "questions,x", "a?,1")
-    with pytest.raises(DataError, match='did you mean "questions"'):
+    with pytest.warns(UserWarning, match="not UTF-8"):
+        found = load(path, skip_bad=True)
+    assert found.skipped == {"not_utf8": 1}
+    assert len(found) == 1
+
+
+TABLES = {
+    "windows": ("nr,question\r\n1,a?\r\n2,b?\r\n", ["a?", "b?"]),
+    "old mac": ("nr,question\r1,a?\r2,b?", ["a?", "b?"]),
+    "german": ("nr;question\n1;Warum, und wie?\n", ["Warum, und wie?"]),
+    "tabs": ("nr\tquestion\n1\ta, b; c?\n", ["a, b; c?"]),
+    "blank lines": ("\nquestion\n\na?\n\n", ["a?"]),
+    "columns without a name": ("question,,\na?,,\n", ["a?"]),
+    "spaces around names": ("nr, question\n1,a?\n", ["a?"]),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("name", ["q.csv", "q.tsv"])
+def test_tables_as_programs_write_them(tmp_path, name, text, expected):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    assert [q.text for q in load(path).questions] == expected
+
+
+BAD_TABLES = {  # text, the line that is bad, why, the questions of the other lines
+    "too many fields": ("question,x\na?,1,2\nb?,1\n", 2, "3 fields in 2 columns", ["b?"]),
+    "too few fields": ("question,x\na?\nb?,1\n", 2, "1 fields in 2 columns", ["b?"]),
+    "an open quotation mark": ('question\na?\n"b?\nc?\nd?\n', 3, "end of data", ["a?", "c?", "d?"]),
+    "a mark inside": ('question\n"a" b?\nc?\n', 2, "expected after", ["c?"]),
+    "an open mark, then another": ('question\n"a?\nb?\nc "d" e?\n', 2, "", ["b?", 'c "d" e?']),
+    "NUL": ("question\na\0?\nb?\n", 2, "NUL", ["b?"]),
+    "an empty question": ('nr,question\n1," "\n2,b?\n', 2, "is empty", ["b?"]),
+    "a field of a megabyte": (f"question\n{'a' * 2**20}\nb?\n", 2, "not valid CSV", ["b?"]),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "message", "others"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_bad_row_of_a_table(tmp_path, text, line, message, others):
+    path = tmp_path / "q.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=f"q.csv, line {line}: .*{message}"):
         load(path)
+    with pytest.warns(UserWarning, match=f"q.csv, line {line}: .*{message}"):
+        found = load(path, skip_bad=True)
+    assert [q.text for q in found.questions] == others
+    assert sum(found.skipped.values()) == 1
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", '{"question": ""}\n'])
-def test_empty_file(tmp_path, content):
-    path = tmp_path / "q.jsonl"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match="no question in it"):
-        load(path, skip_bad=True)
+BAD_FILES = {
+    "empty": ("q.jsonl", b"", "no question in it .nothing left out"),
+    "blank": ("q.jsonl", b"\n \n", "no question in it"),
+    "empty table": ("q.csv", b"", "no question in it"),
+    "a header alone": ("q.csv", b"question\n", "no question in it"),
+    "a column twice": (
+        "q.csv",
+        b"question,x,question\na?,1,b?\n",
+        'line 1: 2 columns .*"question"',
+    ),
+    "a column twice but for spaces": ("q.csv", b"question, question\na?,b?\n", "2 columns"),
+    "a column twice, NFC and NFD": ("q.csv", "\u00e9,e\u0301\na?,b?\n".encode(), "2 columns"),
+    "no header": ("q.csv", b"What is ice?\nWhat is snow?\n", 'no column "question"'),
+    "another column": ("q.csv", b"questions,x\na?,1\n", 'did you mean "questions"'),
+    "UTF-16": ("q.csv", "question\na?\n".encode("utf-16"), "UTF-16 text; save the file as UTF-8"),
+    "UTF-16, JSON": ("q.jsonl", '{"question": "a?"}'.encode("utf-16"), "UTF-16"),
+    "UTF-16 without a mark": ("q.csv", "question\na?\n".encode("utf-16-le"), "no column"),
+    "an array": ("q.json", b'[{"question": "a?"}, {"question": "b?"}]', "a JSON array; write each"),
+    "an array on lines": (
+        "q.jsonl",
+        b'[\n{"question": "a?"},\n{"question": "b?"}\n]',
+        "JSON array",
+    ),
+    "one object on lines": ("q.json", b'{\n"question": "a?"\n}', "line 1: not valid JSON"),
+    "a picture": ("q.jsonl", bytes(range(256)), "line 1: "),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_file_that_holds_no_questions(tmp_path, name, content, message, skip_bad):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(path, skip_bad=skip_bad)
 
 
 # --- limit, split, round trip ---------------------------------------------------------------------
@@ -211,6 +363,45 @@ def test_split_is_by_question_and_by_seed(tmp_path):
     assert split_held_out(questions, 0.25, 1)[1] != held
 
 
+def test_one_question_comes_to_one_side(tmp_path):
+    """Two pairs of a file may belong to one question, written in two forms of Unicode."""
+    texts = [f"Caf\u00e9 {i}?" for i in range(20)]
+    twice = [Question(f"{form} {t}", normalize(form, t)) for t in texts for form in ("NFC", "NFD")]
+    once = [Question(t, t) for t in texts]
+    for seed in range(20):
+        sides = [{normalize("NFC", q.text) for q in s} for s in split_held_out(twice, 0.3, seed)]
+        assert sides == [{q.text for q in side} for side in split_held_out(once, 0.3, seed)]
+    with pytest.raises(DataError, match="1 question"):
+        split_held_out(twice[:2], 0.5, 0)
+
+
+def test_texts_are_in_one_form(tmp_path):
+    """Or the same question would have two prompts, two places in a journal and two names."""
+    row = {
+        "id": "e\u0301",
+        "question": "Cafe\u0301?",
+        "topic": "e\u0301",
+        "candidates": ["e\u0301"],
+    }
+    (one,) = load(write(tmp_path / "nfd.jsonl", row)).questions
+    assert one.to_row() == {
+        "id": "\u00e9",
+        "question": "Caf\u00e9?",
+        "topic": "\u00e9",
+        "candidates": ["\u00e9"],
+    }
+    path = write(tmp_path / "column.csv", "Frage\u0301", "a?")
+    assert len(load(path, column="Frag\u00e9")) == 1
+
+
+def test_the_splits_of_our_own_data_stay():
+    """Runs are compared across versions: the same questions in the same order, the same split."""
+    found = load_questions(QuestionsConfig(), seed=0)
+    assert found.fingerprint == "e7eb6e9a64115852"
+    train, held = split_held_out(found.questions, 0.2, 0)
+    assert fingerprint([[q.id for q in side] for side in (train, held)]) == "962a39f41de1187e"
+
+
 def test_split_leaves_at_least_one_on_each_side(tmp_path):
     questions = load(numbered(tmp_path, 2)).questions
     for share in (0.01, 0.99):
@@ -226,6 +417,10 @@ def test_round_trip():
         assert Question.from_row(json.loads(json.dumps(question.to_row()))) == question
     with pytest.raises(DataError, match="row 1: needs text"):
         Question.from_row({"id": "a"}, where="row 1")
+    with pytest.raises(DataError, match='row 2: "gold" is 5'):
+        Question.from_row(
+            {"id": "a", "question": "?", "candidates": ["x"], "gold": 5}, where="row 2"
+        )
 
 
 # --- overlap -------------------------------------------------------------------------------------
@@ -245,6 +440,18 @@ def test_overlap_kinds(text, kind):
     found = overlap_with_benchmarks([Question("q", text)], BENCHMARK)
     assert [o.kind for o in found] == ([kind] if kind else [])
     assert all(o.benchmark == "bench" for o in found)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "found"),
+    [
+        ("What is C++?", "What is C#?", 0),
+        ("Was it 🔥?", "Was it 🧊?", 0),
+        ("what is CAFE\u0301", "What is caf\u00e9?", 1),
+    ],
+)
+def test_overlap_of_short_questions(ours, theirs, found):
+    assert len(overlap_with_benchmarks([Question("q", ours)], {"bench": [theirs]})) == found
 
 
 def test_stock_phrases_are_no_overlap():

@@ -12,8 +12,8 @@ from pkgutil import resolve_name
 
 from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
 from grath_utils.evaluation.benchmarks.base import Benchmark, BenchmarkSpec, Item
-from grath_utils.evaluation.benchmarks.hub_files import source_of
-from grath_utils.files import fingerprint
+from grath_utils.evaluation.benchmarks.hub_files import is_available, source_of
+from grath_utils.files import fingerprint, mirror_dir
 
 _ROWS = (  # module:name
     "truthfulqa:MC",
@@ -29,7 +29,15 @@ BENCHMARKS: dict[str, BenchmarkSpec] = {
     row.name: row for row in (resolve_name(f"{__name__}.{place}") for place in _ROWS)
 }
 
-__all__ = ["BENCHMARKS", "Benchmark", "BenchmarkSpec", "Item", "find_benchmark", "load_benchmark"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "BenchmarkSpec",
+    "Item",
+    "find_benchmark",
+    "load_benchmark",
+    "reference_questions",
+]
 
 
 def find_benchmark(name: str) -> BenchmarkSpec:
@@ -85,3 +93,24 @@ def load_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Ben
         fingerprint=fingerprint(content),
         notes=loaded.notes,
     )
+
+
+def reference_questions() -> dict[str, list[str]]:
+    """Return the questions of each benchmark at hand: of our own ones, and of those in a mirror.
+
+    Nothing is fetched. Benchmarks that ask the same questions come once, and one whose files the
+    mirror does not hold does not come at all.
+    """
+    found: dict[str, list[str]] = {}
+    for name, spec in BENCHMARKS.items():
+        if spec.files and mirror_dir() is None:
+            continue
+        try:
+            texts = list(dict.fromkeys(item.question for item in spec.load().items))
+        except DataError:
+            if all(map(is_available, spec.files)):
+                raise
+            continue
+        if not set().union(*found.values()).issuperset(texts):
+            found[name] = texts
+    return found
