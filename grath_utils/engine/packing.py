@@ -34,7 +34,7 @@ from grath_utils.engine.scoring import (
     tree_row,
     why_no_trees,
 )
-from grath_utils.engine.trie import build_trie
+from grath_utils.engine.trie import Trie, build_trie
 
 # The longest row on a GPU: it fills the device, and masked-out attention stays below a tenth.
 GPU_ROW_TOKENS = 2048
@@ -49,7 +49,7 @@ def row_limit(policy: Policy, longest: int) -> int:
 
 
 def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.Tensor]]:
-    """Merge pairs into rows of at most ``row_tokens`` tokens, or of one pair that is longer.
+    """Merge pairs into rows of at most ``row_tokens`` distinct tokens, or of one longer pair.
 
     With 0, each answer gets a row of its own, after its prompt (:func:`.scoring.alone`).
 
@@ -66,21 +66,22 @@ def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.T
     if not row_tokens:
         return [alone(_row([side])) for side in sides]
     chunks: list[list[tuple[Any, Any, int]]] = []
-    size = row_tokens  # of the last chunk: full, so the first pair begins one
-    for chosen, rejected in zip(sides[::2], sides[1::2], strict=True):
-        tokens = len(chosen[0]) + len(chosen[1]) + len(rejected[1])
-        if size + tokens > row_tokens:
-            chunks.append([])
-            size = 0
-        chunks[-1] += [chosen, rejected]
-        size += tokens
+    for pair in zip(sides[::2], sides[1::2], strict=True):
+        if chunks and len(_trie([*chunks[-1], *pair])[0]) <= row_tokens:
+            chunks[-1] += pair
+        else:
+            chunks.append([*pair])
     return [_row(sorted(chunk, key=itemgetter(2))) for chunk in chunks]
+
+
+def _trie(sides: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> tuple[Trie, list[Any]]:
+    # Nothing is predicted from an answer's last token, so the model need not read it.
+    return build_trie([[*prompt, *answer[:-1]] for prompt, answer, _ in sides])
 
 
 def _row(sides: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> dict[str, torch.Tensor]:
     """Make one row of (prompt, answer, sequence) each."""
-    # Nothing is predicted from an answer's last token, so the model need not read it.
-    trie, paths = build_trie([[*prompt, *answer[:-1]] for prompt, answer, _ in sides])
+    trie, paths = _trie(sides)
     nodes = [path[len(p) - 1 :] for path, (p, _, _) in zip(paths, sides, strict=True)]
     predictors, which = np.unique(np.concatenate(nodes), return_inverse=True)
     edges = {

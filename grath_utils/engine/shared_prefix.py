@@ -71,7 +71,9 @@ class SharedPrefixCache(Cache):
             position_ids=self.position_ids,
             past_key_values=self,
             use_cache=True,
-            logits_to_keep=keep,
+            # As indices: of a strided slice, a number, torch may make one product for each row, and
+            # for each a copy of the output head.
+            logits_to_keep=torch.arange(width - keep, width, device=self.device),
         ).logits
 
     @property
