@@ -12,18 +12,22 @@ import dataclasses
 import json
 import math
 import operator
-import reprlib
+import os
 import shlex
-import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grath_utils.errors import ConfigError, did_you_mean
-from grath_utils.files import parse_yaml, read_yaml
+from grath_utils.errors import KIND_NAMES, ConfigError, brief, did_you_mean
+from grath_utils.files import is_text, parse_yaml, read_yaml
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -129,7 +133,13 @@ class DPOConfig:
 
     beta: float = option(0.1, "strength of the pull to the reference (equation 7)", gt=0)
     loss: str = option("sigmoid", "a loss type of TRL's DPOTrainer", choices=DPO_LOSSES)
-    label_smoothing: float = option(0.0, "cDPO: share of labels taken as flipped", ge=0, le=0.5)
+    label_smoothing: float = option(
+        0.0,
+        "cDPO: share of labels taken as flipped (losses sigmoid, robust, exo_pair, aot, "
+        "aot_unpaired; the others take no notice)",
+        ge=0,
+        le=0.5,
+    )
     learning_rate: float = option(5e-4, "peak learning rate", gt=0)
     schedule: str = option(
         "cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup")
@@ -266,7 +276,7 @@ def profile_names() -> list[str]:
 
 
 def load_config(
-    profile: str,
+    profile: str | Mapping[str, Any],
     overrides: str | Mapping[str, Any] | Sequence[str] = (),
     *,
     seed: int | None = None,
@@ -274,16 +284,17 @@ def load_config(
     """Return the complete configuration of a profile with overrides applied.
 
     Args:
-        profile: a name in ``grath_utils/profiles/``, or the path of a YAML file.
+        profile: a name in ``grath_utils/profiles/``, the path of a YAML file, or what one holds.
         overrides: see :func:`parse_overrides`.
         seed: replaces the profile's seed.
 
     Raises:
         ConfigError: unknown profile or key, wrong type, or a value that cannot be.
     """
-    if not isinstance(profile, str):
-        raise ConfigError(f"the profile is {_brief(profile)}; expected a name such as cpu")
-    tree, known = _read_profile(profile), Config().flat()
+    if not isinstance(profile, (str, Mapping)):
+        raise ConfigError(f"the profile is {brief(profile)}; expected a name such as cpu")
+    tree = _read_profile(profile) if isinstance(profile, str) else dict(profile)
+    known = Config().flat()
     for key, value in parse_overrides(overrides).items():
         if key not in known:
             raise ConfigError(f'unknown key "{key}" in the overrides{did_you_mean(key, known)}')
@@ -295,7 +306,8 @@ def load_config(
             place[name] = value
     if seed is not None:
         tree["seed"] = seed
-    return config_from_dict(tree, where=f'profile "{profile}"')
+    where = f'profile "{profile}"' if isinstance(profile, str) else "the settings"
+    return config_from_dict(tree, where=where)
 
 
 def _read_profile(profile: str) -> dict[str, Any]:
@@ -313,7 +325,9 @@ def _read_profile(profile: str) -> dict[str, Any]:
 
 def changed_settings(config: Config) -> dict[str, Any]:
     """Return the settings in which a configuration differs from its profile, the seed apart."""
-    plain = load_config(config.profile, seed=config.seed).flat()
+    # As the profile has them: a path in it may mean nothing in another folder.
+    profile = {**_read_profile(config.profile), "seed": config.seed}
+    plain = _build(Config, profile, config.profile).flat()
     return {key: value for key, value in config.flat().items() if value != plain[key]}
 
 
@@ -335,7 +349,7 @@ def parse_overrides(overrides: str | Mapping[str, Any] | Sequence[str]) -> dict[
     for part in parts:
         key, sep, text = part.partition("=") if isinstance(part, str) else (part, "", "")
         if not sep or not key:
-            raise ConfigError(f"expected key=value in the overrides, found {_brief(part)}")
+            raise ConfigError(f"expected key=value in the overrides, found {brief(part)}")
         if key in parsed:
             raise ConfigError(f'"{key}" is given twice in the overrides')
         parsed[key] = parse_yaml(text, f'"{key}"')
@@ -350,12 +364,27 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
     """
     config = _build(Config, tree, where)
     _check_together(config, where)
-    return config
+    model = absolute_name(config.model.name, os.path.isdir)
+    source = absolute_name(config.questions.source, os.path.isfile)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, name=model),
+        questions=dataclasses.replace(config.questions, source=source),
+    )
+
+
+def absolute_name(name: str, is_one: Callable[[str], bool]) -> str:
+    """Return the path of what a name finds here, so that it is found from other folders, too.
+
+    A name that finds nothing of the kind, such as that of a Hub model, is returned as it is.
+    """
+    path, built_in = os.path.expanduser(name), (ModelConfig().name, QuestionsConfig().source)
+    return os.path.abspath(path) if name not in built_in and is_one(path) else name
 
 
 def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f'{where}: "{prefix[:-1]}" holds {_brief(tree)}; expected keys below it')
+        raise ConfigError(f'{where}: "{prefix[:-1]}" holds {brief(tree)}; expected keys below it')
     kinds = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -372,14 +401,6 @@ def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
     return cls(**values)
 
 
-def _brief(value: Any) -> str:
-    """Return a user's value for a message, though it be endless."""
-    return textwrap.shorten(reprlib.repr(value), 100, placeholder="...")
-
-
-KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
 def _typed(value: Any, kind: Any, name: str) -> Any:
     """Return a value as its field holds it."""
     if isinstance(kind, types.UnionType):  # ``int | None``
@@ -389,28 +410,23 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     expected = KIND_NAMES.get(kind, "a list of names")
     if value is None:
         raise ConfigError(f"{name} has no value; expected {expected}")
-    if kind not in KIND_NAMES:
+    if typing.get_origin(kind) is tuple:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, (list, tuple)) or not names or not all(map(_is_word, names)):
-            raise ConfigError(f"{name} is {_brief(value)}; expected a list of names such as [a, b]")
+            raise ConfigError(f"{name} is {brief(value)}; expected a list of names such as [a, b]")
         if len(set(names)) != len(names):
-            raise ConfigError(f"{name} names the same thing twice: {_brief(value)}")
+            raise ConfigError(f"{name} names the same thing twice: {brief(value)}")
         return tuple(names)
     if kind is float and not isinstance(value, bool):
         with contextlib.suppress(ValueError):  # 1 is a number, too, and 1e400 is infinity
             value = float(str(value))
     if type(value) is not kind or (kind is str and not _is_word(value)):
-        raise ConfigError(f"{name} is {_brief(value)}; expected {expected}")
+        raise ConfigError(f"{name} is {brief(value)}; expected {expected}")
     return value
 
 
 def _is_word(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip()) and is_text(value)
-
-
-def is_text(value: str) -> bool:
-    """Return False for what no file's name or content can hold: NUL, half a surrogate pair."""
-    return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
 
 
 LIMITS = {
@@ -434,7 +450,7 @@ def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
         raise ConfigError(f"{name} is {value}; it must be finite")
     for key, (holds, problem) in LIMITS.items():
         if key in limits and not holds(value, limits[key]):
-            raise ConfigError(f"{name} is {_brief(value)}; {problem} {limits[key]}")
+            raise ConfigError(f"{name} is {brief(value)}; {problem} {limits[key]}")
 
 
 def _check_together(config: Config, where: str) -> None:
@@ -449,6 +465,15 @@ def _check_together(config: Config, where: str) -> None:
         raise ConfigError(
             f'{where}: "dpo.max_prompt_length" ({dpo.max_prompt_length}) leaves no room for an '
             f'answer below "dpo.max_length" ({dpo.max_length})'
+        )
+    if dpo.loss == "exo_pair" and not dpo.label_smoothing:
+        raise ConfigError(
+            f'{where}: "dpo.loss" exo_pair needs a "dpo.label_smoothing" above 0, such as 0.001'
+        )
+    if dpo.loss == "robust" and dpo.label_smoothing == 0.5:
+        raise ConfigError(
+            f'{where}: "dpo.loss" robust needs a "dpo.label_smoothing" below 0.5: it divides by '
+            "1 - 2 * label_smoothing"
         )
     if not loop.signals and (loop.keep == "best" or loop.early_stop):
         key, value = ("keep", "last") if loop.keep == "best" else ("early_stop", "false")

@@ -6,8 +6,12 @@ its message without a traceback and ends with its ``exit_code``; notebooks show 
 
 from __future__ import annotations
 
+import reprlib
+import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 
 class GrathError(Exception):
@@ -56,6 +60,22 @@ class TrainingError(GrathError):
 
 class CollapseError(TrainingError):
     """A round was stopped because the model was losing the answers that it was trained on."""
+
+
+KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    Path: "a path",
+}
+
+
+def brief(value: Any) -> str:
+    """Return a user's value for a message, though it be endless."""
+    return textwrap.shorten(reprlib.repr(value), 100, placeholder="...")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any, ClassVar
 import platformdirs
 import yaml
 
-from grath_utils.errors import ConfigError, DataError, RunError, UsageError
+from grath_utils.errors import KIND_NAMES, ConfigError, DataError, RunError, UsageError, brief
 
 # --- places --------------------------------------------------------------------------------------
 
@@ -218,20 +219,24 @@ def jsonl_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, form: Any = Any) -> Any:
+    """Read a JSON file of a form that :func:`check_form` describes.
 
     Raises:
-        DataError: the file is missing, not UTF-8 or not JSON; the message says where.
+        DataError: the file is missing, not UTF-8, not JSON or not of this form; the message says
+            where.
     """
-    return parse_json(_read_text(path), str(path))
+    value = parse_json(_read_text(path), str(path))
+    check_form(value, form, str(path))
+    return value
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file into a list of objects; blank lines are ignored.
+def read_jsonl(path: Path, form: Any = Any) -> list[dict[str, Any]]:
+    """Read a JSONL file into a list of objects of one form; blank lines are ignored.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a JSON object; the message names it.
+        DataError: the file cannot be read, or a line is not such a JSON object; the message names
+            it.
     """
     rows = []
     # Not splitlines(): it would also split at U+2028 and other separators inside a JSON string.
@@ -259,10 +264,50 @@ def parse_json(text: str, where: str = "", line: int | None = None) -> Any:
         value = json.loads(text, object_pairs_hook=_without_doubled_keys)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
         return value
+        check_form(row, form, f"{path}, line {number}")
     except json.JSONDecodeError as error:
         line, reason = line or error.lineno, error.msg
     except UnicodeEncodeError:
         reason = "half of a surrogate pair, which is no character"
+def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
+    """Check that a value which a file of ours holds is as this program writes it.
+
+    A form is a type, where float is any finite number; a list of one form for all entries, or of
+    one for each; a mapping of the keys that must be there, or of ``str`` for every key; and
+    ``(form, None)`` where null does as well.
+
+    Raises:
+        DataError: names ``where``, the key, and what was found and expected there.
+    """
+    if form is Any or (isinstance(form, tuple) and value is None):
+        return
+    form = form[0] if isinstance(form, tuple) else form
+    kind = form if isinstance(form, type) else type(form)
+    good = isinstance(value, {float: (int, float), Path: str}.get(kind, kind))
+    if kind is Path:
+        good = good and is_text(value)
+    if kind in (int, float):
+        good = good and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not good or (isinstance(form, list) and len(form) > 1 and len(value) != len(form)):
+        found = f'"{key}" is {brief(value)}' if key else f"found {brief(value)}"
+        raise DataError(
+            f"{where}: {found}; expected {KIND_NAMES[kind]}. It was changed or damaged: restore "
+            "the file, or delete it to have it made again"
+        )
+    if isinstance(form, list):
+        for i, entry in enumerate(value):
+            check_form(entry, form[i % len(form)], where, f"{key}[{i}]")
+    elif isinstance(form, dict):
+        for name in value if str in form else form:
+            entry = value.get(name)  # what is missing is no more than null
+            check_form(entry, form.get(name, form.get(str)), where, f"{key}.{name}".lstrip("."))
+
+
+def is_text(value: str) -> bool:
+    """Return False for what no file's name or content can hold: NUL, half a surrogate pair."""
+    return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
+
+
     except RecursionError:
         reason = "too many brackets within brackets"
     except ValueError as error:

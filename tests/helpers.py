@@ -21,6 +21,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# What run.json records beside the configuration.
+FACTS = {
+    "model": {"name": "default", "weights": "0123456789abcdef"},
+    "questions": {"source": "own data", "n": 12, "fingerprint": "0123456789abcdef"},
+    "resolved": {"device": "cpu", "dtype": "bfloat16"},
+    "device": {"cpu_count": 2, "memory_gib": 23.5, "accelerator": "none"},
+    "versions": {"python": "3.12.1", "torch": "2.13.0", "transformers": "5.23.0"},
+}
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A few pairs and a short round, for what is about training.

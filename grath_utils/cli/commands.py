@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 
 from grath_utils.cli import runs, steps, workshops
 from grath_utils.cli.arguments import Command
-from grath_utils.config import is_text
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError, UsageError
+from grath_utils.files import is_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

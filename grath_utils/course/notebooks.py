@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.config import changed_settings, load_config
-from grath_utils.errors import UsageError, did_you_mean
+from grath_utils.errors import KIND_NAMES, UsageError, brief, did_you_mean
 from grath_utils.files import notebooks_dir
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import start_run
@@ -66,9 +66,14 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
     ``"dpo.beta=0.05 loop.iterations=3"``.
 
     Raises:
-        UsageError: papermill was given a parameter that the notebook does not have.
+        UsageError: papermill was given a parameter that the notebook does not have, or a value of
+            another type.
     """
     refuse_unknown_parameters()
+    for name, value in zip(PARAMETERS, (profile, run_dir, seed, overrides), strict=True):
+        kind = int if name == "SEED" else str
+        if type(value) is not kind:  # papermill's `-p SEED None` is None
+            raise UsageError(f"{name} is {brief(value)}; expected {KIND_NAMES[kind]}")
     config = load_config(profile, overrides, seed=seed)
     run = start_run(run_dir or default_run_dir(profile), config)
     info = run.info()

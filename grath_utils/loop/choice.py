@@ -36,8 +36,8 @@ SIGNALS = {  # what a file of signals holds, as a form for files.read_json
     "chosen": [float],
     "rejected": [float],
     "kl": ([float], None),
-    "questions": [str],
-    "answers": [str],
+    "questions": ([str], None),
+    "answers": ([str], None),
     "health": {"words": float, "distinct": float, "repetition": float, "non_answers": float},
 }
 MEASURE_AGAIN = "delete the run's folder signals, and they are measured again"

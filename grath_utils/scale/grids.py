@@ -36,6 +36,21 @@ SHARED_SECTIONS = {
 evaluation."""
 LONGEST_NAME = 72
 
+_NUMBER = {"value": float, "ci95": ([float, float], None)}
+ROW = {  # what rows/POINT.json holds, as a form for files.read_json
+    "run": Path,
+    "metrics": [
+        {
+            "benchmark": str,
+            "metric": str,
+            "n": int,
+            "base": _NUMBER,
+            "last": _NUMBER,
+            "change": {**_NUMBER, "p_value": (float, None)},
+        }
+    ],
+}
+
 
 @dataclass(frozen=True)
 class Grid:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.errors import GrathError, RunError
+from grath_utils.evaluation.measure import RESULT
 from grath_utils.files import atomic_path, read_json, write_json
 from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
 from grath_utils.loop.state import comparison_rows
-from grath_utils.scale.grids import BASE, PAIRS, planned_config
+from grath_utils.scale.grids import BASE, PAIRS, ROW, planned_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,7 +90,8 @@ def row_of_twin(sweep: Path, plan: Mapping[str, Any], name: str) -> dict[str, An
     the address at its end stays. The row's ``run`` tells where the run is.
     """
     config, address = planned_config(plan, name), name.rpartition("-")[2]
-    rows = map(read_json, sorted((sweep / "rows").glob(f"*-{address}.json")))
+    paths = sorted((sweep / "rows").glob(f"*-{address}.json"))
+    rows = (read_json(path, ROW) for path in paths)
     same = (row for row in rows if load_run(sweep / "runs" / row["run"]).config == config)
     return next(same, None)
 
@@ -111,7 +113,7 @@ def take_base(run: Run, folder: Path) -> None:
     """
     for benchmark in run.config.evaluation.benchmarks:
         if not run.evaluation(BASE, benchmark).exists():
-            result = read_json(_same_ground(run, folder).evaluation(BASE, benchmark))
+            result = read_json(_same_ground(run, folder).evaluation(BASE, benchmark), RESULT)
             result["model"]["name"] = f"{run.path.name}@{BASE}"
             write_json(run.evaluation(BASE, benchmark), result)
 

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from grath_utils.evaluation.statistics import t_interval
 from grath_utils.figures.plots import plot_sweep, plt
 from grath_utils.files import atomic_path, read_json, write_text
-from grath_utils.scale.grids import SHARED_SECTIONS, cell_of, label
+from grath_utils.scale.grids import ROW, SHARED_SECTIONS, cell_of, label
 from grath_utils.text import with_interval
 
 PANELS_OF_A_BENCHMARK = 2  # metrics of each benchmark in the figure; the headline stands first
@@ -45,7 +45,7 @@ def outcome_of(out: Path, point: Mapping[str, Any]) -> PointOutcome:
     name, values = point["name"], point["values"]
     row = out / "rows" / f"{name}.json"
     if row.exists():
-        return PointOutcome(name, values, "done", read_json(row)["metrics"])
+        return PointOutcome(name, values, "done", read_json(row, ROW)["metrics"])
     for stage in [name, *(point[kind] for kind in SHARED_SECTIONS)]:
         log = out / "logs" / f"{stage}.log"
         if log.exists() and not (out / "shared" / f"{stage}.done").exists():

@@ -198,7 +198,7 @@ def test_a_later_round_that_collapses_ends_the_loop_before_it(
 
 def test_edited_signals_are_named(long_run: Run) -> None:
     write_json(long_run.signals("iter_0"), {"pairs": []})
-    with pytest.raises(DataError, match="delete the folder, and they are measured again"):
+    with pytest.raises(DataError, match=r'iter_0.json: "chosen" is None; expected a list.*delete'):
         plan_stages(long_run)
 
 
@@ -279,8 +279,8 @@ def test_two_rounds_and_their_evaluation(run: Run) -> None:
     assert result["model"]["name"] == "run@1"
     assert run.evaluation("iter_1", "probe").exists()
     # What is done is read, not done again.
-    run.evaluation("iter_1", "probe").write_text('{"read": true}')
-    assert evaluate_model(run, 1, "probe", progress=False) == {"read": True}
+    write_json(run.evaluation("iter_1", "probe"), {**result, "read": True})
+    assert evaluate_model(run, 1, "probe", progress=False)["read"]
     adapter = run.adapter(0) / "adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns
     train_iteration(run, 0, progress=False)

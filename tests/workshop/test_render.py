@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import helpers
 import nbformat
 import numpy as np
 import pytest
@@ -221,7 +222,11 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.notebook
 def test_render_executes_what_is_stale_and_nothing_else(course: Path, tmp_path: Path) -> None:
-    facts = {"versions": FACTS["versions"], "device": FACTS["device"]}
+    facts = {
+        **helpers.FACTS,
+        "versions": FACTS["versions"],
+        "device": {**helpers.FACTS["device"], "system": "Linux", "torch_threads": 2},
+    }
     run = open_run(tmp_path / "course" / "runs" / "smoke", load_config("smoke"), facts)
     count, lines = tmp_path / "count.txt", []
     both = [course / "00_a.ipynb", course / "appendix" / "b.ipynb"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import FACTS
 
 from grath_utils.cli import commands as cli
 from grath_utils.config import load_config
@@ -37,11 +38,7 @@ NOTEBOOK = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    facts = {
-        "device": {"cpu_count": 2, "memory_gib": 23.5, "accelerator": "none"},
-        "resolved": {"dtype": "bfloat16"},
-    }
-    return open_run(tmp_path / "run", load_config("smoke"), facts)
+    return open_run(tmp_path / "run", load_config("smoke"), FACTS)
 
 
 def test_seconds_are_added_up_by_section() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from grath_utils.course.exercises.judging import NotYetError, exercise, hold, near, two_shares
 from grath_utils.engine.models import Policy
 from grath_utils.evaluation.benchmarks import BENCHMARKS, Item, load_benchmark
+from grath_utils.evaluation.measure import RESULT
 from grath_utils.evaluation.metrics import mc1
 from grath_utils.evaluation.statistics import bootstrap_means, interval
 from grath_utils.files import read_json
@@ -24,7 +25,7 @@ def _measured(run: Run) -> list[tuple[tuple[Item, ...], list[Any], list[Any]]]:
         files = [run.evaluation(label, name) for label in labels]
         if all(path.exists() for path in files):
             test = load_benchmark(name, limit=settings.limit, seed=run.config.seed)
-            found.append((tuple(test.items), *(read_json(path)["items"] for path in files)))
+            found.append((tuple(test.items), *(read_json(path, RESULT)["items"] for path in files)))
     hold(bool(found), "the run has no evaluation of base and kept round yet: run section 3.")
     return found
 
