@@ -132,11 +132,12 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
         texts[key] = ids[question.id] = where
         kept.append(question)
     counts = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
-    first = "\n  ".join(["", *named[:SHOWN], *(["..."] if len(named) > SHOWN else [])])
     if not kept:
-        raise DataError(f"{source}: no question in it ({counts or 'nothing'} left out){first}")
+        first = f"; the first: {named[0]}" if named else ""
+        raise DataError(f"{source}: no question in it ({counts or 'nothing'} left out{first})")
     if named and config.skip_bad:
-        warnings.warn(f"{source}: left out {counts}{first}", stacklevel=2)
+        shown = [*named[:SHOWN], *(["..."] if len(named) > SHOWN else [])]
+        warnings.warn("\n  ".join([f"{source}: left out {counts}", *shown]), stacklevel=2)
     if config.limit is not None and config.limit < len(kept):
         chosen = sorted(random.Random(seed).sample(range(len(kept)), config.limit))
         kept = [kept[i] for i in chosen]

@@ -214,7 +214,7 @@ def test_a_bad_row_is_named_or_counted(tmp_path, row, reason, message):
     write(path, row, row)
     if reason not in ("duplicated", "duplicated_id"):
         with pytest.raises(
-            DataError, match=f"no question in it \\(2 {reason} left out\\)\n.*line 1"
+            DataError, match=f"no question in it \\(2 {reason} left out; the first: .*line 1: "
         ):
             load(path, skip_bad=True)
 
