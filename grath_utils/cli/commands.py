@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 
 from grath_utils.cli import runs, steps, workshops
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Piped output would hold the progress lines back until the end; and what the console
             # cannot show (as on Windows) is escaped.
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    # Where in the program a warning arose tells nothing here.
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
         return 0
