@@ -28,6 +28,11 @@ from grath_utils.errors import KIND_NAMES, ConfigError, DataError, RunError, Usa
 # --- places --------------------------------------------------------------------------------------
 
 
+def user_path(name: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of what a user named, where ``~`` is the home folder."""
+    return Path(os.path.realpath(os.path.expanduser(name)))
+
+
 def data_dir() -> Path:
     """Return the folder with the project's own data (questions, probe, retention set)."""
     package = Path(__file__).resolve().parent
@@ -52,8 +57,7 @@ def cache_dir() -> Path:
     ``GRATH_CACHE`` if set, else the platform's cache folder. It may not exist yet.
     """
     override = os.environ.get("GRATH_CACHE")
-    default = Path(platformdirs.user_cache_dir("grath"))
-    return Path(override).expanduser().resolve() if override else default
+    return user_path(override or platformdirs.user_cache_dir("grath"))
 
 
 def mirror_dir() -> Path | None:
@@ -65,7 +69,7 @@ def mirror_dir() -> Path | None:
     name = os.environ.get("GRATH_MIRROR")
     if not name:
         return None
-    folder = Path(name).expanduser().resolve()
+    folder = user_path(name)
     if not folder.is_dir():
         raise UsageError(
             f"GRATH_MIRROR names {name}, which is not a folder; point it to a benchmark mirror, "
@@ -120,8 +124,8 @@ def check_place(target: Path) -> None:
     """
     target = Path(target)
     with explained_write_errors(target):
-        above = next(folder for folder in target.absolute().parents if folder.exists())
-        if not above.is_dir():
+        above = next(filter(Path.exists, target.absolute().parents), target)
+        if above.is_file():
             raise UsageError(f"cannot write {target}: {above} is a file, not a folder")
         if target.is_dir():
             if any(target.iterdir()):
@@ -131,6 +135,17 @@ def check_place(target: Path) -> None:
         elif target.exists() and (not target.is_file() or not target.stat().st_mode & 0o222):
             kind = "write-protected" if target.is_file() else "no ordinary file"
             raise UsageError(f"{target} is {kind}, and stays as it is; choose another file")
+
+
+def check_new_folder(target: Path) -> None:
+    """Check that a command may make a folder, see :func:`check_place`; an empty one may be there.
+
+    Raises:
+        UsageError: something is there that would be lost.
+    """
+    check_place(target)
+    if target.is_file():
+        raise UsageError(f"{target} is a file; name a folder")
 
 
 def check_output(
@@ -249,26 +264,11 @@ def read_jsonl(path: Path, form: Any = Any) -> list[dict[str, Any]]:
                 f"{path}, line {number}: expected a JSON object such as "
                 f'{{"question": "..."}}, found {type(row).__name__}'
             )
+        check_form(row, form, f"{path}, line {number}")
         rows.append(row)
     return rows
 
 
-def parse_json(text: str, where: str = "", line: int | None = None) -> Any:
-    """Return the value of JSON text that stands in the file ``where`` (on one ``line`` of it).
-
-    Raises:
-        DataError: it is not JSON, gives a key twice, or holds what we could not write again: NaN,
-            infinity, a number of thousands of digits, half of a surrogate pair, endless brackets.
-    """
-    try:
-        value = json.loads(text, object_pairs_hook=_without_doubled_keys)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        return value
-        check_form(row, form, f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        line, reason = line or error.lineno, error.msg
-    except UnicodeEncodeError:
-        reason = "half of a surrogate pair, which is no character"
 def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
     """Check that a value which a file of ours holds is as this program writes it.
 
@@ -308,6 +308,21 @@ def is_text(value: str) -> bool:
     return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
 
 
+def parse_json(text: str, where: str = "", line: int | None = None) -> Any:
+    """Return the value of JSON text that stands in the file ``where`` (on one ``line`` of it).
+
+    Raises:
+        DataError: it is not JSON, gives a key twice, or holds what we could not write again: NaN,
+            infinity, a number of thousands of digits, half of a surrogate pair, endless brackets.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_doubled_keys)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        return value
+    except json.JSONDecodeError as error:
+        line, reason = line or error.lineno, error.msg
+    except UnicodeEncodeError:
+        reason = "half of a surrogate pair, which is no character"
     except RecursionError:
         reason = "too many brackets within brackets"
     except ValueError as error:

@@ -11,11 +11,15 @@ An argument is a function that adds itself to a parser, so that commands can sha
 from __future__ import annotations
 
 import argparse
+import os
+import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grath_utils.config import Config
 from grath_utils.errors import UsageError
 
 Argument = Callable[[argparse.ArgumentParser], Any]
@@ -59,15 +63,31 @@ def flag(name: str, help: str, **settings: Any) -> Argument:
     return argument(name, help=help, action="store_true", default=None, **settings)
 
 
+def whole_number(name: str, least: int = 1, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Return the type of an option that takes a whole number."""
+
+    def read(text: str) -> int:
+        value: int | str = text
+        with suppress(ValueError):
+            value = int(text)
+        if isinstance(value, str) or not least <= value <= most:
+            found = reprlib.repr(value)
+            raise UsageError(f"{name} is {found}; expected a whole number from {least} to {most}")
+        return value
+
+    return read
+
+
 def amount(name: str, help: str, *, metavar: str = "N", default: int | None = None) -> Argument:
     """Return an option that counts something, one or more."""
+    return option(name, metavar, help, type=whole_number(name), default=default)
 
-    def at_least_one(text: str) -> int:
-        if int(text) < 1:
-            raise UsageError(f"{name} is {text}; the least is 1")
-        return int(text)
 
-    return option(name, metavar, help, type=at_least_one, default=default)
+def seed(help: str, default: int | None = None) -> Argument:
+    """Return the option ``--seed``, with the limits of the setting of that name."""
+    limits = Config.__dataclass_fields__["seed"].metadata
+    kind = whole_number('"seed"', limits["ge"], limits["le"])
+    return argument("--seed", type=kind, default=default, help=help)
 
 
 def many(name: str, metavar: str, help: str, **settings: Any) -> Argument:
@@ -86,12 +106,30 @@ def either(*arguments: Argument) -> Argument:
     return add
 
 
+def folder(text: str) -> Path:
+    """Read the name of a folder to write; shells leave a ``~`` after ``=`` alone."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name a file or a folder")
+    return Path(os.path.expanduser(text))
+
+
+def file(text: str) -> Path:
+    """Read the name of a file to write."""
+    if text.endswith(("/", os.sep)) or (text and not Path(text).name):
+        raise argparse.ArgumentTypeError(f"{text} names a folder; name a file")
+    return folder(text)
+
+
 RUN_DIR = option("--run-dir", "DIR", required=True)
 NEW_RUN_DIR = option("--run-dir", "DIR", "default: runs/PROFILE")
 PROFILE = argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
-SEED = argument("--seed", type=int, help="replaces the profile's seed")
+SEED = seed("replaces the profile's seed")
 SET_HELP = "change settings; `python -m grath_utils options` lists them"
 SET = many("--set", "KEY=VALUE", SET_HELP, dest="overrides")
-MODEL_HELP = "default, a Hub id, a folder, or RUN_DIR@ITERATION (default: default)"
-MODEL = option("--model", "M", MODEL_HELP, default="default")
-TO = option("--to", "DIR", required=True, type=Path)
+MODEL_HELP = (
+    "default, a Hub id, a folder, or RUN_DIR@ITERATION (default: the settings' model.name). A base "
+    "model takes quantization, dtype and device from the settings; a run's model and an adapter "
+    "bring those that they were made with, and only --set changes them"
+)
+MODEL = option("--model", "M", MODEL_HELP)
+TO = option("--to", "DIR", required=True, type=folder)

@@ -117,7 +117,7 @@ def do_status(options: argparse.Namespace) -> None:
     print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
     print(*(_line(stage.done, stage.title) for stage in plan), sep="\n")
     print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
-    print(course.choice_line(run))
+    print(loop.choice_line(run))
 
 
 @arg.command(
@@ -135,7 +135,7 @@ def do_report(options: argparse.Namespace) -> None:
     "sweep smoke_2x2x2 --out runs/sweep --jobs 2\n"
     "  python -m grath_utils sweep grid.yaml --out runs/sweep -- --executor slurm --jobs 20",
     arg.argument("grid", metavar="GRID", help="a YAML file, or an example in scale/grid_files"),
-    arg.option("--out", "DIR", required=True, type=Path),
+    arg.option("--out", "DIR", required=True, type=arg.folder),
     arg.amount("--jobs", "points at a time, each as large as a run (default: 1)", default=1),
     arg.flag("--here", "without Snakemake: one point after the other, in this process"),
     arg.flag("--plan", "check the grid, write points.json and stop"),

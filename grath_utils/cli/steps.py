@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from grath_utils import course, dpo, engine, evaluation, loop, pairs
 from grath_utils.cli import arguments as arg
-from grath_utils.config import Config, describe_options, load_config, parse_overrides
+from grath_utils.config import (
+    Config,
+    ModelConfig,
+    describe_options,
+    load_config,
+    parse_overrides,
+)
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
+from grath_utils.files import user_path
 from grath_utils.pairs.modes import MODES, describe_modes
 from grath_utils.text import metric_line, quantization_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTIONS_HELP = "own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set"
+OUT_HELP = "an earlier {} there is replaced; any other file is refused"
+TRAIN_OUT_HELP = "a new folder, or that of a stopped round, which is resumed"
 HELD_OUT_HELP = "of the questions, to measure the margin on (default: the profile's)"
 BENCHMARKS_HELP = "; ".join(f"{name}: {row.about}" for name, row in BENCHMARKS.items())
 MERGED_HELP = "of the written weights; 16 bits round away part of what was learned"
 
 
-def _step_config(options: argparse.Namespace) -> Config:
-    """Return the profile's configuration with a step's own options and ``--set`` applied."""
+def _step_config(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
+    """Return a step's configuration, and what of it was written beside the profile."""
     own = {key: value for key, value in vars(options).items() if "." in key and value is not None}
-    changed = {**own, **parse_overrides(options.overrides)}
-    return load_config(options.profile, changed, seed=options.seed)
+    settings = parse_overrides(options.overrides)
+    for key in own.keys() & settings.keys():
+        raise UsageError(f'"{key}" is given twice: by an option of its own, and by --set')
+    given = {**own, **settings}
+    return load_config(options.profile or {}, given, seed=options.seed), given
+
+
+def _model(
+    options: argparse.Namespace, config: Config, given: Iterable[str]
+) -> tuple[ModelConfig, list[Path]]:
+    """Return the base model and the adapters that a step works on."""
+    keys = {key.removeprefix("model.") for key in given if key.startswith("model.")}
+    return loop.choose_model(options.model, config.model, keys)
 
 
 @arg.command(
@@ -38,23 +60,28 @@ def _step_config(options: argparse.Namespace) -> Config:
     arg.argument("--mode", choices=MODES, help="default: the profile's", dest="pairs.mode"),
     arg.amount("--limit", "use N questions, drawn by the seed"),
     arg.flag("--skip-bad", "skip and count unusable questions", dest="questions.skip_bad"),
-    arg.option("--out", "FILE.jsonl", required=True, type=Path),
+    arg.option("--out", "FILE.jsonl", OUT_HELP.format("pair file"), required=True, type=arg.file),
     *(arg.MODEL, arg.PROFILE, arg.SEED, arg.SET),
 )
 def do_pairs(options: argparse.Namespace) -> None:
-    config = _step_config(options)
-    # A profile's own limit is about its run; here only --limit counts.
-    source = replace(config.questions, limit=options.limit)
+    config, given = _step_config(options)
+    # A profile's own limit is about its run; here only what was written counts.
+    limit = options.limit or given.get("questions.limit")
+    source = replace(config.questions, limit=limit)
+    rejects = options.out.with_name(f"{options.out.name.removesuffix('.jsonl')}.rejects.jsonl")
+    for path in (options.out, rejects):
+        loop.check_not_of_a_run(path)
+    pairs.check_outputs(options.out, rejects, [user_path(source.source)])
     questions = pairs.load_questions(source, config.seed)
     print(f"{len(questions)} questions from {questions.source}")
-    how = {"quantization": config.model.quantization, "dtype": config.model.dtype}
+    base, adapters = _model(options, config, given)
     report = pairs.generate_pairs(
-        loop.load_policy(options.model, **how),
+        loop.load_named(options.model or base.name, base, adapters),
         questions.questions,
         config.pairs,
         seed=config.seed,
         out=options.out,
-        rejects=options.out.with_suffix(".rejects.jsonl"),
+        rejects=rejects,
         skip_long=config.questions.skip_bad,
     )
     print(f"{report}\nPairs: {options.out}")
@@ -64,21 +91,18 @@ def do_pairs(options: argparse.Namespace) -> None:
     "run one DPO round on a file of pairs",
     "train --pairs pairs.jsonl --out round_0 --set dpo.steps=30",
     arg.option("--pairs", "FILE", required=True, type=Path),
-    arg.option("--out", "DIR", required=True, type=Path),
+    arg.option("--out", "DIR", TRAIN_OUT_HELP, required=True, type=arg.folder),
     arg.option("--held-out", "SHARE", HELD_OUT_HELP, dest="questions.held_out", type=float),
     *(arg.MODEL, arg.PROFILE, arg.SEED, arg.SET),
 )
 def do_train(options: argparse.Namespace) -> None:
-    config = _step_config(options)
-    written, adapter = pairs.read_pairs(options.pairs), options.out / "adapter"
-    if adapter.exists():
-        raise UsageError(f"{adapter} exists already; choose another --out")
-    base, adapters = loop.resolve_name(options.model)
-    if not adapters:
-        base = replace(config.model, name=base.name)
+    config, given = _step_config(options)
+    dpo.check_folder(options.out)
+    written = pairs.read_pairs(options.pairs)
+    base, adapters = _model(options, config, given)
     train, held_out = pairs.split_held_out(written, config.questions.held_out, config.seed)
     report = dpo.train_round(
-        engine.resolve(base),
+        engine.pinned(engine.resolve(base)),
         train,
         held_out,
         options.out,
@@ -92,7 +116,7 @@ def do_train(options: argparse.Namespace) -> None:
         f"{report.pairs} pairs ({report.over_long} over-long left out), {report.held_out} held "
         f"out, {report.steps} steps, {report.trainable_parameters:,} trained parameters\n"
         f"Last: loss {last['loss']:.4f}, margin {last['margin']:+.3f} ({last['split']})\n"
-        f"Adapter: {adapter}"
+        f"Adapter: {options.out / 'adapter'}"
     )
 
 
@@ -103,16 +127,32 @@ def do_train(options: argparse.Namespace) -> None:
     arg.option("--benchmark", "B", BENCHMARKS_HELP, required=True),
     arg.argument("--protocol", help="how the question is put (default: the benchmark's own)"),
     arg.amount("--limit", "measure N items, drawn by the seed"),
-    arg.argument("--seed", type=int, default=0),
-    arg.argument("--dtype", choices=("auto", *DTYPES)),
-    arg.argument("--quantization", choices=("none", "nf4", "fp4", "int8")),
-    arg.option("--out", "FILE.json", required=True, type=Path),
+    arg.argument("--dtype", choices=("auto", *DTYPES), dest="model.dtype"),
+    arg.argument(
+        "--quantization", choices=("none", "nf4", "fp4", "int8"), dest="model.quantization"
+    ),
+    arg.argument("--profile", help="take the settings from it (default: those of no profile)"),
+    *(arg.SEED, arg.SET),
+    arg.option("--out", "FILE.json", OUT_HELP.format("result"), required=True, type=arg.file),
 )
 def do_evaluate(options: argparse.Namespace) -> None:
+    config, given = _step_config(options)
     find_benchmark(options.benchmark)
-    policy = loop.load_policy(options.model, dtype=options.dtype, quantization=options.quantization)
-    how = {name: getattr(options, name) for name in ("protocol", "limit", "seed", "out")}
-    result = evaluation.evaluate(policy, options.benchmark, **how)
+    loop.check_not_of_a_run(options.out)
+    evaluation.check_out(options.out)
+    base, adapters = _model(options, config, given)
+    policy = loop.load_named(options.model or base.name, base, adapters)
+    result = evaluation.evaluate(
+        policy,
+        options.benchmark,
+        protocol=options.protocol,
+        # A profile's own limit is about its run; here only what was written counts.
+        limit=options.limit or given.get("evaluation.limit"),
+        seed=config.seed,
+        batch_tokens=config.evaluation.batch_tokens,
+        bootstrap=config.evaluation.bootstrap,
+        out=options.out,
+    )
     print(f"{result['n']} items from {result['source']}, protocol {result['protocol']}")
     if part := result["model"].get("quantized"):
         print(f"quantization {quantization_line(policy.config.quantization, part)}")

@@ -71,8 +71,9 @@ def do_classroom(options: argparse.Namespace) -> None:
     versions = options.python_version or [here.python]
     others = [classroom.find_target(tag, v) for tag in options.platform for v in versions]
     targets = [] if options.no_wheels else [here, *others]
-    run = loop.start_run(options.run_dir or course.default_run_dir(config.profile), config)
     mirror = options.mirror or mirror_dir()
+    classroom.check_possible(options.to, config, mirror)
+    run = loop.start_run(options.run_dir or course.default_run_dir(config.profile), config)
     folder = classroom.make_classroom(options.to, run, targets=targets, mirror=mirror)
     print(f"Give learners the folder {folder}; they begin with START.md")
 

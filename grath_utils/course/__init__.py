@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "dashboard": [
             "ROUND_COLUMNS",
-            "choice_line",
             "dashboard_panels",
             "round_rows",
             "sample_rows",
@@ -23,6 +22,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "numbered_notebooks",
             "open_notebook_run",
         ],
-        "report": ["summary_table", "write_report"],
+        "report": ["choice_line", "summary_table", "write_report"],
     },
 )

@@ -29,8 +29,8 @@ import psutil
 from grath_utils.course.notebooks import run_parameters
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
 from grath_utils.files import atomic_path, read_json
+from grath_utils.loop.plan import plan_stages
 from grath_utils.loop.run_dir import Run, lock_run
-from grath_utils.loop.stages import plan_stages
 from grath_utils.text import duration
 
 WIDGET = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel

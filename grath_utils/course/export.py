@@ -10,17 +10,16 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from grath_utils import __version__
-from grath_utils.course.dashboard import choice_line
 from grath_utils.course.report import comparison_table
 from grath_utils.engine.generation import generate
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import Policy, apply_adapters, load_base
 from grath_utils.errors import ModelError, UsageError
-from grath_utils.files import atomic_path, write_text
+from grath_utils.files import atomic_path, check_new_folder, user_path, write_text
 from grath_utils.loop.named_models import resolve_name
 from grath_utils.loop.run_dir import Run, load_run
 from grath_utils.loop.stages import load_model
-from grath_utils.loop.state import run_state
+from grath_utils.loop.state import choice_line, run_state
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.prompts import question_messages, render_chat
 
@@ -44,8 +43,10 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
         ModelError: the name has no adapter, or the written model does not answer as it should.
         UsageError: the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty; name a new folder for the merged model")
+    folder = user_path(folder)
+    check_new_folder(folder)
+    if folder == Path.cwd().resolve():
+        raise UsageError(f"{folder} is where you are; name a new folder for the merged model")
     base, adapters = resolve_name(name)
     if not adapters:
         raise ModelError(f'"{name}" has no adapter to merge: name RUN_DIR@ITERATION')
@@ -59,8 +60,6 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
         card = model_card(load_run(path), int(iteration))
     else:
         card = f"# Merged from `{Path(name).name}`\n\nMade by grath_utils {__version__}.\n"
-    if folder.exists():
-        folder.rmdir()
     with atomic_path(folder) as partial, quiet_transformers():
         merged.model.save_pretrained(partial, safe_serialization=True)
         merged.tokenizer.save_pretrained(partial)

@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from grath_utils.course.dashboard import ROUND_COLUMNS, choice_line, dashboard_panels, round_rows
+from grath_utils.course.dashboard import ROUND_COLUMNS, dashboard_panels, round_rows
 from grath_utils.figures.plots import plot_dashboard, plot_metrics, plot_training
 from grath_utils.files import atomic_path, read_jsonl, write_text
 from grath_utils.loop.run_dir import Run, model_label
 from grath_utils.loop.stages import run_pairs
-from grath_utils.loop.state import comparison_rows, results, run_state
+from grath_utils.loop.state import choice_line, comparison_rows, results, run_state
 from grath_utils.text import percent, table, with_interval
 
 TEMPLATES = Environment(

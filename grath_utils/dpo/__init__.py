@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "drift": ["kl_per_token"],
         "global_batch": ["deal", "split_batch"],
         "loss": ["completion_log_probs", "dpo_loss"],
-        "round": ["reference_log_probs", "train_round"],
+        "round": ["check_folder", "reference_log_probs", "train_round"],
     },
 )

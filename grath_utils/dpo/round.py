@@ -10,7 +10,7 @@ import contextlib
 import gc
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from grath_utils import __version__
-from grath_utils.config import DPOConfig, LoraConfig, ModelConfig
+from grath_utils.config import DPOConfig, LoraConfig, ModelConfig, own_settings
 from grath_utils.dpo.adapters import (
     Weights,
     add_adapter,
@@ -34,9 +34,18 @@ from grath_utils.engine.encoding import Encoded, Request
 from grath_utils.engine.machine import TRAINING_BLOCK, keep_freed_memory
 from grath_utils.engine.models import Policy, activate_adapters
 from grath_utils.engine.scoring import plan_encoded, run_plan
-from grath_utils.errors import DataError, RunError
-from grath_utils.files import cache_dir, fingerprint, read_json, write_json, write_jsonl
+from grath_utils.errors import DataError, RunError, UsageError
+from grath_utils.files import (
+    cache_dir,
+    check_new_folder,
+    fingerprint,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 from grath_utils.pairs.generate import Pair
+
+IDENTITY = "identity.json"  # beside the checkpoints: which training they belong to
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,31 @@ class TrainingReport:
     trainable_parameters: int
     steps: int
     log: tuple[dict[str, Any], ...]
+
+
+def check_folder(folder: Path) -> None:
+    """Check that :func:`train_round` may use a folder: an empty one, or one that it has begun with.
+
+    Raises:
+        UsageError: it holds something else, or a finished round.
+    """
+    if (folder / "adapter").exists():
+        raise UsageError(f"{folder / 'adapter'} exists already; choose another folder")
+    begun = (folder / "checkpoints").glob("checkpoint-*/complete.json")
+    if not any([*begun, (folder / "checkpoints" / IDENTITY).exists()]):
+        check_new_folder(folder)
+
+
+def _check_resumed(checkpoints: Path, identity: str) -> None:
+    """Note which training the checkpoints belong to, or check that it is this one."""
+    path, ours = checkpoints / IDENTITY, {"identity": identity}
+    if not path.exists():
+        write_json(path, ours)
+    elif read_json(path) != ours:
+        raise RunError(
+            f"{checkpoints} was left by a training on other pairs, or with other settings; delete "
+            "it to begin anew, or choose another folder"
+        )
 
 
 def train_round(
@@ -75,6 +109,7 @@ def train_round(
     Raises:
         DataError: there is no pair to train on.
         TrainingError: a LoRA target matches nothing, or the loss is not finite.
+        RunError: the folder has checkpoints of another training.
     """
     if not pairs:
         raise DataError("no pair to train on: every question was rejected or held out")
@@ -92,6 +127,10 @@ def train_round(
         for part in (pairs, held_out)
     )
     examples = data.examples + held.examples
+    ids = [[[e.prompt_ids, e.chosen_ids, e.rejected_ids] for e in p.examples] for p in (data, held)]
+    settings = [own_settings(replace(dpo, report_to=())), own_settings(lora), seed]
+    identity = fingerprint([start.fingerprint(), reference.fingerprint(), ids, settings])
+    processes.on_main(lambda: _check_resumed(folder / "checkpoints", identity))
     if reference != start:
         table = _reference_table(policy, examples, reference, progress=progress)
         del policy  # one model in memory at a time

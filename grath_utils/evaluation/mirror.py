@@ -6,10 +6,17 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from grath_utils.errors import FetchError, UsageError
+from grath_utils.errors import FetchError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.evaluation.benchmarks.hub_files import hub_rows
-from grath_utils.files import write_json, write_jsonl
+from grath_utils.files import (
+    check_new_folder,
+    check_output,
+    read_json,
+    user_path,
+    write_json,
+    write_jsonl,
+)
 
 
 def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
@@ -20,12 +27,14 @@ def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
 
     Raises:
         FetchError: the Hub cannot be reached, or a split came back empty.
-        UsageError: the place is a file.
+        UsageError: the place is a file, or a folder that holds something else.
     """
-    folder = Path(to).expanduser().resolve()
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; name a folder for the mirror")
+    folder = user_path(to)
     files = {file.path: file for row in BENCHMARKS.values() for file in row.files}
+    known = {*(Path(path).parts[0] for path in files), "mirror.json"}
+    if not folder.is_dir() or not any((folder / name).exists() for name in known):
+        check_new_folder(folder)
+    check_output(folder / "mirror.json", read_json, ("schema_version", "files"))
     for path, file in tqdm(
         files.items(), desc=f"mirror to {folder.name}", unit="file", disable=not progress
     ):

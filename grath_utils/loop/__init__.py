@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "choice": ["text_health"],
-        "named_models": ["load_policy", "resolve_name"],
+        "named_models": ["choose_model", "load_named", "load_policy", "resolve_name"],
+        "plan": ["plan_stages"],
         "run_dir": [
             "BASE",
             "Run",
@@ -21,13 +22,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_model",
             "make_pairs",
             "measure",
-            "plan_stages",
             "run_pairs",
             "run_questions",
             "run_stages",
             "start_run",
             "train_iteration",
         ],
-        "state": ["comparison_rows", "results", "run_state"],
+        "state": ["choice_line", "comparison_rows", "results", "run_state"],
     },
 )

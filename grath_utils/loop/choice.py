@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import stats
 
 from grath_utils.config import DPOConfig
-from grath_utils.dpo.data import tokenize_pairs
-from grath_utils.dpo.drift import kl_per_token
-from grath_utils.dpo.round import reference_log_probs
-from grath_utils.engine.generation import generate
-from grath_utils.engine.models import Policy
 from grath_utils.errors import DataError
 from grath_utils.evaluation.statistics import mean_interval
 from grath_utils.pairs.generate import Pair
@@ -29,6 +24,9 @@ from grath_utils.pairs.prompts import question_messages, render_chat
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import split_words
 from grath_utils.text import brackets
+
+if TYPE_CHECKING:
+    from grath_utils.engine.models import Policy
 
 SIGNALS_SCHEMA = 1
 SIGNALS = {  # what a file of signals holds, as a form for files.read_json
@@ -78,6 +76,12 @@ def measure_signals(
     Raises:
         ScoringError: a log-probability is not finite.
     """
+    # What stands in a run is read without loading what computes.
+    from grath_utils.dpo.data import tokenize_pairs
+    from grath_utils.dpo.drift import kl_per_token
+    from grath_utils.dpo.round import reference_log_probs
+    from grath_utils.engine.generation import generate
+
     try:
         examples = tokenize_pairs(
             policy.tokenizer,

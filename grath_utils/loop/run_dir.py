@@ -18,18 +18,29 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import (
+    dataclass,
+    replace,
+)
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from grath_utils.config import Config, config_from_dict, differing_keys, unknown_keys
+from grath_utils.config import (
+    Config,
+    ModelConfig,
+    config_from_dict,
+    differing_keys,
+    unknown_keys,
+)
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, DataError, RunError, UsageError
 from grath_utils.files import (
     PARTIAL,
+    check_form,
+    check_place,
     explained_write_errors,
     fingerprint_folder,
     read_json,
@@ -41,12 +52,12 @@ from grath_utils.files import (
 from grath_utils.text import quantization_line
 
 RUN_SCHEMA = 1  # raised where an older version could no longer continue a run
-FACTS = {  # what is read of run.json beside the configuration
-    "model": {"name", "weights"},
-    "questions": {"source", "n", "fingerprint"},
-    "resolved": {"device", "dtype"},
-    "device": {"cpu_count", "memory_gib", "accelerator"},
-    "versions": set(),
+FACTS = {  # what is read of run.json beside the configuration, as a form for files.read_json
+    "model": {"name": str, "weights": str},
+    "questions": {"source": str, "n": int, "fingerprint": str},
+    "resolved": {"device": str, "dtype": str},
+    "device": {"cpu_count": (int, None), "memory_gib": float, "accelerator": str},
+    "versions": {str: str},
 }
 PACKAGES = (
     "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib papermill "
@@ -101,6 +112,11 @@ class Run:
         """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
         return self.path / "evaluation" / model / f"{benchmark}.json"
 
+    def base_model(self) -> ModelConfig:
+        """Return the base model; one of the Hub at the commit that the run was begun with."""
+        begun = (self.path / "run.json").is_file() and self.info().get("model", {}).get("commit")
+        return replace(self.config.model, revision=begun or self.config.model.revision)
+
     def quantization(self) -> str:
         """Return how the base weights are held, and how many of them, in words."""
         return quantization_line(self.config.model.quantization, self.info().get("quantized"))
@@ -109,13 +125,12 @@ class Run:
         """Return the contents of ``run.json``.
 
         Raises:
-            RunError: it lacks some of the facts that are read of it.
+            DataError: it lacks some of the facts that are read of it.
         """
         record = self.path / "run.json"
         made = read_json(record)
-        for section, keys in FACTS.items() if made.keys() & FACTS.keys() else ():
-            if not (isinstance(made.get(section), dict) and keys <= made[section].keys()):
-                raise _damaged(record, f'"{section}" is not as it was written')
+        if made.keys() & FACTS.keys():
+            check_form(made, FACTS, str(record))
         return made
 
 
@@ -125,10 +140,33 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     ``facts`` is what else to record when it is made: package versions, device, fingerprints.
 
     Raises:
+        UsageError, RunError: see :func:`check_run_dir`; or something in the run was changed by
+            hand, or the place cannot be written to.
+    """
+    run = check_run_dir(path, config)
+    record = run.path / "run.json"
+    if record.exists():
+        _check_untouched(run)
+        return run
+    made = {
+        "schema_version": RUN_SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": config.seed,
+        "config": config.to_dict(),
+        **(facts or {}),
+    }
+    write_json(record, made)
+    return run
+
+
+def check_run_dir(path: str | Path, config: Config) -> Run:
+    """Check, before any work, that a configuration may use a run directory, old or new.
+
+    Raises:
         ConfigError: the directory was made by another configuration (the keys are named), or it
             is not a run directory and not empty. An option that is not recorded had its default.
-        RunError: ``run.json`` is damaged, something in it was changed by hand, or the place cannot
-            be written to.
+        UsageError: a part of its path is a file.
+        RunError: ``run.json`` is damaged, or of a newer version.
     """
     run = Run(user_path(path), config)
     record = run.path / "run.json"
@@ -140,7 +178,6 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
                 + "\n  ".join(lines)
                 + "\nUse the same settings to continue it, or another run directory"
             )
-        _check_untouched(run)
         return run
     if run.path.is_file():
         raise ConfigError(f"{run.path} is a file; name a folder for the run")
@@ -148,14 +185,7 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     there = run.path.iterdir() if run.path.is_dir() else ()
     if any(path.name != ".lock" and path.suffix != PARTIAL for path in there):
         raise ConfigError(f"{run.path} is not empty and holds no run.json; choose another folder")
-    made = {
-        "schema_version": RUN_SCHEMA,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": config.seed,
-        "config": config.to_dict(),
-        **(facts or {}),
-    }
-    write_json(record, made)
+    check_place(record)
     return run
 
 

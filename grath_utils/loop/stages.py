@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,29 @@ from grath_utils.dpo.adapters import model_after
 from grath_utils.dpo.round import train_round
 from grath_utils.dpo.tracking import check_trackers, write_scalars
 from grath_utils.engine import processes
-from grath_utils.engine.models import Policy, base_weights_fingerprint, part_to_quantize, resolve
+from grath_utils.engine.models import (
+    Policy,
+    base_weights_fingerprint,
+    part_to_quantize,
+    pinned,
+    resolve,
+)
 from grath_utils.errors import CollapseError, ConfigError, RunError
 from grath_utils.evaluation.benchmarks import check_benchmarks
-from grath_utils.evaluation.measure import evaluate
+from grath_utils.evaluation.measure import RESULT, evaluate
 from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
-from grath_utils.loop.choice import measure_signals
+from grath_utils.loop.choice import SIGNALS, measure_signals
+from grath_utils.loop.plan import plan_stages
 from grath_utils.loop.run_dir import (
     BASE,
     Run,
+    check_run_dir,
     environment_facts,
     lock_run,
     model_label,
     open_run,
     record_made,
 )
-from grath_utils.loop.state import run_state
 from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
 from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
@@ -52,15 +58,20 @@ def start_run(path: str | Path, config: Config) -> Run:
 
 
 def _start_run(path: str | Path, config: Config) -> Run:
+    begun = check_run_dir(path, config)
     check_benchmarks(config.evaluation.benchmarks)
     check_pairs_config(config.pairs)
     check_trackers(config.dpo.report_to)
-    model = resolve(config.model)
+    model = pinned(resolve(begun.base_model()))
     loaded = load_questions(config.questions, config.seed)
     facts = {
         **environment_facts(),
         "resolved": {"device": model.device, "dtype": model.dtype},
-        "model": {"name": model.name, "weights": base_weights_fingerprint(model)},
+        "model": {
+            "name": model.name,
+            "weights": base_weights_fingerprint(model),
+            **({"commit": model.revision} if model.revision else {}),
+        },
         "questions": {
             "source": loaded.source,
             "n": len(loaded.questions),
@@ -97,7 +108,7 @@ def run_questions(run: Run, split: str | None = None) -> list[Question]:
     """Return the run's questions: all, or those of one split (``train``, ``held_out``)."""
     return [
         Question.from_row(row, where=str(run.questions))
-        for row in read_jsonl(run.questions)
+        for row in read_jsonl(run.questions, {"split": str})
         if split in (None, row["split"])
     ]
 
@@ -118,7 +129,7 @@ def load_model(run: Run, iteration: int | None) -> Policy:
     adapter = None if iteration is None else run.adapter(iteration)
     if adapter and not adapter.is_dir():
         raise RunError(f"{run.path}: round {iteration} has not been trained yet")
-    policy = model_after(resolve(run.config.model), adapter).load()
+    policy = model_after(resolve(run.base_model()), adapter).load()
     return replace(policy, name=f"{run.path.name}@{BASE if iteration is None else iteration}")
 
 
@@ -161,7 +172,7 @@ def train_iteration(run: Run, iteration: int, *, progress: bool = True) -> None:
     with lock_run(run):
         try:
             train_round(
-                resolve(run.config.model),
+                resolve(run.base_model()),
                 *run_pairs(run, iteration),
                 run.iteration(iteration),
                 dpo=run.config.dpo,
@@ -192,7 +203,7 @@ def measure(run: Run, iteration: int | None, *, progress: bool = True) -> dict[s
 def _measure(run: Run, iteration: int | None, progress: bool) -> dict[str, Any]:
     out = run.signals(model_label(iteration))
     if out.exists():
-        return read_json(out)
+        return read_json(out, SIGNALS)
     with lock_run(run):
         if iteration is not None:
             _measure(run, None, progress)
@@ -216,7 +227,7 @@ def evaluate_model(
     """Return a model's result on a benchmark, computing it where it is not there yet."""
     out = run.evaluation(model_label(iteration), benchmark)
     if processes.from_main(out.exists()):
-        return read_json(out)
+        return read_json(out, RESULT)
     settings = run.config.evaluation
     with lock_run(run):
         result = evaluate(
@@ -257,57 +268,6 @@ def _record(run: Run, iteration: int, *outputs: Path) -> None:
             f"{changed[0]} was made again and is not the same as before, so what was made from "
             f"the old one no longer fits. Delete {names} in {run.path}, and run the same again"
         )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run: what it does, what it leaves, and how to do it."""
-
-    id: str
-    """``pairs_0``, ``train_0``, ``measure_base``, ``evaluate_iter_0_probe``, ..."""
-    title: str
-    iteration: int | None
-    """None: about the base model."""
-    output: Path
-    work: Callable[[], Any]
-    beside: tuple[Path, ...] = ()
-    """What else it leaves; written before ``output``, whose presence says that all is there."""
-
-    @property
-    def done(self) -> bool:
-        return self.output.exists()
-
-
-def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
-    """Return all stages of a run in order, as far as they can be known now.
-
-    A round that stops the loop takes the later ones off the plan.
-    """
-    state, plan = run_state(run), []
-
-    def work(stage: Callable[..., Any], *which: int | str | None) -> Callable[[], Any]:
-        return partial(stage, run, *which, progress=progress)
-
-    def add_measuring(t: int | None, title: str) -> None:
-        label = model_label(t)
-        if run.config.loop.signals:
-            plan.append(Stage(f"measure_{label}", title, t, run.signals(label), work(measure, t)))
-
-    for t in state.planned:
-        title, beside = f"write pairs, iteration {t}", (run.rejects(t),)
-        plan.append(Stage(f"pairs_{t}", title, t, run.pairs(t), work(make_pairs, t), beside))
-        if t == 0:  # as soon as there are pairs
-            add_measuring(None, "measure base on held-out pairs")
-        title, beside = f"train, iteration {t}", (run.training_log(t),)
-        plan.append(Stage(f"train_{t}", title, t, run.adapter(t), work(train_iteration, t), beside))
-        add_measuring(t, f"measure on held-out pairs, iteration {t}")
-    for t in state.evaluated:
-        label = model_label(t)
-        for name in run.config.evaluation.benchmarks:
-            title, out = f"evaluate {label} on {name}", run.evaluation(label, name)
-            do = work(evaluate_model, t, name)
-            plan.append(Stage(f"evaluate_{label}_{name}", title, t, out, do))
-    return plan
 
 
 def run_stages(run: Run, *, progress: bool = True, say: Callable[[str], None] = print) -> None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grath_utils.errors import DataError
-from grath_utils.evaluation.measure import compare
+from grath_utils import evaluation
 from grath_utils.files import read_json
-from grath_utils.loop.choice import Choice, choose_round
+from grath_utils.loop.choice import SIGNALS, Choice, choose_round
 from grath_utils.loop.run_dir import BASE, Run, model_label
 
 
@@ -45,7 +44,7 @@ def run_state(run: Run) -> RunState:
     most = run.config.loop.iterations
     paths = [run.signals(model_label(t)) for t in (None, *range(most))]
     there = itertools.takewhile(Path.exists, paths)
-    base, *rounds = [read_json(path) for path in there] or [{}]
+    base, *rounds = [read_json(path, SIGNALS) for path in there] or [{}]
     choice = _choose(run, base, rounds) if rounds else None
     planned = range(len(rounds) if choice and choice.stop else most)
     final = last = planned[-1]
@@ -58,21 +57,26 @@ def run_state(run: Run) -> RunState:
 def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Choice:
     """Choose by the signals, or take the last round if ``loop.keep=last`` asks for it."""
     settings, n = run.config.loop, len(rounds)
-    try:
-        choice = choose_round(base, rounds, max_kl=settings.max_kl, seed=run.config.seed)
-    except (KeyError, TypeError, IndexError) as error:
-        raise DataError(
-            f"{run.signals(BASE).parent}: the signals are not as this program writes them; delete "
-            "the folder, and they are measured again"
-        ) from error
+    choice = choose_round(base, rounds, max_kl=settings.max_kl, seed=run.config.seed)
     if settings.keep == "last":
         choice = replace(choice, iteration=n - 1, why=f"round {n}: the last (loop.keep=last)")
     if not settings.early_stop:
         return replace(choice, stop=None)
     if run.collapsed(n).exists():
-        reason = read_json(run.collapsed(n))["reason"]
+        reason = read_json(run.collapsed(n), {"reason": str})["reason"]
         choice = replace(choice, stop=f"round {n + 1} collapsed: {reason}")
     return choice
+
+
+def choice_line(run: Run) -> str:
+    """Return which round was chosen and why, and why the loop stopped early if it did."""
+    state = run_state(run)
+    found = state.choice
+    if found is None:
+        return "no round has been measured yet"
+    line = f"chosen without a look at any benchmark: {found.why}"
+    early = len(state.planned) < run.config.loop.iterations
+    return line + (f"; stopped early, {found.stop}" if early else "")
 
 
 def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
@@ -80,7 +84,7 @@ def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
     labels = [model_label(t) for t in run_state(run).evaluated]
     found = {
         name: {
-            label: read_json(file)
+            label: read_json(file, evaluation.RESULT)
             for label in labels
             if (file := run.evaluation(label, name)).exists()
         }
@@ -101,8 +105,9 @@ def comparison_rows(run: Run) -> list[dict[str, Any]]:
         files = [run.evaluation(label, benchmark) for label in labels]
         if not all(file.exists() for file in files):
             continue
-        before, after = map(read_json, files)
-        found = compare(before, after, seed=run.config.seed, bootstrap=settings.bootstrap)
+        before, after = (read_json(file, evaluation.RESULT) for file in files)
+        how = {"seed": run.config.seed, "bootstrap": settings.bootstrap}
+        found = evaluation.compare(before, after, **how)
         rows += [
             {
                 "benchmark": benchmark,

@@ -21,8 +21,8 @@ from grath_utils.config import Config, LoraConfig, ModelConfig, load_config
 from grath_utils.errors import DataError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.files import read_jsonl
+from grath_utils.loop.plan import Stage, plan_stages
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import Stage, plan_stages
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.shapes import BYTES, Shape, shape_of

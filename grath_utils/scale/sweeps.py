@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from grath_utils.errors import ConfigError, GrathError, RunError, UsageError
 from grath_utils.evaluation.benchmarks import check_benchmarks
-from grath_utils.files import write_json, write_text
+from grath_utils.files import check_output, read_json, write_json, write_text
 from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import (
@@ -68,6 +68,7 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
         raise ConfigError(f"{out} is a file; name a folder for the sweep")
     if out.is_dir() and not (out / "points.json").exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no points.json; choose another folder")
+    check_output(out / "points.json", read_json, ("grid", "points", "shared"))
     plan = plan_of(points, grid, os.getcwd())
     with lock_sweep(out):
         write_json(out / "points.json", plan)

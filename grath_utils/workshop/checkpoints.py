@@ -14,9 +14,9 @@ from pathlib import Path
 from grath_utils.config import differing_keys
 from grath_utils.engine.models import adapter_fingerprint
 from grath_utils.errors import ConfigError, DataError, RunError, UsageError, did_you_mean
-from grath_utils.files import atomic_path, read_jsonl, write_json
+from grath_utils.files import atomic_path, read_jsonl, user_path, write_json
+from grath_utils.loop.plan import Stage, plan_stages
 from grath_utils.loop.run_dir import Run, load_run, lock_run, record_made
-from grath_utils.loop.stages import Stage, plan_stages
 
 NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06", "end")
 """Where one can jump to; ``end`` is behind the last stage: a finished run."""
@@ -72,7 +72,7 @@ def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
         DataError: there is no run, or none of that profile, or it is not clear which is meant.
         RunError: a file of it is not as it was made.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = user_path(folder)
     if (folder / "run.json").is_file():
         return load_run(folder)
     found = {path.parent.name: path.parent for path in folder.glob(f"{CHECKPOINTS}/*/run.json")}

@@ -30,13 +30,16 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from grath_utils.config import Config
 from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import (
     atomic_path,
+    check_output,
     notebooks_dir,
     read_json,
     sha256_file,
+    user_path,
     write_json,
     write_text,
 )
@@ -143,9 +146,7 @@ def make_classroom(
         FetchError: the packages for this machine cannot be had.
         RunError: the disk is full.
     """
-    folder = Path(to).expanduser().resolve()
-    root = (notebooks_dir() or HERE).parent
-    _check_possible(folder, root, run, mirror)
+    folder, root = check_possible(to, run.config, mirror)
     run_stages(run, say=say)
     sources = _sources(root, run, mirror)
     record, lock = folder / MANIFEST, root / LOCK
@@ -171,7 +172,8 @@ def make_classroom(
     write_text(folder / "START.md", start_page(packed.values()))
     kept = {f"wheels/{wheel}" for entry in packed.values() for wheel in entry["wheels"]}
     files = {name: sha256_file(folder / name) for name in [*sources, "START.md", *sorted(kept)]}
-    for name in {*manifest["files"], *_files_below("wheels", folder / "wheels", "*")} - {*files}:
+    packed_before = {f"wheels/{wheel}" for entry in old["targets"] for wheel in entry["wheels"]}
+    for name in {*manifest["files"], *packed_before} - {*files}:
         (folder / name).unlink(missing_ok=True)
     write_json(record, {"finished": True, "targets": [*packed.values()], "files": files})
     total = sum((folder / name).stat().st_size for name in files)
@@ -179,9 +181,14 @@ def make_classroom(
     return folder
 
 
-def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> None:
-    """Refuse a place that is not free, and a run that a learner's machine could not open."""
-    model, source = run.config.model.name, run.config.questions.source
+def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple[Path, Path]:
+    """Refuse a place that is not free, and a run that a learner's machine could not open.
+
+    Returns:
+        The folder to write, and the checkout.
+    """
+    folder, root = user_path(to), (notebooks_dir() or HERE).parent
+    model, source = config.model.name, config.questions.source
     if not (root / LOCK).is_file():
         raise UsageError("the notebooks are not here: run this in a checkout of the repository")
     if folder.is_file():
@@ -190,6 +197,7 @@ def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> 
         raise UsageError(f"{folder} holds this checkout; name a folder of its own")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is neither empty nor a classroom folder; choose another")
+    check_output(folder / MANIFEST, read_json, ("finished", "targets", "files"))
     if model != DEFAULT_MODEL:
         raise UsageError(
             f'the run uses the model "{model}"; a classroom folder has only the default model'
@@ -203,6 +211,7 @@ def _check_possible(folder: Path, root: Path, run: Run, mirror: Path | None) -> 
         raise UsageError(
             f"{mirror} holds no benchmark; `python -m grath_utils mirror --to DIR` makes a mirror"
         )
+    return folder, root
 
 
 def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
