@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grath_utils.engine.chat import answer_form
+from grath_utils.engine.chat import end_of_answer
 from grath_utils.engine.encoding import encode_answers
 from grath_utils.errors import DataError, ModelError
 from grath_utils.pairs.generate import Pair
@@ -53,7 +53,7 @@ def tokenize_pair(
     Raises:
         ModelError: the tokenizer has no token that could end an answer.
     """
-    if not answer_form(tokenizer).end:
+    if not end_of_answer(tokenizer):
         raise ModelError(
             "the tokenizer has no eos_token, and its chat template closes no turn, so the policy "
             "could not learn where an answer ends; name an eos_token in tokenizer_config.json"

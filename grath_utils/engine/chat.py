@@ -29,9 +29,9 @@ QUESTION, ANSWER = "probe-question", "probe-answer"
 class AnswerForm:
     """What a model's answer stands between."""
 
-    header: str  # opens the assistant's turn where the template has no generation prompt to do it
-    lead: str  # then comes before the answer: mostly nothing, or a space
-    end: str  # the token that ends an answer; "" if the tokenizer has none
+    header: str  # opens the assistant's turn, if the template has no generation prompt to do so
+    lead: str  # what is written between that and the answer: as a rule nothing, or a space
+    end: str  # the token after the answer, see :func:`end_of_answer`
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -49,12 +49,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message])
 
 
 def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm:
-    """Return what an answer stands between; raises what :func:`render_chat` raises.
-
-    It ends with the template's end of turn: the token that follows the assistant's words in a
-    rendered conversation (``<end_of_turn>`` of Gemma, ``<|end|>`` of Phi, where ``eos_token`` is
-    another); where none follows, with ``eos_token``.
-    """
+    """Return what an answer stands between; raises what :func:`render_chat` raises."""
     return _answer_form(tokenizer, str(tokenizer.chat_template or ""), tokenizer.eos_token or "")
 
 
@@ -80,6 +75,19 @@ def _answer_form(tokenizer: PreTrainedTokenizerBase, template: str, eos: str) ->
     return AnswerForm(header, lead, max(filter(None, ends), key=len, default=eos))
 
 
+def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token that ends an answer, or "" if there is none.
+
+    It is the template's end of turn, which follows the assistant's words in a rendered conversation
+    (``<end_of_turn>`` of Gemma, ``<|end|>`` of Phi, where ``eos_token`` is another one); without a
+    template, or if no token follows there, it is ``eos_token``.
+    """
+    try:
+        return answer_form(tokenizer).end
+    except ModelError:  # a template that cannot be used; not every text is a chat
+        return tokenizer.eos_token or ""
+
+
 def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | Sequence[int] | None) -> set[int]:
     """Return every token that ends a completion.
 
@@ -87,7 +95,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | Sequence[int] | No
     and the template's.
     """
     ends = {*listed} if isinstance(listed, Sequence) else {listed}
-    if end := answer_form(tokenizer).end:
+    if end := end_of_answer(tokenizer):
         ends.add(tokenizer.convert_tokens_to_ids(end))
     return {*ends, tokenizer.eos_token_id} - {None}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
-from grath_utils.engine.chat import Message, answer_form, render_chat
+from grath_utils.engine.chat import Message, answer_form, end_of_answer, render_chat
 from grath_utils.errors import UsageError
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.questions import Question
@@ -119,9 +119,8 @@ def training_completion(
 
     The end token makes the policy learn to stop.
     """
-    form = answer_form(tokenizer)
-    lead = " " if prompt_format == "qa" else form.lead
-    return f"{lead}{answer}{form.end}"
+    lead = " " if prompt_format == "qa" else answer_form(tokenizer).lead
+    return f"{lead}{answer}{end_of_answer(tokenizer)}"
 
 
 def training_request(

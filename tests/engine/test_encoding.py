@@ -522,6 +522,8 @@ def test_a_template_that_cannot_be_used_is_named(template: str | dict, message: 
     tokenizer.chat_template = template
     with pytest.raises(ModelError, match=message):
         tokenize_pair(tokenizer, PAIR)
+    assert tokenize_pair(tokenizer, PAIR, "qa").chosen_ids == (10, 4, 30)  # which needs none
+    assert end_ids(tokenizer, None) == {30}
 
 
 def test_a_tokenizer_without_special_tokens_scores_and_does_not_train() -> None:
