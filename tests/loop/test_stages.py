@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import config_for, make_tiny_llama, write_pairs
 
+from grath_utils.course import choice_line
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
 from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run, load_run, model_label
@@ -147,6 +148,15 @@ def test_a_round_without_gain_ends_the_loop_and_the_best_is_kept(long_run: Run) 
     settings = replace(long_run.config.evaluation, every_iteration=False)
     fewer = replace(long_run, config=replace(long_run.config, evaluation=settings))
     assert run_state(fewer).evaluated == (None, 1, 2)
+
+
+def test_a_first_round_below_the_base_ends_the_loop(long_run: Run) -> None:
+    write_signals(long_run, 0, -0.2)
+    state = run_state(long_run)
+    assert (state.planned, state.choice.iteration) == (range(1), None)
+    line = choice_line(long_run)
+    assert "so the base model is kept; stopped early, round 1 did not raise" in line
+    assert "stopped early" not in choice_line(with_loop(long_run, iterations=1))
 
 
 def test_the_paper_s_rule_keeps_the_last_and_never_stops(long_run: Run) -> None:
