@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "encoding": ["Request", "token_ids"],
         "generation": ["Stop", "generate", "shared_beginning"],
         "machine": ["quiet_transformers"],
-        "models": ["Policy", "load_base", "resolve"],
+        "models": ["Policy", "load_base", "pinned", "resolve"],
         "packing": ["pack"],
         "quantization": ["round_weights"],
         "scoring": ["score_completions"],

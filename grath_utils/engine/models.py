@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
-from grath_utils.config import ModelConfig
+from grath_utils.config import ModelConfig, config_from_dict
 from grath_utils.engine import processes
 from grath_utils.engine.machine import has_fast_bfloat16, keep_freed_memory, quiet_transformers
 from grath_utils.engine.quantization import (
@@ -185,26 +184,36 @@ def adapter_fingerprint(folder: Path) -> str:
     return fingerprint_folder(folder, ADAPTER_FILES)
 
 
-def adapter_base(folder: Path) -> ModelConfig:
-    """Return the base model that an adapter folder names."""
+def adapter_base(folder: Path, configured: ModelConfig) -> ModelConfig:
+    """Return the base model that an adapter folder names.
+
+    Args:
+        configured: the settings of the base model where no more than its name is recorded.
+    """
     record = _adapter_record(folder)
-    model = record.get("model")
-    if model is None:
-        file = folder / "adapter_config.json"
-        model = {"name": read_json(file, dict).get("base_model_name_or_path")}
-        if not model["name"]:
-            raise ModelError(f"{file} does not name its base model")
-    return config_from_dict({"model": model}, where=str(folder)).model
+    if "model" in record:
+        return config_from_dict({"model": record["model"]}, where=str(folder)).model
+    file, key = folder / "adapter_config.json", "base_model_name_or_path"
+    name = read_json(file, {key: (str, None)}).get(key)
+    if not name:
+        raise ModelError(f"{file} does not name its base model")
+    return another_base(configured, name)
+
+
+def another_base(configured: ModelConfig, name: str) -> ModelConfig:
+    """Return the settings for another base model; a revision is that of one model alone."""
+    same = name == configured.name
+    return replace(configured, name=name, revision=configured.revision if same else None)
 
 
 def merged_before(folder: Path) -> list[Path]:
     """Return the adapters that were merged into the base before this one was trained."""
-    return [(folder / path).resolve() for path in _adapter_record(folder).get("merged", [])]
+    return [(folder / path).resolve() for path in _adapter_record(folder).get("merged") or []]
 
 
 def _adapter_record(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_RECORD
-    return read_json(path, {"merged": ([str], None)}) if path.is_file() else {}
+    return read_json(path, {"merged": ([Path], None)}) if path.is_file() else {}
 
 
 def _check_adapter(folder: Path, policy: Policy) -> None:

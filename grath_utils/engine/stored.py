@@ -7,6 +7,7 @@ folder like any other.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -45,11 +46,11 @@ def find_model(config: ModelConfig) -> StoredModel:
         ModelError: there is no such model, or what is there holds no weights that can be read.
         FetchError: it has to be downloaded and cannot be.
     """
-    name, folder = config.name, Path(config.name).expanduser()
+    name, path = config.name, os.path.expanduser(config.name)
     if name == DEFAULT_MODEL:
         return StoredModel(default_model_dir())
-    if folder.is_dir():
-        stored = StoredModel(folder.resolve())
+    if os.path.isdir(path):
+        stored = StoredModel(Path(path).resolve())
     else:
         parts = name.split("/")
         if name.startswith((".", "~", "/")) or len(parts) != 2 or not all(parts):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from grath_utils.config import ModelConfig
+from grath_utils.config import ModelConfig, absolute_name
+from grath_utils.engine.default_model import DEFAULT_MODEL
 from grath_utils.engine.models import (
-    DEFAULT_MODEL,
     Policy,
     adapter_base,
+    another_base,
     apply_adapters,
     load_base,
     merged_before,
 )
-from grath_utils.errors import ModelError
+from grath_utils.errors import ModelError, UsageError
 from grath_utils.loop.run_dir import load_run
 
 
@@ -35,38 +38,79 @@ def load_policy(
 
     Raises:
         ModelError: no such model, or the adapter belongs to another base model.
-        FetchError: the default model is neither in the cache nor downloadable.
+        FetchError: the model is neither in a cache nor downloadable.
         UsageError: the device or the quantization is not available here.
     """
     base, adapters = resolve_name(name)
     given = {"quantization": quantization, "dtype": dtype, "device": device, "revision": revision}
-    policy = load_base(replace(base, **{k: v for k, v in given.items() if v is not None}))
+    given = {key: value for key, value in given.items() if value is not None}
+    return load_named(name, replace(base, **given), adapters)
+
+
+def load_named(name: str, base: ModelConfig, adapters: list[Path]) -> Policy:
+    """Load a base model with adapters on it, to be called by a name."""
+    policy = load_base(base)
     if adapters:
         policy = apply_adapters(policy, adapters)
     return replace(policy, name=name)
 
 
-def resolve_name(name: str) -> tuple[ModelConfig, list[Path]]:
+def choose_model(
+    name: str | None, configured: ModelConfig, given: Collection[str]
+) -> tuple[ModelConfig, list[Path]]:
+    """Return the base model and the adapters that a command works on, by one rule for all.
+
+    That is the configured model, or the one that ``name`` names: a base model with the configured
+    quantization, dtype and device, or a run's model or an adapter with those that it was made
+    with. What users wrote themselves takes the place of either.
+
+    Args:
+        name: of ``--model``.
+        configured: the profile's section ``model``, with what was written beside it.
+        given: the keys of this section that users wrote.
+
+    Raises:
+        ModelError: as :func:`resolve_name`.
+        UsageError: two models are named.
+    """
+    if name is None:
+        return configured, []
+    base, adapters = resolve_name(name, configured)
+    if "name" in given and configured.name != base.name:
+        raise UsageError(
+            f'--model names "{name}", and --set model.name "{configured.name}": name one model'
+        )
+    return replace(base, **{key: getattr(configured, key) for key in given}), adapters
+
+
+def resolve_name(
+    name: str, configured: ModelConfig | None = None
+) -> tuple[ModelConfig, list[Path]]:
     """Return the base model and the adapters (to merge in order, the last on top) of a name.
 
     A name is ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
     ``RUN_DIR@ITERATION``: ``runs/cpu@1`` is the model after the second DPO round, ``runs/cpu@base``
     the one before the first.
 
+    Args:
+        configured: the settings of a base model that brings none. Its revision is that of the
+            model that it names, of no other.
+
     Raises:
         ModelError: the name is that of a run or an adapter which is not there or not whole.
     """
-    if "@" not in name or Path(name).exists():
-        folder = Path(name).expanduser()
+    configured = configured or ModelConfig()
+    if "@" not in name or os.path.exists(os.path.expanduser(name)):
+        folder = Path(os.path.expanduser(name))
         if (folder / "adapter" / "adapter_config.json").is_file():
             folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
         if (folder / "adapter_config.json").is_file():
-            return adapter_base(folder), [*merged_before(folder), folder]
-        return ModelConfig(name=name), []
+            return adapter_base(folder, configured), [*merged_before(folder), folder]
+        return another_base(configured, absolute_name(name, os.path.isdir)), []
     path, _, which = name.rpartition("@")
     run = load_run(path)
     if which == "base":
-        return run.config.model, []
+        return run.base_model(), []
     if not which.isdigit():
         raise ModelError(f'"{name}": after @ comes an iteration (0, 1, ...) or `base`')
     adapter = run.adapter(int(which))
@@ -74,4 +118,4 @@ def resolve_name(name: str) -> tuple[ModelConfig, list[Path]]:
         done = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
         trained = ", ".join(map(str, done)) or "none yet"
         raise ModelError(f'"{name}": iteration {which} has no adapter (trained so far: {trained})')
-    return run.config.model, [*merged_before(adapter), adapter]
+    return run.base_model(), [*merged_before(adapter), adapter]
