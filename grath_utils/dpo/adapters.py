@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
 
 from grath_utils.config import LoraConfig, ModelConfig
 from grath_utils.engine.machine import quiet_transformers
@@ -57,20 +59,19 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
     """Put a new LoRA adapter on the policy; its B matrices are 0, so nothing changes yet.
 
     Raises:
-        TrainingError: a target name matches no linear layer; the names that exist are listed.
+        TrainingError: a target names no linear layer, or one that cannot be adapted or trained; the
+            layers that there are are listed.
     """
     import peft
 
     model = policy.model
+    layers = _linear_layers(model)
+    names = sorted({name.rpartition(".")[2] for name in layers} - {"base_layer"})
     targets = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
-    layers = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "in_features")}
-    missing = [] if targets == "all-linear" else [n for n in targets if n not in layers]
-    if missing:
-        raise TrainingError(
-            f"lora.targets names layers that this model does not have: {', '.join(missing)}; "
-            f"its linear layers are {', '.join(sorted(layers - {'lm_head'}))}, "
-            "or say [all-linear]"
-        )
+    choice = f"; its linear layers are {', '.join(names)}"
+    choice += "" if targets == "all-linear" else ", or say [all-linear]"
+    if targets != "all-linear" and (problem := _wrong_targets(model, layers, targets)):
+        raise TrainingError(problem + choice)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -79,13 +80,86 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
         target_modules=targets,
     )
     set_seed(seed)  # LoRA's A matrices are drawn here
-    with quiet_transformers():
-        if hasattr(model, "peft_config"):  # beside the folded adapters of a quantized model
-            model.add_adapter(TOP, settings)
-        else:
-            model = peft.get_peft_model(model, settings)
-        activate_adapters(model, trainable=True)
+    with quiet_transformers(), warnings.catch_warnings(action="ignore"):
+        try:
+            if hasattr(model, "peft_config"):  # beside the folded adapters of a quantized model
+                model.add_adapter(TOP, settings)
+            else:
+                model = peft.get_peft_model(model, settings)
+        except ValueError as error:  # a kind of layer that peft cannot adapt, or not in this model
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise TrainingError(f"lora.targets: {reason}{choice}") from error
+    activate_adapters(model, trainable=True)
+    if problem := _why_untrainable(model):
+        raise TrainingError(f"lora.targets: {problem}{choice}")
     return replace(policy, model=model)
+
+
+def _linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the layers that can be adapted, by name: the linear ones, without the output head."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (hasattr(module, "in_features") or isinstance(module, Conv1D)) and module is not head
+        if ".lora_" not in name
+    }
+
+
+def _wrong_targets(
+    model: torch.nn.Module, layers: Mapping[str, torch.nn.Module], targets: Sequence[str]
+) -> str:
+    """Return what is wrong with names of layers to adapt, or ''; each names some linear layer."""
+    absent, others = [], []
+    for target in targets:
+        if not _ends_with(layers, target):
+            modules = dict(model.named_modules())
+            if found := _ends_with(modules, target):
+                head = modules[found[0]] is model.get_output_embeddings()
+                kind = "the output head" if head else type(modules[found[0]]).__name__
+                others.append(f"{target} ({kind})")
+            elif _ends_with(dict(model.named_parameters()), target):
+                others.append(f"{target} (weights without a layer)")
+            else:
+                absent.append(target)
+    if others:
+        return f"lora.targets names what cannot be adapted: {', '.join(others)}"
+    if absent:
+        return f"lora.targets names layers that this model does not have: {', '.join(absent)}"
+    return ""
+
+
+def _ends_with(names: Iterable[str], target: str) -> list[str]:
+    """Return the names that peft takes a target to mean: itself, or with a path before it."""
+    return [name for name in names if f".{name}".endswith(f".{target}")]
+
+
+def _why_untrainable(model: torch.nn.Module) -> str:
+    """Run a few tokens forward and back; return what keeps the adapters from being trained, or ''.
+
+    Fused kernels, and some models, read the weight of a layer that they never call; others have
+    layers that give more than one output.
+    """
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(8, device=embedding.device).remainder(len(embedding))[None]
+    model.eval()
+    try:
+        model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
+    except (AttributeError, TypeError, ValueError, IndexError) as error:  # of the model's own code
+        return f"with these layers adapted, the model's forward pass fails ({error})"
+    reached: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = name.partition(".lora_")[0].rpartition(".")[2]
+            reached[kind] = reached.get(kind, False) or parameter.grad is not None
+    model.zero_grad()
+    lost = sorted(kind for kind, good in reached.items() if not good)
+    if not lost:
+        return ""
+    return (
+        f"adapters on {', '.join(lost)} would never be trained, since this model reads those "
+        "weights without calling the layers; leave them out"
+    )
 
 
 def full_adapter(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ import math
 import operator
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from grath_utils.dpo.loss import dpo_loss
 from grath_utils.dpo.tracking import start_trackers
 from grath_utils.engine import processes
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.engine.models import Policy, accepts, activate_adapters
+from grath_utils.engine.models import Policy, accepts, activate_adapters, unwrapped
 from grath_utils.engine.packing import PackedCollator, packed_forward, row_limit
 from grath_utils.errors import CollapseError, ConfigError, TrainingError
 from grath_utils.files import explained_write_errors, write_json
@@ -80,6 +81,8 @@ class ReadyDataTrainer(DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         share, scale = inputs.pop("share", None), inputs.pop("scale", 1.0)
+        if self.model.training:
+            _compute_as_scored(self.model)
         forward, outputs = model, []
         if "rows" in inputs:  # packed: log-probabilities computed our way
             dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
@@ -119,6 +122,21 @@ class ReadyDataTrainer(DPOTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with explained_write_errors(Path(self.args.output_dir) / "checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
+
+
+def _compute_as_scored(model: Any) -> None:
+    """Put a model that trains into evaluation mode, all but the adapter's dropout.
+
+    The reference was measured in that mode, and models differ between the two by more than their
+    dropout: noise in a router, weights clamped in place, kernels that read weights past an adapter.
+    """
+    for name, module in model.named_modules():
+        recomputes = getattr(module, "gradient_checkpointing", False)  # in training mode only
+        module.training = bool(recomputes) or "lora_dropout" in name
+        for key, value in list(vars(module).items()) if recomputes else ():
+            if "drop" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+    model.training = True  # the trainer's own mode
 
 
 def _combined(
@@ -174,30 +192,35 @@ def run_trainer(
         collator = PackedCollator(collator, row_limit(policy, longest))
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
     with quiet_transformers(), warnings.catch_warnings(action="ignore"):
-        trainer = ReadyDataTrainer(
-            model=policy.model,
-            args=_arguments(
-                policy,
-                config,
-                folder,
-                seed=seed,
-                evaluates=bool(held_out_rows),
-                resumed=done > 0,
-            ),
-            train_dataset=Dataset.from_list(list(train_rows)),
-            eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
-            processing_class=policy.tokenizer,
-            data_collator=collator,
-            pieces=PieceBatches(train_rows, collator, config, seed),
-        )
+        with _explained_refusals("the trainer refuses these dpo settings"):
+            trainer = ReadyDataTrainer(
+                model=policy.model,
+                args=_arguments(policy, config, folder, seed, bool(held_out_rows), done > 0),
+                train_dataset=Dataset.from_list(list(train_rows)),
+                eval_dataset=Dataset.from_list(list(held_out_rows)) if held_out_rows else None,
+                processing_class=policy.tokenizer,
+                data_collator=collator,
+                pieces=PieceBatches(train_rows, collator, config, seed),
+            )
         # TRL rounds the adapter of a quantized model to bfloat16, where small steps are lost.
         for name, weights in adapter.items():
             policy.model.get_parameter(name).data = weights
+        if not processes.sharded():  # there, the weights are split first
+            with _explained_refusals(f"dpo.optimizer={config.optimizer} cannot be used here"):
+                trainer.create_optimizer()
         trainer.remove_callback(PrinterCallback)  # _Watch shows what matters
         trainer.add_callback(_Watch(config, trackers, progress and processes.is_main()))
         trainer.train(resume_from_checkpoint=checkpoint)
     policy.model.eval()
     return _log_rows(trainer.state.log_history)
+
+
+@contextmanager
+def _explained_refusals(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def _last_checkpoint(folder: Path) -> tuple[int, str | None]:
@@ -212,54 +235,53 @@ def _last_checkpoint(folder: Path) -> tuple[int, str | None]:
 
 
 def _arguments(
-    policy: Policy,
-    config: DPOConfig,
-    folder: Path,
-    *,
-    seed: int,
-    evaluates: bool,
-    resumed: bool,
+    policy: Policy, config: DPOConfig, folder: Path, seed: int, evaluates: bool, resumed: bool
 ) -> TRLConfig:
+    model = unwrapped(policy.model)
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"dpo.gradient_checkpointing: a {type(model).__name__} cannot recompute its "
+            "activations; set it to false"
+        )
     split = split_batch(config, processes.size())
     on_cpu = policy.device.type == "cpu"
-    try:
-        arguments = TRLConfig(
-            output_dir=str(folder),
-            beta=config.beta,
-            loss_type=[config.loss],
-            label_smoothing=config.label_smoothing,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            optim=config.optimizer,
-            max_steps=config.steps,
-            per_device_train_batch_size=split.piece,
-            per_device_eval_batch_size=config.micro_batch_size,
-            gradient_accumulation_steps=split.accumulation,
-            gradient_checkpointing=config.gradient_checkpointing,
-            max_length=None,  # the pairs were measured and chosen already
-            # The weights are in the compute type already; autocast would only convert them again.
-            bf16=False,
-            # float16 loses small gradients unless the loss is scaled, which comes with autocast.
-            fp16=policy.config.dtype == "float16" and not on_cpu,
-            use_cpu=on_cpu,
-            # A row more in one process must not leave another waiting for its buffers.
-            ddp_broadcast_buffers=False,
-            ddp_find_unused_parameters=False,
-            seed=seed,
-            logging_steps=config.log_every,
-            eval_strategy="steps" if evaluates else "no",
-            eval_steps=config.evaluate_every,
-            eval_on_start=evaluates and not resumed,  # a resumed round has measured that already
-            save_steps=config.save_every,
-            save_total_limit=2,
-            report_to="none",  # _Watch calls the trackers
-            disable_tqdm=True,
-        )
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"the trainer refuses these dpo settings: {error}") from error
+    arguments = TRLConfig(
+        output_dir=str(folder),
+        beta=config.beta,
+        loss_type=[config.loss],
+        label_smoothing=config.label_smoothing,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        max_steps=config.steps,
+        per_device_train_batch_size=split.piece,
+        per_device_eval_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=split.accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        max_length=None,  # the pairs were measured and chosen already
+        router_aux_loss_coef=0.0,  # no adapter touches a router; the loss is that of DPO alone
+        disable_dropout=False,  # it would switch off lora.dropout, too
+        # The weights are in the compute type already; autocast would only convert them again.
+        bf16=False,
+        # float16 loses small gradients unless the loss is scaled, which comes with autocast.
+        fp16=policy.config.dtype == "float16" and not on_cpu,
+        use_cpu=on_cpu,
+        # A row more in one process must not leave another waiting for its buffers.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
+        seed=seed,
+        logging_steps=config.log_every,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.evaluate_every,
+        eval_on_start=evaluates and not resumed,  # a resumed round has measured that already
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to="none",  # _Watch calls the trackers
+        disable_tqdm=True,
+    )
     if arguments.n_gpu > 1:  # one process uses one GPU; a launcher starts a process for each
         arguments._n_gpu = 1
     return arguments

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_model
 from helpers import DPO, LORA, make_tiny_llama
 from peft import PeftModel
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
-from tiny_rounds import HELD_OUT, LIMITS, one_round, scalars
+from tiny_rounds import HELD_OUT, LIMITS, TRAINED, one_round, scalars, tokens
 
-from grath_utils.config import ModelConfig
+from grath_utils.config import DPO_LOSSES, ModelConfig, load_config
 from grath_utils.dpo import trainer
 from grath_utils.dpo.adapters import Weights, add_adapter, model_after
 from grath_utils.dpo.data import collate, tokenize_pairs
@@ -234,13 +236,43 @@ def test_an_interrupted_round_ends_with_the_same_adapter_and_log(
     assert [step for step, _ in shown] == list(range(1, 9)), "no point is doubled"
 
 
-def test_the_layers_that_an_adapter_names(tiny_policy: Policy) -> None:
-    targets = ("q_proj", "out_proj", "fc_in")
-    with pytest.raises(TrainingError, match=r"out_proj, fc_in; its linear layers are .*q_proj"):
-        add_adapter(tiny_policy, replace(LORA, targets=targets), seed=0)
-    policy = add_adapter(tiny_policy, replace(LORA, targets=("all-linear",)), seed=0)
-    adapted = {n.split(".")[-4] for n, _ in policy.model.named_parameters() if "lora_A" in n}
-    assert adapted == {f"{layer}_proj" for layer in ("q", "k", "v", "o", "gate", "up", "down")}
+# Architecture, targets, and the number of layers that get an adapter, or what the refusal says.
+TARGETS = [
+    ("llama", "all-linear", 14),
+    ("llama", "q_proj k_proj", 4),
+    ("llama", "self_attn.q_proj layers.1.mlp.up_proj", 3),
+    ("gpt2", "c_attn", 2),  # a Conv1D
+    ("gpt2", "attn.c_proj", 2),
+    ("gpt2", "all-linear", 8),
+    ("phi3", "qkv_proj", 2),
+    ("falcon", "query_key_value", 2),
+    ("qwen2-moe", "q_proj shared_expert.up_proj", 4),
+    ("llama", "q_proj out_proj fc_in", "not have: out_proj, fc_in; its linear layers are .*q_proj"),
+    ("gpt2", "q_proj", "not have: q_proj; its linear layers are c_attn, c_fc, c_proj, or say"),
+    ("llama", "lm_head", r"cannot be adapted: lm_head \(the output head\); its .* are down_proj"),
+    ("llama", "embed_tokens norm", r"embed_tokens \(Embedding\), norm \(LlamaRMSNorm\)"),
+    ("llama", "self_attn", r"self_attn \(LlamaAttention\)"),
+    ("qwen2-moe", "experts.gate_up_proj", r"experts.gate_up_proj \(weights without a layer\)"),
+    ("mamba", "out_proj", "'out_proj' is incompatible with Mamba-based models"),
+    ("jamba", "q_proj dt_proj", "adapters on dt_proj would never be trained"),
+    ("phimoe", "q_proj router", "the model's forward pass fails"),
+]
+
+
+@pytest.mark.parametrize(("name", "targets", "expected"), TARGETS)
+def test_the_layers_that_an_adapter_names(
+    tiny_policy: Policy, name: str, targets: str, expected: int | str
+) -> None:
+    policy = replace(tiny_policy, model=tiny_model(name, len(tiny_policy.tokenizer)))
+    lora = replace(LORA, targets=tuple(targets.split()))
+    if isinstance(expected, str):
+        with pytest.raises(TrainingError, match=expected):
+            add_adapter(policy, lora, seed=0)
+        return
+    model = add_adapter(policy, lora, seed=0).model
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == expected
+    assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters()), "trying it out leaves nothing"
 
 
 def test_no_pairs_is_an_error(base: ModelConfig, tmp_path: Path) -> None:
@@ -252,6 +284,7 @@ def test_no_pairs_is_an_error(base: ModelConfig, tmp_path: Path) -> None:
     ("changes", "kind", "message"),
     [
         ({"optimizer": "adamm"}, ConfigError, "the trainer refuses"),
+        ({"optimizer": "lomo"}, ConfigError, "dpo.optimizer=lomo cannot be used here: .*lomo_opt"),
         ({"max_grad_norm": 1e30}, TrainingError, "has diverged; lower dpo.learning_rate"),
         ({"max_displacement": 0.5}, CollapseError, r"at step \d+ the chosen .* lost .* Raise"),
     ],
@@ -265,9 +298,61 @@ def test_what_stops_a_round(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_another_loss_trains_by_name(base: ModelConfig, tmp_path: Path) -> None:
-    report = one_round(base, tmp_path, loss="robust", label_smoothing=0.1, steps=1)
-    assert all(math.isfinite(row["loss"]) for row in report.log)
+REFUSED = {("exo_pair", 0.0): "above 0", ("robust", 0.5): "below 0.5"}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("loss", DPO_LOSSES)
+def test_every_loss_trains_by_name_or_is_refused(
+    tiny_policy: Policy, tmp_path: Path, loss: str, smoothing: float
+) -> None:
+    settings = {"dpo.loss": loss, "dpo.label_smoothing": smoothing}
+    if problem := REFUSED.get((loss, smoothing)):
+        with pytest.raises(ConfigError, match=rf'"dpo.loss" {loss} needs .*{problem}'):
+            load_config("smoke", settings)
+        return
+    load_config("smoke", settings)
+    config = replace(DPO, loss=loss, label_smoothing=smoothing, steps=1)
+    policy = add_adapter(tiny_policy, LORA, seed=0)
+    rows = [
+        {**vars(e), "ref_chosen_logps": -9.0, "ref_rejected_logps": -5.0} for e in tokens(policy)
+    ]
+    log = trainer.run_trainer(
+        policy, rows[:4], rows[4:], folder=tmp_path, config=config, seed=0, progress=False
+    )
+    assert len(log) == 3
+    assert all(math.isfinite(row["loss"]) for row in log)
+
+
+def test_dropout_is_the_adapter_s_alone(base: ModelConfig, tmp_path: Path) -> None:
+    """A model's own would make the first loss another than ln 2; the adapter's changes training."""
+    own = tmp_path / "own"
+    shutil.copytree(base.name, own)
+    write_json(own / "config.json", read_json(own / "config.json") | {"attention_dropout": 0.5})
+    logs = {}
+    for name, model, dropout in (("none", base.name, 0.0), ("own", own, 0.0), ("lora", own, 0.5)):
+        logs[name] = train_round(
+            replace(base, name=str(model)),
+            *(TRAINED, HELD_OUT, tmp_path / name),
+            dpo=replace(DPO, steps=2),
+            lora=replace(LORA, dropout=dropout),
+            seed=0,
+            progress=False,
+        ).log
+    losses = {name: [row["loss"] for row in log] for name, log in logs.items()}
+    assert losses["own"] == pytest.approx(losses["none"], abs=1e-5)
+    assert losses["lora"][:2] == pytest.approx([math.log(2)] * 2, abs=1e-5)
+    assert abs(losses["lora"][-1] - losses["none"][-1]) > 1e-4
+
+
+def test_what_a_model_cannot_recompute_is_said(tiny_policy: Policy, tmp_path: Path) -> None:
+    model = tiny_model("jetmoe", len(tiny_policy.tokenizer))
+    policy = replace(tiny_policy, model=model, name="jetmoe")
+    rows = [{**vars(e), "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for e in tokens(policy)]
+    config = replace(DPO, gradient_checkpointing=True)
+    policy = add_adapter(policy, replace(LORA, targets=("all-linear",)), seed=0)
+    with pytest.raises(ConfigError, match=r"dpo.gradient_checkpointing: a JetMoeForCausalLM"):
+        trainer.run_trainer(policy, rows, [], folder=tmp_path, config=config, seed=0)
 
 
 def test_an_adapter_of_another_base_is_refused(
