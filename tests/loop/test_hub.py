@@ -113,6 +113,7 @@ def test_who_only_looks_does_not_ask_the_hub(
 
 
 @pytest.mark.slow
+@pytest.mark.notebook
 @pytest.mark.parametrize("number", ["00", "02"])
 def test_a_notebook_fetches_what_it_stands_on(hub: Hub, tmp_path: Path, number: str) -> None:
     """Its kernel begins with an empty cache, as one on a new machine does."""
