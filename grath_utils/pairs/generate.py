@@ -257,7 +257,8 @@ def _check_questions(
         if need and len(question.candidates) < 2:
             raise DataError(
                 f"{question.where or question.id}: pairs.{need} needs questions with candidates, "
-                "such as questions.source=arc_challenge, and this one has none"
+                "such as questions.source=arc_challenge, and this one has "
+                f"{len(question.candidates) or 'none'}"
             )
 
 

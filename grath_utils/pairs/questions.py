@@ -144,6 +144,12 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     return QuestionSet(source, tuple(kept), dict(skipped))
 
 
+def names_file(source: str) -> bool:
+    """Return True if a source of questions is a file, whether or not it is there."""
+    path = Path(source).expanduser()
+    return path.suffix.lower() in (".jsonl", *TABLES) or path.is_file()
+
+
 def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
     """Return the source in words, and its rows."""
     name, split = config.source, config.split
@@ -163,7 +169,7 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
             )
         return f"{what} mirror {mirror}", _rows(path)
     path = Path(name).expanduser()
-    if path.suffix.lower() in (".jsonl", *TABLES) or path.is_file():
+    if names_file(name):
         return f"the file {path}", _rows(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a .jsonl or .csv file in it")

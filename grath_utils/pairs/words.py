@@ -46,7 +46,8 @@ def answer_words(text: str) -> list[str]:
 
 
 def _seen(text: str) -> str:
-    return normalize("NFC", re.sub("[\u200c\u200d]", "", _UNSEEN.sub("", text)))
+    """Return a text in form NFC without joiners and variants, which do not tell answers apart."""
+    return normalize("NFC", re.sub("[\u034f\u200c\u200d\ufe00-\ufe0f]", "", _UNSEEN.sub("", text)))
 
 
 def split_words(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from grath_utils.files import read_jsonl
 from grath_utils.loop.plan import Stage, plan_stages
 from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.modes import find_mode
-from grath_utils.pairs.questions import load_questions
+from grath_utils.pairs.questions import load_questions, names_file
 from grath_utils.scale.shapes import BYTES, Shape, shape_of
 
 GIB = 2**30
@@ -52,7 +52,7 @@ def question_count(config: Config) -> int:
         DataError: the size of a Hub data set is not known; with ``questions.limit`` it is.
     """
     settings, source, limit = config.questions, config.questions.source, config.questions.limit
-    if source == "own" or source.endswith((".jsonl", ".csv")):
+    if source == "own" or names_file(source):
         return len(load_questions(settings, config.seed).questions)
     found = QUESTIONS.get((source, settings.split), limit)
     if found is None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from overlap import content_words, jaccard, mirror_questions, ngrams, words
 
+from grath_utils.pairs.words import NEGATIONS
+
 DATA = Path(__file__).resolve().parents[2] / "data"
 FILES = ("questions", "retention", "demonstrations", "probe")
 FIELDS = {
@@ -29,18 +31,6 @@ MINIMUM = {"questions": 240, "retention": 160, "demonstrations": 12}
 NEAR = 0.6  # content-word Jaccard from which two questions count as the same one
 NGRAM = 8  # words in a row that betray copied wording
 PUNCTUATION = "‘’“”–—…°"  # the only characters outside ASCII that may appear
-NEGATIONS = {
-    "no",
-    "not",
-    "never",
-    "none",
-    "nothing",
-    "nobody",
-    "neither",
-    "nor",
-    "cannot",
-    "without",
-}
 HEDGES = {"may", "might", "maybe", "perhaps", "probably", "usually", "often", "sometimes", "some"}
 
 
