@@ -18,7 +18,7 @@ from helpers import finish, start
 from grath_utils.cli import commands as cli
 from grath_utils.cli import runs
 from grath_utils.config import load_config
-from grath_utils.errors import RunError
+from grath_utils.errors import RunError, UsageError
 from grath_utils.loop.run_dir import open_run
 
 
@@ -46,6 +46,24 @@ def test_help_of_every_command_ends_with_an_example_that_parses(capsys) -> None:
             _, _, words = example.partition("  python -m grath_utils ")
             options = parser.parse_args(shlex.split(words.partition(" -- ")[0]))
             assert options.command.work.__name__ == f"do_{command}"
+
+
+@pytest.mark.parametrize("value", ["-1", "4294967296", "1e3", "1.5", "", "9" * 5000, "nan", "²"])
+def test_every_whole_number_of_every_command_is_checked_first(value: str) -> None:
+    parser, found = cli.build_parser(), set()
+    (commands,) = (action.choices for action in parser._actions if action.choices)
+    for name, command in commands.items():
+        for action in command._actions:
+            option = action.option_strings[-1] if action.option_strings else ""
+            if option in ("--seed", "--limit", "--jobs", "--cell-timeout", "--max-new-tokens"):
+                found.add(option)
+                with pytest.raises(UsageError, match="seed|" + option) as error:
+                    parser.parse_args([name, f"{option}={value}"])
+                assert re.search(r" is .*; expected a whole number from [01] to", str(error.value))
+                assert len(str(error.value)) < 120
+            else:  # a new one must join them
+                assert action.type not in (int, float) or option == "--held-out"
+    assert len(found) == 5
 
 
 def test_no_command_and_an_unknown_one_are_wrong_usage(capsys) -> None:
@@ -169,22 +187,6 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.stderr.startswith('error: unknown profile "nope"')
 
 
-# --- the steps, on a tiny model ------------------------------------------------------------------
-
-
-def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: Path) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    rows = [
-        {"id": f"q{i}", "question": f"What is {i}?", "correct": f"{i}.", "incorrect": f"Not {i}.",
-         "iteration": 0}
-        for i in range(10)
-    ]  # fmt: skip
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = ("--set", "model.dtype=float32", "dpo.steps=2", "dpo.learning_rate=1e-2")
-
-    first = tmp_path / "before.json"
-    model = ("--model", tiny_llama)
-    measure = ("evaluate", "--benchmark", "probe", "--limit", "8", "--dtype", "float32")
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -237,6 +239,22 @@ def test_arguments_that_no_file_can_hold_are_refused(capsys, text: str) -> None:
     assert call(capsys, "status", "--run-dir", text)[0] == 2
 
 
+# --- the steps, on a tiny model ------------------------------------------------------------------
+
+
+def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"id": f"q{i}", "question": f"What is {i}?", "correct": f"{i}.", "incorrect": f"Not {i}.",
+         "iteration": 0}
+        for i in range(10)
+    ]  # fmt: skip
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = ("--set", "model.dtype=float32", "dpo.steps=2", "dpo.learning_rate=1e-2")
+
+    first = tmp_path / "before.json"
+    model = ("--model", tiny_llama)
+    measure = ("evaluate", "--benchmark", "probe", "--limit", "8", "--dtype", "float32")
     assert call(capsys, *measure, *model, "--out", first)[0] == 0
     code, out, err = call(
         capsys, "train", "--pairs", pairs, *model, "--out", tmp_path / "r0", *settings
