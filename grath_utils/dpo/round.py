@@ -46,6 +46,7 @@ from grath_utils.files import (
 from grath_utils.pairs.generate import Pair
 
 IDENTITY = "identity.json"  # beside the checkpoints: which training they belong to
+WHOLE = "checkpoint-*/complete.json"  # in every checkpoint that was written to its end
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,20 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "adapter").exists():
         raise UsageError(f"{folder / 'adapter'} exists already; choose another folder")
-    begun = (folder / "checkpoints").glob("checkpoint-*/complete.json")
-    if not any([*begun, (folder / "checkpoints" / IDENTITY).exists()]):
+    checkpoints = folder / "checkpoints"
+    if not (checkpoints / IDENTITY).exists() and not any(checkpoints.glob(WHOLE)):
         check_new_folder(folder)
 
 
 def _check_resumed(checkpoints: Path, identity: str) -> None:
     """Note which training the checkpoints belong to, or check that it is this one."""
     path, ours = checkpoints / IDENTITY, {"identity": identity}
-    if not path.exists():
-        write_json(path, ours)
-    elif read_json(path) != ours:
+    if path.exists() and any(checkpoints.glob(WHOLE)) and read_json(path) != ours:
         raise RunError(
             f"{checkpoints} was left by a training on other pairs, or with other settings; delete "
             "it to begin anew, or choose another folder"
         )
+    write_json(path, ours)
 
 
 def train_round(

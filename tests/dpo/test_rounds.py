@@ -22,9 +22,17 @@ from grath_utils.dpo import trainer
 from grath_utils.dpo.adapters import Weights, add_adapter, model_after
 from grath_utils.dpo.data import collate, tokenize_pairs
 from grath_utils.dpo.loss import completion_log_probs, dpo_loss
-from grath_utils.dpo.round import TrainingReport, train_round
+from grath_utils.dpo.round import TrainingReport, check_folder, train_round
 from grath_utils.engine.models import Policy, load_base
-from grath_utils.errors import CollapseError, ConfigError, DataError, ModelError, TrainingError
+from grath_utils.errors import (
+    CollapseError,
+    ConfigError,
+    DataError,
+    ModelError,
+    RunError,
+    TrainingError,
+    UsageError,
+)
 from grath_utils.files import read_json, read_jsonl, write_json
 from grath_utils.loop.named_models import load_policy
 
@@ -234,6 +242,47 @@ def test_an_interrupted_round_ends_with_the_same_adapter_and_log(
         assert (whole / name).read_bytes() == (broken / name).read_bytes()
     shown = scalars(broken / "tensorboard")["train/loss"]
     assert [step for step, _ in shown] == list(range(1, 9)), "no point is doubled"
+
+
+def test_a_stopped_round_is_continued_by_the_same_training_alone(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of other pairs or settings would be trained on silently."""
+
+    class Stopped(trainer._Watch):
+        at: int | None
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == self.at:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_Watch", Stopped)
+    for Stopped.at, beta in (
+        (0, 0.2),
+        (3, 0.1),
+    ):  # before the first checkpoint, nothing is at stake
+        with pytest.raises(KeyboardInterrupt):
+            one_round(base, tmp_path, beta=beta)
+        check_folder(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    how = {"dpo": DPO, "lora": LORA, "seed": 0, "progress": False}
+    for other in (
+        lambda: one_round(base, tmp_path, beta=0.2),
+        lambda: one_round(base, tmp_path, seed=1),
+        lambda: train_round(base, HELD_OUT, HELD_OUT, tmp_path, **how),
+        lambda: train_round(
+            base, TRAINED, HELD_OUT, tmp_path, **{**how, "lora": replace(LORA, r=2)}
+        ),
+    ):
+        with pytest.raises(RunError, match="left by a training on other pairs, or with other set"):
+            other()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    (tmp_path / "checkpoints" / "identity.json").unlink()  # as older versions left it
+    check_folder(tmp_path)
+    Stopped.at = None
+    assert one_round(base, tmp_path, report_to=("none",)).steps == 4
+    with pytest.raises(UsageError, match="adapter exists already"):
+        check_folder(tmp_path)
 
 
 # Architecture, targets, and the number of layers that get an adapter, or what the refusal says.

@@ -104,3 +104,8 @@ def test_a_file_is_no_place_for_a_mirror(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
     with pytest.raises(UsageError, match="is a file"):
         make_mirror(tmp_path / "taken", progress=False)
+    with pytest.raises(UsageError, match="is a folder that is not empty"):
+        make_mirror(tmp_path, progress=False)
+    (tmp_path / "mirror.json").write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match=r"mirror\.json exists and was not written"):
+        make_mirror(tmp_path, progress=False)
