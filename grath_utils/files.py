@@ -55,9 +55,23 @@ def cache_dir() -> Path:
     """Return the folder for converted models and other re-creatable files.
 
     ``GRATH_CACHE`` if set, else the platform's cache folder. It may not exist yet.
+
+    Raises:
+        UsageError: there is no home folder, and ``GRATH_CACHE`` is not set.
     """
-    override = os.environ.get("GRATH_CACHE")
-    return user_path(override or platformdirs.user_cache_dir("grath"))
+    name = os.environ.get("GRATH_CACHE") or platformdirs.user_cache_dir("grath")
+    if os.path.expanduser(name).startswith("~"):
+        raise UsageError(
+            "no home folder is known here; set the environment variable GRATH_CACHE to a folder "
+            "for the cache"
+        )
+    return user_path(name)
+
+
+def write_cache(path: Path, value: Any) -> None:
+    """Keep a value in the cache where that can be written; otherwise it only costs time again."""
+    with suppress(RunError, UsageError):
+        write_json(path, value)
 
 
 def mirror_dir() -> Path | None:
@@ -273,7 +287,7 @@ def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
     """Check that a value which a file of ours holds is as this program writes it.
 
     A form is a type, where float is any finite number; a list of one form for all entries, or of
-    one for each; a mapping of the keys that must be there, or of ``str`` for every key; and
+    one for each; a mapping of the keys that must be there, with ``str`` for all others; and
     ``(form, None)`` where null does as well.
 
     Raises:
@@ -298,9 +312,10 @@ def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
         for i, entry in enumerate(value):
             check_form(entry, form[i % len(form)], where, f"{key}[{i}]")
     elif isinstance(form, dict):
-        for name in value if str in form else form:
-            entry = value.get(name)  # what is missing is no more than null
-            check_form(entry, form.get(name, form.get(str)), where, f"{key}.{name}".lstrip("."))
+        for name in form | value if str in form else form:
+            if name is not str:
+                entry = value.get(name)  # what is missing is no more than null
+                check_form(entry, form.get(name, form.get(str)), where, f"{key}.{name}".lstrip("."))
 
 
 def is_text(value: str) -> bool:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from grath_utils.course.dashboard import ROUND_COLUMNS, dashboard_panels, round_rows
 from grath_utils.figures.plots import plot_dashboard, plot_metrics, plot_training
 from grath_utils.files import atomic_path, read_jsonl, write_text
-from grath_utils.loop.run_dir import Run, model_label
+from grath_utils.loop.run_dir import LOG_ROW, Run, model_label
 from grath_utils.loop.stages import run_pairs
 from grath_utils.loop.state import choice_line, comparison_rows, results, run_state
 from grath_utils.text import percent, table, with_interval
@@ -76,7 +76,7 @@ def write_report(run: Run) -> Path:
     pairs = []
     for t in state.planned:
         if run.training_log(t).exists():
-            log = read_jsonl(run.training_log(t))
+            log = read_jsonl(run.training_log(t), LOG_ROW)
             figures[f"training_{t}"] = plot_training(log, f"Round {t + 1}")
         if run.pairs(t).exists():
             train, held_out = run_pairs(run, t)

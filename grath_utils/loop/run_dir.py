@@ -59,6 +59,7 @@ FACTS = {  # what is read of run.json beside the configuration, as a form for fi
     "device": {"cpu_count": (int, None), "memory_gib": float, "accelerator": str},
     "versions": {str: str},
 }
+LOG_ROW = {"step": int, "split": str, str: (float, None)}  # a line of training_log.jsonl
 PACKAGES = (
     "torch transformers trl peft bitsandbytes datasets accelerate gguf matplotlib papermill "
     "jupyterlab numpy"

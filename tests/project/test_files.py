@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -343,3 +344,46 @@ def test_a_journal_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="run the same command again"):
         Journal.beside(tmp_path / "file" / "r.json", "one").append(0, [])
+
+
+FORM = {
+    "id": str,
+    "n": int,
+    "place": (Path, None),
+    "metrics": {str: {"value": float, "ci95": ([float, float], None)}},
+    "items": [{"id": str}],
+}
+GOOD = {
+    "id": "", "n": 3, "place": "a/b", "metrics": {"mc1": {"value": 1, "ci95": [0, 1.5]}},
+    "items": [{"id": "q1", "more": 1}, {"id": "q2"}], "more": [1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"place": None, "metrics": {}, "items": []}, None),
+        ({"id": None}, '"id" is None; expected text'),
+        ({"n": True}, '"n" is True; expected a whole number'),
+        ({"n": 1.0}, '"n" is 1.0; expected a whole number'),
+        ({"n": 10**400}, '"n" is 1000'),
+        ({"place": "a\0"}, '"place" is .*; expected a path'),
+        ({"metrics": [1]}, r'"metrics" is \[1\]; expected an object'),
+        ({"metrics": {"mc1": 0.5}}, '"metrics.mc1" is 0.5; expected an object'),
+        ({"metrics": {"mc1": {"ci95": None}}}, '"metrics.mc1.value" is None; expected a number'),
+        ({"metrics": {"mc1": {"value": 0, "ci95": [0]}}}, r'"metrics.mc1.ci95" is \[0\]; expected'),
+        ({"items": [{"id": "q1"}, {}]}, r'"items\[1\].id" is None; expected text'),
+    ],
+)
+def test_a_file_of_another_form_is_named_with_the_key(tmp_path: Path, change, message) -> None:
+    path, value = tmp_path / "x.json", {**GOOD, **change}
+    path.write_text(json.dumps(value), encoding="utf-8")
+    if message is None:
+        assert read_json(path, FORM) == value
+        return
+    with pytest.raises(DataError, match=rf"x\.json: {message}.* restore the file, or delete it"):
+        read_json(path, FORM)
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(value), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"x\.json, line 2: {message}"):
+        read_jsonl(path, FORM)

@@ -19,7 +19,7 @@ from grath_utils.dpo.data import tokenize_pairs
 from grath_utils.dpo.round import reference_log_probs
 from grath_utils.engine.models import Policy
 from grath_utils.files import read_jsonl
-from grath_utils.loop.run_dir import Run
+from grath_utils.loop.run_dir import LOG_ROW, Run
 from grath_utils.loop.stages import load_model, run_pairs
 from grath_utils.loop.state import run_state
 from grath_utils.pairs.words import ngram_f1
@@ -85,7 +85,7 @@ def base_reference(run: Run, answer: Any, policy: Policy | None) -> str:
     hold(len(held) >= 2, "the log needs held-out rows, first and last: hand in `report.log`.")
     last = run_state(run).planned[-1]
     hold(last > 0, "this run has one round only; the exercise is about a later one.")
-    own = [row for row in read_jsonl(run.training_log(last)) if row["split"] == "held_out"]
+    own = [row for row in read_jsonl(run.training_log(last), LOG_ROW) if row["split"] == "held_out"]
     slack = run.config.dpo.beta * ROUNDING
     hold(held != own, "this is the log of the run itself; train the round a second time.")
     hold(
