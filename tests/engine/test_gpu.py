@@ -17,7 +17,7 @@ from grath_utils.dpo.round import train_round
 from grath_utils.engine.encoding import Request
 from grath_utils.engine.generation import generate
 from grath_utils.engine.models import Policy, load_base
-from grath_utils.engine.scoring import can_run_trees, score_completions
+from grath_utils.engine.scoring import score_completions, why_no_trees
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -109,7 +109,7 @@ def test_scores_are_those_of_a_cpu(tiny_llama: Path, quantization: str) -> None:
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_trees_run_on_quantized_models(tiny_llama: Path, quantization: str) -> None:
     dtype = "float16" if quantization == "int8" else "bfloat16"
-    assert can_run_trees(tiny(tiny_llama, quantization, dtype), 64)
+    assert not why_no_trees(tiny(tiny_llama, quantization, dtype), 64, 512)
 
 
 def test_greedy_completions_are_those_of_a_cpu(tiny_llama: Path) -> None:

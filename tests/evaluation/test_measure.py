@@ -411,6 +411,6 @@ def test_words_of_answers(
 def test_the_result_says_when_trees_were_not_to_be_had(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "can_run_trees", lambda policy, longest: False)
+    monkeypatch.setattr(scoring, "why_no_trees", lambda policy, longest, row_tokens: "for a test")
     result = evaluate(tiny_policy, "retention", limit=2, bootstrap=100, progress=False)
     assert any("one sequence at a time" in note for note in result["notes"])
