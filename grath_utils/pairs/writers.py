@@ -148,6 +148,7 @@ class Writer:
         prefix = self.prefix(kind)
         # A tokenizer may merge a question's odd first letter into what stands before it.
         count = len(prefix.token_ids)
+        lead = prompts.answer_form(self.policy.tokenizer).lead
         fits = all(tuple(ids[:count]) == prefix.token_ids and len(ids) > count for ids in asked)
         return engine.generate(
             self.policy,
@@ -155,7 +156,7 @@ class Writer:
             prefix=prefix if fits else None,
             batch_size=self.config.batch_size,
             # As a rule a completion begins by restating the question, as in the demonstrations.
-            drafts=[prompts.restated(question.text) for question in questions] if pair else None,
+            drafts=[lead + prompts.restated(q.text) for q in questions] if pair else None,
             max_new_tokens=limit if pair else min(MAX_ANSWER_TOKENS, limit),
             stop=None if self.config.legacy else stop,
             do_sample=temperature > 0,

@@ -7,6 +7,7 @@ the answers are "So." and "No.".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from transformers import PreTrainedTokenizerFast as Fast
 
 from grath_utils.config import ModelConfig
@@ -500,6 +508,34 @@ def test_after_a_token_that_would_span_the_boundary_nothing_of_an_answer_is_lost
         == token_ids(tokenizer, training_prompt(tokenizer, "Why?"))
     )
     assert list(example.chosen_ids) == chosen
+
+
+TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_of_real_models(path: Path, tiny_llama: Path) -> None:
+    """Those that TRL brings with it, each with its tokens added to a tokenizer that adds a BOS."""
+    template = path.read_text(encoding="utf-8")
+    tokens = {"<s>", *re.findall(r"<[a-z|/｜][^<> ]{2,40}[a-z|｜]>", template)}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, chat_template=template, bos_token="<s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(tokens)})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    if re.match("idefics|llava|smolvlm", path.stem):  # for images: these ask for text in parts
+        with pytest.raises(ModelError, match="the model's chat template"):
+            tokenize_pair(tokenizer, PAIR)
+        return
+    example = tokenize_pair(tokenizer, PAIR)
+    assert list(example.prompt_ids) == token_ids(tokenizer, training_prompt(tokenizer, "Why?"))
+    assert example.prompt_ids.count(bos) == 1 == example.prompt_ids[:1].count(bos)
+    assert tokenizer.decode(example.prompt_ids).count("Why?") == 1
+    for ids, answer in ((example.chosen_ids, "So."), (example.rejected_ids, "No.")):
+        end = tokenizer.decode(ids).partition(answer)[2]
+        assert [tokenizer.convert_tokens_to_ids(end)] == [*ids[-1:]]
+        assert ids[-1] in end_ids(tokenizer, None)
 
 
 @pytest.mark.parametrize(
