@@ -125,12 +125,8 @@ def encode_answers(
 def encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Return the ids of a text in the middle of another, whatever stands before it."""
     # After a newline, as SentencePiece puts a space before the first word of a text.
-    line, joint = (
-        tokenizer(each, add_special_tokens=False)["input_ids"] for each in ("\n", f"\n{text}")
-    )
-    if line and joint[: len(line)] == line:
-        return tuple(joint[len(line) :])
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    line, joint, alone = _encode_bare(tokenizer, ["\n", f"\n{text}", text])
+    return tuple(joint[len(line) :] if line and joint[: len(line)] == line else alone)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -141,17 +137,25 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yield each text's token ids (int32), with the beginning that the tokenizer gives a text."""
     start = start_ids(tokenizer)
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     rest = iter(texts)
     while batch := list(islice(rest, TEXTS_AT_ONCE)):
-        for ids in tokenizer(batch, **options)["input_ids"]:
+        for ids in _encode_bare(tokenizer, batch):
             begun = ids[: len(start)] == start
             yield np.array(ids if begun else [*start, *ids], dtype=np.int32)
 
 
+def _encode_bare(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the ids of texts to which nothing is added, the special tokens in them read as such.
+
+    Some configurations say otherwise; then a chat template's tokens would be so many letters.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": False}
+    return tokenizer(texts, **options, return_attention_mask=False, verbose=False)["input_ids"]
+
+
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer puts before every text: BOS, some other tokens, or nothing."""
-    plain, whole = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
+    [plain], whole = _encode_bare(tokenizer, ["a"]), tokenizer("a")["input_ids"]
     for place in range(len(whole) if plain else 0):
         if whole[place : place + len(plain)] == plain:
             return whole[:place]

@@ -90,8 +90,10 @@ def load_base(config: ModelConfig) -> Policy:
             f'the tokenizer of "{config.name}" has a vocabulary of {tokenizer.vocab_size}, and the '
             f"model has embeddings for {rows}: its tokenizer files are those of another model"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # added, never embedded
-        tokenizer.pad_token = tokenizer.eos_token
+    # A token may have been added without an embedding: gone unused, it does no harm.
+    pads = [token for token in (tokenizer.pad_token, tokenizer.eos_token) if token]
+    known = [token for token in pads if tokenizer.convert_tokens_to_ids(token) < rows]
+    tokenizer.pad_token = known[0] if known else None
     model.config.use_cache = True
     # Some chat models ship sampling settings: here, each call says what it wants.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)

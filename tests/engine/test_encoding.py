@@ -574,6 +574,16 @@ def test_a_tokenizer_without_special_tokens_scores_and_does_not_train() -> None:
         encode_requests(tokenizer, [Request("", "So.", "p")], 100)
 
 
+def test_a_configuration_that_takes_special_tokens_for_letters_changes_nothing(
+    tiny_llama: Path,
+) -> None:
+    usual, odd = (
+        AutoTokenizer.from_pretrained(tiny_llama, split_special_tokens=split)
+        for split in (False, True)
+    )
+    assert tokenize_pair(usual, PAIR) == tokenize_pair(odd, PAIR)
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "prompt"),
     [
