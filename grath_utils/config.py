@@ -317,7 +317,8 @@ def _read_profile(profile: str) -> dict[str, Any]:
         raise ConfigError(f'unknown profile "{profile}"{did_you_mean(profile, profile_names())}')
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+        found = KIND_NAMES.get(type(tree), "nothing")
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
     sections = Config().to_dict().keys() - {"profile", "seed"}
     empty = {name: {} for name in sections & tree.keys() if tree[name] is None}  # only a header
     return {**tree, **empty, "profile": str(path.resolve()) if is_file else profile}

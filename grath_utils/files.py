@@ -256,7 +256,7 @@ def read_json(path: Path, form: Any = Any) -> Any:
             where.
     """
     value = parse_json(_read_text(path), str(path))
-    check_form(value, form, str(path))
+    check_form(value, form, str(path), MAKE_AGAIN)
     return value
 
 
@@ -278,12 +278,15 @@ def read_jsonl(path: Path, form: Any = Any) -> list[dict[str, Any]]:
                 f"{path}, line {number}: expected a JSON object such as "
                 f'{{"question": "..."}}, found {type(row).__name__}'
             )
-        check_form(row, form, f"{path}, line {number}")
+        check_form(row, form, f"{path}, line {number}", MAKE_AGAIN)
         rows.append(row)
     return rows
 
 
-def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
+MAKE_AGAIN = ". It was changed or damaged: restore the file, or delete it to have it made again"
+
+
+def check_form(value: Any, form: Any, where: str, advice: str = "", key: str = "") -> None:
     """Check that a value which a file of ours holds is as this program writes it.
 
     A form is a type, where float is any finite number; a list of one form for all entries, or of
@@ -304,18 +307,16 @@ def check_form(value: Any, form: Any, where: str, key: str = "") -> None:
         good = good and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not good or (isinstance(form, list) and len(form) > 1 and len(value) != len(form)):
         found = f'"{key}" is {brief(value)}' if key else f"found {brief(value)}"
-        raise DataError(
-            f"{where}: {found}; expected {KIND_NAMES[kind]}. It was changed or damaged: restore "
-            "the file, or delete it to have it made again"
-        )
+        raise DataError(f"{where}: {found}; expected {KIND_NAMES[kind]}{advice}")
     if isinstance(form, list):
         for i, entry in enumerate(value):
-            check_form(entry, form[i % len(form)], where, f"{key}[{i}]")
+            check_form(entry, form[i % len(form)], where, advice, f"{key}[{i}]")
     elif isinstance(form, dict):
         for name in form | value if str in form else form:
             if name is not str:
-                entry = value.get(name)  # what is missing is no more than null
-                check_form(entry, form.get(name, form.get(str)), where, f"{key}.{name}".lstrip("."))
+                inner = form.get(name, form.get(str))
+                # What is missing is no more than null.
+                check_form(value.get(name), inner, where, advice, f"{key}.{name}".lstrip("."))
 
 
 def is_text(value: str) -> bool:
@@ -341,7 +342,8 @@ def parse_json(text: str, where: str = "", line: int | None = None) -> Any:
     except RecursionError:
         reason = "too many brackets within brackets"
     except ValueError as error:
-        reason = str(error).partition(";")[0]
+        not_finite = "JSON compliant" in str(error)
+        reason = "NaN or infinity" if not_finite else str(error).partition(";")[0]
     place = f"{where}, line {line}: " if where and line else where and f"{where}: "
     raise DataError(f"{place}not valid JSON ({reason})")
 
@@ -391,8 +393,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        told = isinstance(error, yaml.constructor.ConstructorError)
-        reason = error.problem if told else "not valid YAML"
+        reason = getattr(error, "problem", None) or getattr(error, "reason", "no text")
+        if not isinstance(error, yaml.constructor.ConstructorError):
+            reason = f"not valid YAML ({reason})"
         raise ConfigError(f"{where}{line}: {reason}") from error
     # What PyYAML lets through: endless brackets or digits, and values that do not fit their !!tag.
     except (RecursionError, ValueError, LookupError, AttributeError) as error:

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import finish, make_tiny_llama, start, write_questions
+from helpers import SMALL, config_for, finish, make_tiny_llama, start, write_pairs, write_questions
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.stages import run_stages, start_run
 
 # The test files that use the one smoke run: the same worker does them all.
 SMOKE = ("test_end_to_end.py", "test_browser.py", "test_exercises.py", "test_widgets.py")
@@ -81,6 +82,18 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
     code, out, err = finish(process)
     assert code == 0, err
     return load_run(folder / "run"), out
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
+    """A finished run of a tiny model on made-up pairs, in seconds: copy it before you change it."""
+    folder = tmp_path_factory.mktemp("small")
+    config = config_for(tiny_llama, write_questions(folder / "questions.jsonl"), **SMALL)
+    run = start_run(folder / "run", config)
+    for t in range(config.loop.iterations):
+        write_pairs(run, t)
+    run_stages(run, progress=False, say=lambda line: None)
+    return run
 
 
 @pytest.fixture

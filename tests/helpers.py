@@ -59,6 +59,8 @@ DPO = DPOConfig(
     save_every=2,
 )
 LORA = LoraConfig(r=4, alpha=8)
+# The settings of a run that is as short as can be.
+SMALL = {"dpo.steps": 1, "evaluation.bootstrap": 100, "loop.early_stop": False}
 
 LIMIT = 1800  # seconds; a smoke run takes two or three minutes, its experiments as long again
 

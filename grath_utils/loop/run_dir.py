@@ -126,12 +126,11 @@ class Run:
         """Return the contents of ``run.json``.
 
         Raises:
-            DataError: it lacks some of the facts that are read of it.
+            RunError: it is damaged, or lacks some of the facts that are read of it.
         """
-        record = self.path / "run.json"
-        made = read_json(record)
+        made = _read_record(self.path / "run.json", {})
         if made.keys() & FACTS.keys():
-            check_form(made, FACTS, str(record))
+            _read_record(self.path / "run.json", FACTS)
         return made
 
 
@@ -211,13 +210,8 @@ def load_run(path: str | Path) -> Run:
 
 
 def _recorded_config(record: Path) -> Config:
-    try:
-        made = read_json(record)
-        schema, tree = made.get("schema_version", RUN_SCHEMA), made["config"]
-        if not (isinstance(schema, int) and isinstance(tree, dict)):
-            raise TypeError("a value of the wrong kind")
-    except (DataError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(record, error) from error
+    made = _read_record(record, {"schema_version": (int, None), "config": dict})
+    schema, tree = made.get("schema_version") or RUN_SCHEMA, made["config"]
     another = f"{record} was made by another version of grath_utils"
     if schema > RUN_SCHEMA:
         raise RunError(
@@ -232,11 +226,16 @@ def _recorded_config(record: Path) -> Config:
     return config_from_dict(tree, where=str(record))
 
 
-def _damaged(record: Path, reason: object) -> RunError:
-    return RunError(
-        f"{record} is damaged or was edited by hand ({reason}); restore it, or start again in a "
-        "new folder"
-    )
+def _read_record(record: Path, form: dict[str, Any]) -> dict[str, Any]:
+    try:
+        made = read_json(record)
+        check_form(made, form, record.name)
+        return made
+    except DataError as error:
+        raise RunError(
+            f"{record} is damaged or was edited by hand ({error}); restore it, or start again in a "
+            "new folder"
+        ) from error
 
 
 def check_not_of_a_run(path: Path) -> None:
@@ -278,14 +277,11 @@ def _manifest(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        made = read_json(path)
-        if not all(isinstance(value, str) for value in made.values()):
-            raise TypeError
-    except (DataError, AttributeError, TypeError) as error:
+        return read_json(path, {str: str})
+    except DataError as error:
         raise RunError(
             f"{path} is damaged. Delete it: what the run holds is then taken as it is"
         ) from error
-    return made
 
 
 def _hash(path: Path) -> str:

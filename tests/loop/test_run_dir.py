@@ -142,7 +142,7 @@ def test_facts_that_are_no_longer_there_are_named(tmp_path: Path, section: str, 
     if (section, value) == ("versions", {}):
         assert run.info()["versions"] == {}
         return
-    with pytest.raises(DataError, match=f'run.json: "{section}.* is .*expected'):
+    with pytest.raises(RunError, match=f'run.json: "{section}.* is .*expected'):
         run.info()
 
 
