@@ -59,13 +59,14 @@ def cache_dir() -> Path:
     Raises:
         UsageError: there is no home folder, and ``GRATH_CACHE`` is not set.
     """
-    name = os.environ.get("GRATH_CACHE") or platformdirs.user_cache_dir("grath")
-    if os.path.expanduser(name).startswith("~"):
+    try:
+        name = os.environ.get("GRATH_CACHE") or platformdirs.user_cache_dir("grath")
+        return Path(name).expanduser().resolve()
+    except RuntimeError as error:
         raise UsageError(
             "no home folder is known here; set the environment variable GRATH_CACHE to a folder "
             "for the cache"
-        )
-    return user_path(name)
+        ) from error
 
 
 def write_cache(path: Path, value: Any) -> None:

@@ -121,7 +121,7 @@ def file(text: str) -> Path:
 
 
 RUN_DIR = option("--run-dir", "DIR", required=True)
-NEW_RUN_DIR = option("--run-dir", "DIR", "default: runs/PROFILE")
+NEW_RUN_DIR = option("--run-dir", "DIR", "default: runs/PROFILE in the checkout")
 PROFILE = argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
 SEED = seed("replaces the profile's seed")
 SET_HELP = "change settings; `python -m grath_utils options` lists them"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
 from grath_utils import __version__, course, engine, loop, scale
 from grath_utils.cli import arguments as arg
@@ -46,7 +45,7 @@ def do_env(options: argparse.Namespace) -> None:
 )
 def do_run(options: argparse.Namespace) -> None:
     config = load_config(options.profile, options.overrides, seed=options.seed)
-    folder = Path(options.run_dir or Path("runs", Path(options.profile).stem))
+    folder = options.run_dir or course.default_run_dir(options.profile)
     if options.dry_run:
         _show_plan(loop.Run(folder, config))
         return

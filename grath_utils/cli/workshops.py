@@ -48,7 +48,7 @@ def do_checkpoint(options: argparse.Namespace) -> None:
 )
 def do_render(options: argparse.Namespace) -> None:
     config = load_config(options.profile, seed=options.seed)
-    run = loop.start_run(options.run_dir or Path("runs", Path(options.profile).stem), config)
+    run = loop.start_run(options.run_dir or course.default_run_dir(config.profile), config)
     written = workshop.render.render(run, options.notebooks, again=options.again)
     print(f"{len(written)} notebooks written")
 

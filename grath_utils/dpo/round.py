@@ -40,6 +40,7 @@ from grath_utils.files import (
     check_new_folder,
     fingerprint,
     read_json,
+    write_cache,
     write_json,
     write_jsonl,
 )
@@ -121,7 +122,8 @@ def train_round(
     continued = dpo.chain == "continue" and previous is not None
     # Where no adapter is continued, the start is the base with all of its adapters folded in.
     policy = reference.load(fold_last=reference == start and not continued)
-    limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": dpo.max_length}
+    longest = min(dpo.max_length, policy.max_length)
+    limits = {"max_prompt_length": dpo.max_prompt_length, "max_length": longest}
     data, held = (
         tokenize_pairs(policy.tokenizer, part, prompt_format=dpo.prompt_format, **limits)
         for part in (pairs, held_out)
@@ -231,6 +233,5 @@ def _reference_table(
         chosen, rejected = reference_log_probs(policy, examples, progress=progress)
         table = {"chosen": chosen, "rejected": rejected}
         if processes.is_main():
-            with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
-                write_json(cache, table)
+            write_cache(cache, table)
     return table["chosen"], table["rejected"]

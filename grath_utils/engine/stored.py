@@ -20,8 +20,8 @@ from tqdm import tqdm
 from grath_utils.config import ModelConfig
 from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.errors import DataError, FetchError, GrathError, ModelError, RunError
-from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_json
+from grath_utils.errors import DataError, FetchError, GrathError, ModelError
+from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -141,8 +141,7 @@ def base_weights_fingerprint(config: ModelConfig) -> str:
     with contextlib.suppress(DataError):
         return str(read_json(remembered))
     value = fingerprint_folder(stored.folder, IDENTITY)
-    with contextlib.suppress(RunError):  # a read-only cache costs time, nothing else
-        write_json(remembered, value)
+    write_cache(remembered, value)
     return value
 
 

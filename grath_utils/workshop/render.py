@@ -35,7 +35,7 @@ from grath_utils.course.execute import (
 )
 from grath_utils.course.notebooks import numbered_notebooks
 from grath_utils.errors import GrathError, UsageError
-from grath_utils.files import cache_dir, notebooks_dir, write_text
+from grath_utils.files import cache_dir, notebooks_dir, user_path, write_text
 from grath_utils.loop.run_dir import Run, environment_facts, lock_run
 
 STAMP = "grath"
@@ -183,7 +183,8 @@ def _executed(run: Run, path: Path, side_trip: bool) -> Path:
 
 def _places(run: Run, root: Path) -> list[tuple[str, str]]:
     """Return this machine's places and what to show in their place, the most specific first."""
-    places = {run.path: f"runs/{run.path.name}", cache_dir(): "CACHE", root: ".", Path.home(): "~"}
+    places = {run.path: f"runs/{run.path.name}", cache_dir(): "CACHE", root: "."}
+    places[user_path("~")] = "~"
     return [(text, name) for p, name in places.items() for text in {str(p), p.as_posix()}]
 
 

@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from grath_utils.cli.commands import main
 from grath_utils.config import load_config
-from grath_utils.engine import models
+from grath_utils.engine import default_model
+from grath_utils.errors import UsageError
+from grath_utils.loop import named_models, stages
 from grath_utils.loop.run_dir import open_run
 
 PAIR = {"question": "Why?", "correct": "So.", "incorrect": "Not so."}
@@ -57,8 +60,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(*args: object) -> None:
         raise AssertionError("a model was loaded before the output was looked at")
 
-    for name in ("load_base", "base_weights_fingerprint"):
-        monkeypatch.setattr(models, name, load)
+    monkeypatch.setattr(named_models, "load_base", load)
+    monkeypatch.setattr(stages, "base_weights_fingerprint", load)
     return tmp_path
 
 
@@ -148,6 +151,48 @@ def test_a_runs_own_files_are_written_by_the_run_alone(place: Path, capsys) -> N
     for command in COMMANDS["evaluate"], COMMANDS["pairs"]:
         said = refused(place, capsys, *command, "run/iter_0/pairs.jsonl")
         assert "belongs to the run in" in said
+
+
+@pytest.mark.parametrize("command", ["run", "checkpoint", "classroom", "render"])
+def test_the_default_run_directory_is_that_of_the_notebooks(
+    place: Path, capsys, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def start_run(path: Path, config: object) -> None:
+        raise UsageError(f"it is {path}")
+
+    monkeypatch.setattr(stages, "start_run", start_run)
+    arguments = [word for word in COMMANDS[command][:-1] if word not in ("--run-dir", "new")]
+    arguments += ["--to", "new"] if command == "classroom" else []
+    assert str(ROOT / "runs" / "smoke") in refused(place, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [("thesis.txt", "is a file"), ("thesis.txt/below", "is a file"), ("results", "is not empty")],
+)
+def test_a_cache_that_cannot_be_written_is_to_be_set(
+    place: Path, capsys, monkeypatch: pytest.MonkeyPatch, cache: str, reason: str
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("GRATH_CACHE", cache)
+    (place / "results" / default_model.CONVERSION).mkdir()
+    (place / "results" / default_model.CONVERSION / "half.safetensors").write_text("half")
+    said = refused(place, capsys, *COMMANDS["pairs"], "new.jsonl")
+    assert f"{reason}" in said
+    assert "set the environment variable GRATH_CACHE to a folder that can be written" in said
+
+
+def test_without_a_home_folder_the_cache_is_to_be_set(
+    place: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("GRATH_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and an account
+    said = refused(place, capsys, *COMMANDS["pairs"], "new.jsonl")
+    assert "no home folder is known here; set the environment variable GRATH_CACHE" in said
 
 
 def test_a_page_without_marks_stays(place: Path, capsys) -> None:
