@@ -256,7 +256,7 @@ def read_json(path: Path, form: Any = Any) -> Any:
         DataError: the file is missing, not UTF-8, not JSON or not of this form; the message says
             where.
     """
-    value = parse_json(_read_text(path), str(path))
+    value = parse_json(read_text(path), str(path))
     check_form(value, form, str(path), MAKE_AGAIN)
     return value
 
@@ -270,7 +270,7 @@ def read_jsonl(path: Path, form: Any = Any) -> list[dict[str, Any]]:
     """
     rows = []
     # Not splitlines(): it would also split at U+2028 and other separators inside a JSON string.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         row = parse_json(line, str(path), number)
@@ -357,7 +357,12 @@ def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file as it is, line ends included.
+
+    Raises:
+        DataError: the file is missing, cannot be read or is not UTF-8.
+    """
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -378,7 +383,7 @@ def read_yaml(path: Path) -> Any:
         ConfigError: the file cannot be read, or see :func:`parse_yaml`.
     """
     try:
-        return parse_yaml(_read_text(path), str(path))
+        return parse_yaml(read_text(path), str(path))
     except DataError as error:
         raise ConfigError(str(error)) from error
 

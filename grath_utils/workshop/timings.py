@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.errors import DataError
-from grath_utils.files import read_json, write_text
+from grath_utils.files import read_json, read_text, write_text
 from grath_utils.loop.run_dir import Run
 from grath_utils.text import duration, table
 
@@ -75,9 +75,9 @@ def refresh(page: Path, text: str) -> None:
     """Put a table between a page's two marks.
 
     Raises:
-        DataError: the page does not have both marks, once each.
+        DataError: the page cannot be read, or does not have both marks, once each.
     """
-    parts = re.split(f"({BEGIN}|{END})", page.read_text(encoding="utf-8"))
+    parts = re.split(f"({BEGIN}|{END})", read_text(page))
     if parts[1::2] != [BEGIN, END]:
         raise DataError(f'{page} needs the lines "{BEGIN}" and "{END}", once each')
     write_text(page, f"{parts[0]}{BEGIN}\n{text}\n{END}{parts[4]}")

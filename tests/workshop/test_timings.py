@@ -67,8 +67,17 @@ def test_the_table_goes_between_the_marks_of_a_page(tmp_path: Path, run: Run) ->
         "| | the other sections | 0 s |",
     ):
         assert " ".join(text.split()).count(line) == 1
-    page.write_text("no marks")
-    assert cli.main(["timings", "--run-dir", str(run.path), "--into", str(page)]) == 2
+    page.write_bytes(f"a\r\n{timings.BEGIN}\r\n{timings.END}\r\nb\r\n".encode())
+    assert cli.main(["timings", "--run-dir", str(run.path), "--into", str(page)]) == 0
+    assert page.read_bytes().startswith(b"a\r\n<!--")
+    assert page.read_bytes().endswith(b"-->\r\nb\r\n")
+    for content in (b"no marks", b"caf\xe9", None):  # the last one: no such page
+        page.unlink()
+        if content:
+            page.write_bytes(content)
+        assert cli.main(["timings", "--run-dir", str(run.path), "--into", str(page)]) == 2
+        assert (page.read_bytes() if content else page.exists() or None) == content
+        page.touch()
 
 
 def test_the_instructors_page_has_the_marks() -> None:
