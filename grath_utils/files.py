@@ -178,9 +178,9 @@ def check_output(
         UsageError: see :func:`check_place`; or it is a folder, an input (by whatever name), or a
             file of another kind.
     """
+    if os.path.isdir(target):
+        raise UsageError(f"{target} is a folder, and stays; name a file")
     check_place(target)
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder; name a file")
     if not target.exists():
         return
     if any(path.exists() and path.samefile(target) for path in inputs):

@@ -109,14 +109,14 @@ def either(*arguments: Argument) -> Argument:
 def folder(text: str) -> Path:
     """Read the name of a folder to write; shells leave a ``~`` after ``=`` alone."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; name a file or a folder")
+        raise UsageError("the name of what to write is empty; name a file or a folder")
     return Path(os.path.expanduser(text))
 
 
 def file(text: str) -> Path:
     """Read the name of a file to write."""
     if text.endswith(("/", os.sep)) or (text and not Path(text).name):
-        raise argparse.ArgumentTypeError(f"{text} names a folder; name a file")
+        raise UsageError(f"{text} names a folder; name a file")
     return folder(text)
 
 

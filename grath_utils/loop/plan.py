@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grath_utils import loop
+from grath_utils.config import Config
+from grath_utils.evaluation.benchmarks import check_benchmarks
 from grath_utils.loop.run_dir import Run, model_label
 from grath_utils.loop.state import run_state
+from grath_utils.pairs.modes import check_pairs_config
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class Stage:
         return self.output.exists()
 
 
+def check_settings(config: Config) -> None:
+    """Check the names in a configuration that stand for something outside it.
+
+    Raises:
+        ConfigError: an unknown benchmark or tracker, or a way of writing pairs that cannot be.
+    """
+    check_benchmarks(config.evaluation.benchmarks)
+    check_pairs_config(config.pairs)
+    if config.dpo.report_to != ("none",):
+        from grath_utils.dpo.tracking import check_trackers  # it loads torch
+
+        check_trackers(config.dpo.report_to)
+
+
 def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
     """Return all stages of a run in order, as far as they can be known now.
 
@@ -39,8 +55,12 @@ def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
     state, plan = run_state(run), []
 
     def work(stage: str, *which: int | str | None) -> Callable[[], Any]:
-        # Looked up when it is done: a plan is shown without loading what computes.
-        return lambda: getattr(loop, stage)(run, *which, progress=progress)
+        def do() -> Any:
+            from grath_utils.loop import stages  # what computes: a plan is shown without it
+
+            return getattr(stages, stage)(run, *which, progress=progress)
+
+        return do
 
     def add_measuring(t: int | None, title: str) -> None:
         label = model_label(t)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from grath_utils import loop
 from grath_utils.cli.commands import main
 from grath_utils.config import load_config
 from grath_utils.engine import default_model
@@ -115,7 +116,7 @@ def test_an_empty_name_is_refused(place: Path, capsys, command: str) -> None:
 @pytest.mark.parametrize(
     ("there", "message"),
     [
-        ("empty", "is a folder; name a file"),
+        ("empty", "is a folder, and stays; name a file"),
         ("new/", "names a folder; name a file"),
         ("mirror.json", "was not written by this command"),
         ("/dev/null", "is no ordinary file"),
@@ -160,7 +161,7 @@ def test_the_default_run_directory_is_that_of_the_notebooks(
     def start_run(path: Path, config: object) -> None:
         raise UsageError(f"it is {path}")
 
-    monkeypatch.setattr(stages, "start_run", start_run)
+    monkeypatch.setattr(loop, "start_run", start_run)
     arguments = [word for word in COMMANDS[command][:-1] if word not in ("--run-dir", "new")]
     arguments += ["--to", "new"] if command == "classroom" else []
     assert str(ROOT / "runs" / "smoke") in refused(place, capsys, *arguments)

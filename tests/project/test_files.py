@@ -201,10 +201,10 @@ PAIR = '{"id": "1", "question": "Q"}\n'
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("empty", "is a folder; name a file"),
-        ("full", "is a folder that is not empty"),
-        ("", "is a folder that is not empty"),
-        ("link-to-full", "is a folder that is not empty"),
+        ("empty", "is a folder, and stays; name a file"),
+        ("full", "is a folder, and stays; name a file"),
+        ("", "is a folder, and stays; name a file"),
+        ("link-to-full", "is a folder, and stays; name a file"),
         ("notes.txt", "was not written by this command"),
         ("other.jsonl", "was not written by this command"),
         ("picture.jsonl", "was not written by this command"),
