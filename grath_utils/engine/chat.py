@@ -29,13 +29,17 @@ QUESTION, ANSWER = "probe-question", "probe-answer"
 class AnswerForm:
     """What a model's answer stands between."""
 
-    header: str  # opens the assistant's turn, if the template has no generation prompt to do so
-    lead: str  # what is written between that and the answer: as a rule nothing, or a space
+    header: str  # ends a prompt: what stands between the template's generation prompt and an answer
+    lead: str  # the spaces after that: they belong to the answer's first word
     end: str  # the token after the answer, see :func:`end_of_answer`
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """Return the chat as text that ends where the assistant's next turn begins.
+    """Return the chat as text that ends where the assistant's next answer begins.
+
+    That is the template's generation prompt and what, in its own conversations, it writes between
+    that and an answer: mostly nothing; for some the whole opening of the turn, a line break, an
+    empty thought, the name of a channel. The model need not write it, and training has it too.
 
     A tokenizer without a chat template (a base model) gets ``User:`` and ``Assistant:`` lines.
 
@@ -59,7 +63,7 @@ def _answer_form(tokenizer: PreTrainedTokenizerBase, template: str, eos: str) ->
         return AnswerForm("", " ", eos)
     asked = [{"role": "user", "content": QUESTION}]
     answered = [*asked, {"role": "assistant", "content": ANSWER}]
-    prompt, bare = (_render(tokenizer, asked, prompt=prompt) for prompt in (True, False))
+    prompt = _render(tokenizer, asked, prompt=True)
     before, found, after = _render(tokenizer, answered, prompt=False).rpartition(ANSWER)
     if not found or QUESTION not in prompt:
         lost = "assistant" if QUESTION in prompt else "user"
@@ -67,12 +71,11 @@ def _answer_form(tokenizer: PreTrainedTokenizerBase, template: str, eos: str) ->
             f"the model's chat template leaves out what the {lost} says; use a model whose "
             "template takes plain text, not text in parts as beside images"
         )
-    header, lead = "", before.removeprefix(prompt) if before.startswith(prompt) else ""
-    if prompt == bare:  # asking for a generation prompt changes nothing: what opens the turn is it
-        header, lead = lead.rstrip(" "), lead[len(lead.rstrip(" ")) :]
-    after = after.lstrip()
+    between = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    header, after = between.rstrip(" "), after.lstrip()
     ends = [token for token in (eos, *tokenizer.get_added_vocab()) if after.startswith(token)]
-    return AnswerForm(header, lead, max(filter(None, ends), key=len, default=eos))
+    end = max(filter(None, ends), key=len, default=eos)
+    return AnswerForm(header, between[len(header) :], end)
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -90,7 +90,7 @@ def load_base(config: ModelConfig) -> Policy:
             f'the tokenizer of "{config.name}" has a vocabulary of {tokenizer.vocab_size}, and the '
             f"model has embeddings for {rows}: its tokenizer files are those of another model"
         )
-    # A token may have been added without an embedding: gone unused, it does no harm.
+    # A token that was added without an embedding does no harm, as long as nobody uses it.
     pads = [token for token in (tokenizer.pad_token, tokenizer.eos_token) if token]
     known = [token for token in pads if tokenizer.convert_tokens_to_ids(token) < rows]
     tokenizer.pad_token = known[0] if known else None

@@ -49,7 +49,7 @@ PAIR = Pair("p", "Why?", "So.", "No.", 0)
 WORDS = {
     **{"<unk>": 0, "Why": 1, "?": 2, "So": 3, ".": 4, "No": 5, "Q": 6, ":": 7, "ĠWhy": 8, "A": 9},
     **{"ĠSo": 10, "ĠNo": 11, "Ċ": 12, "user": 13, "assistant": 14, "User": 15, "Assistant": 16},
-    **{"system": 17, "26": 18, "ĠJul": 19, "Ġ2024": 20, "ĊĊ": 21},
+    **{"system": 17, "26": 18, "ĠJul": 19, "Ġ2024": 20, "ĊĊ": 21, "final": 22},
 }
 # A SentencePiece vocabulary (▁ is a space). Special tokens follow from 25 on.
 PIECES = {
@@ -145,6 +145,12 @@ LLAMA_3 = (
 GLM = (
     "[gMASK]<sop>" + EACH + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+GPT_OSS = (
+    EACH + "<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}"
+    "<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 ZEPHYR = (
     EACH + "<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
@@ -303,10 +309,22 @@ KINDS = [
             eos_token="<|endoftext|>",
             chat_template=GLM,
         ),
-        *([30, 31, 32, 12, 1, 2, 33], [12, 3, 4, 34], [12, 5, 4, 34]),
+        *([30, 31, 32, 12, 1, 2, 33, 12], [3, 4, 34], [5, 4, 34]),
         *([30, 31, *ASKS], [10, 4, 34], [11, 4, 34]),
         ends={34},
         as_lm_eval=False,
+        moved=1,
+    ),
+    Kind(
+        "gpt-oss: an answer is in a channel that the generation prompt does not name",
+        byte_level(
+            ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>"],
+            eos_token="<|return|>",
+            chat_template=GPT_OSS,
+        ),
+        *([30, 13, 31, 1, 2, 32, 30, 14, 33, 22, 31], [3, 4, 34], [5, 4, 34]),
+        *(ASKS, [10, 4, 34], [11, 4, 34]),
+        ends={34},
     ),
     Kind(
         "t5: EOS is appended to every text",
