@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import os
 import random
 import re
 import warnings
@@ -120,9 +121,7 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
             if question.id in ids:
                 raise _BadRow("duplicated_id", f'id "{question.id}" is that of {ids[question.id]}')
         except _BadRow as bad:
-            reason, sentence = bad.args
-            if len(sentence) > 300:  # an id, or the names of columns, may be a page
-                sentence = f"{sentence[:200]} ... {sentence[-60:]}"
+            reason, sentence = bad.args[0], _shown(bad.args[1])
             if not lenient:
                 hint = "mend it, or set questions.skip_bad=true to leave such rows out"
                 raise DataError(f"{where}: {sentence}; {hint}") from None
@@ -144,9 +143,15 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     return QuestionSet(source, tuple(kept), dict(skipped))
 
 
+def _shown(sentence: str) -> str:
+    """Return a sentence that can be printed, whatever the id or the names of columns in it are."""
+    line = " ".join(sentence.encode("utf-8", "backslashreplace").decode().split())
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-60:]}"
+
+
 def names_file(source: str) -> bool:
     """Return True if a source of questions is a file, whether or not it is there."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     return path.suffix.lower() in (".jsonl", *TABLES) or path.is_file()
 
 
@@ -168,7 +173,7 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
                 "or unset GRATH_MIRROR to read from the Hub"
             )
         return f"{what} mirror {mirror}", _rows(path)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if names_file(name):
         return f"the file {path}", _rows(path)
     if path.is_dir():
@@ -298,7 +303,7 @@ def _table_rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
                     for name, count in Counter(filter(None, header)).items():
                         if count > 1:
                             where = f"{path}, line {number}"
-                            raise DataError(f'{where}: {count} columns are called "{name}"')
+                            raise DataError(_shown(f'{where}: {count} columns are called "{name}"'))
                 number = start + reader.line_num + 1
             return
         except csv.Error as error:

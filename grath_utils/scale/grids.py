@@ -17,6 +17,7 @@ stage.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ def read_grid(name: str) -> Grid:
     Raises:
         ConfigError: no such grid, not YAML, or see :func:`grid_from_dict`.
     """
-    path, known = Path(name).expanduser(), grid_names()
+    path, known = Path(os.path.expanduser(name)), grid_names()
     if not name.endswith((".yaml", ".yml")):
         if name not in known:
             near = did_you_mean(name, known)

@@ -71,6 +71,8 @@ def make_venv() -> None:
         if asked.returncode == 0:
             return
         print(f"{VENV.name} no longer works (was Python moved?): making it again", flush=True)
+    if VENV.exists() and any(VENV.iterdir()) and not (VENV / "pyvenv.cfg").is_file():
+        sys.exit(f"error: {VENV} is no virtual environment, so it stays; move it away")
     shutil.rmtree(VENV, ignore_errors=True)
     made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
     if made.returncode != 0:

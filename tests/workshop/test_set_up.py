@@ -69,6 +69,15 @@ def test_a_python_without_venv_is_told(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / ".venv").exists()
 
 
+def test_a_folder_of_something_else_stays(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(set_up, "VENV", tmp_path / ".venv")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "notes.txt").write_text("precious")
+    with pytest.raises(SystemExit, match="is no virtual environment, so it stays"):
+        set_up.main([])
+    assert (tmp_path / ".venv" / "notes.txt").read_text() == "precious"
+
+
 def test_a_failing_pip_is_told_and_leaves_no_stamp(tmp_path, monkeypatch) -> None:
     venv = tmp_path / ".venv"
     monkeypatch.setattr(set_up, "VENV", venv)
