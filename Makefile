@@ -3,6 +3,7 @@ PYTHON  ?= python3
 PROFILE ?= cpu
 RUN_DIR ?= runs/$(PROFILE)
 CLASSROOM ?= classroom
+TRIES   ?= 1000
 
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := .venv/Scripts/python.exe
@@ -11,7 +12,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render book lab test test-fast lint format bench lock classroom clean
+.PHONY: help setup setup-dev run render book lab test test-fast fuzz lint format bench lock classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -42,6 +43,9 @@ test: setup-dev lint  ## lint and all tests, on two cores
 
 test-fast: setup-dev lint  ## lint and the tests that take seconds: no real model, no notebook
 	@$(VENV_PYTHON) -m pytest -n 2 --no-loadscope-reorder -m "not slow and not model and not notebook"
+
+fuzz: setup-dev  ## search for input that ends in a traceback: TRIES=1000 of each kind
+	@GRATH_FUZZ=$(TRIES) $(VENV_PYTHON) -m pytest -n 2 --dist load -W ignore tests/cli/test_fuzz.py
 
 lint: setup-dev
 	@$(VENV_PYTHON) -m ruff check .

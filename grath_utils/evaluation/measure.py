@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 RESULT = {  # what is read of a result again, as a form for files.read_json
     "benchmark": str,
+    "protocol": str,
+    "data_fingerprint": str,
     "n": int,
     "metrics": {str: {"value": float, "ci95": ([float, float], None), "n": int}},
     "controls": ({str: float}, None),
@@ -313,7 +315,7 @@ def check_comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> Non
     """Check that two results are of the same items, asked in the same way.
 
     Raises:
-        UsageError: they differ in benchmark, protocol, items, their order, or data.
+        UsageError: they differ in benchmark, protocol, items, their order, data, or metrics.
     """
     differ = "the two results cannot be compared"
     first, second = ([item["id"] for item in result["items"]] for result in (before, after))
@@ -329,6 +331,8 @@ def check_comparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> Non
             raise UsageError(
                 f"{differ}: {key} is {before[key]!r} in one and {after[key]!r} in the other"
             )
+    if before["metrics"].keys() != after["metrics"].keys():
+        raise UsageError(f"{differ}: they have different metrics")
 
 
 def compare(

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "choice": ["text_health"],
         "named_models": ["choose_model", "load_named", "load_policy", "resolve_name"],
-        "plan": ["plan_stages"],
+        "plan": ["check_settings", "plan_stages"],
         "run_dir": [
             "BASE",
             "Run",

@@ -17,7 +17,7 @@ from typing import Any
 from grath_utils.config import Config
 from grath_utils.dpo.adapters import model_after
 from grath_utils.dpo.round import train_round
-from grath_utils.dpo.tracking import check_trackers, write_scalars
+from grath_utils.dpo.tracking import write_scalars
 from grath_utils.engine import processes
 from grath_utils.engine.models import (
     Policy,
@@ -27,11 +27,10 @@ from grath_utils.engine.models import (
     resolve,
 )
 from grath_utils.errors import CollapseError, ConfigError, RunError
-from grath_utils.evaluation.benchmarks import check_benchmarks
 from grath_utils.evaluation.measure import RESULT, evaluate
 from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop.choice import SIGNALS, measure_signals
-from grath_utils.loop.plan import plan_stages
+from grath_utils.loop.plan import check_settings, plan_stages
 from grath_utils.loop.run_dir import (
     BASE,
     Run,
@@ -43,7 +42,6 @@ from grath_utils.loop.run_dir import (
     record_made,
 )
 from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
-from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
 
 
@@ -59,9 +57,7 @@ def start_run(path: str | Path, config: Config) -> Run:
 
 def _start_run(path: str | Path, config: Config) -> Run:
     begun = check_run_dir(path, config)
-    check_benchmarks(config.evaluation.benchmarks)
-    check_pairs_config(config.pairs)
-    check_trackers(config.dpo.report_to)
+    check_settings(config)
     model = pinned(resolve(begun.base_model()))
     loaded = load_questions(config.questions, config.seed)
     facts = {

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils import evaluation
-from grath_utils.files import read_json
+from grath_utils.errors import DataError, UsageError
+from grath_utils.files import MAKE_AGAIN, read_json
 from grath_utils.loop.choice import SIGNALS, Choice, choose_round
 from grath_utils.loop.run_dir import BASE, Run, model_label
 
@@ -80,7 +81,11 @@ def choice_line(run: Run) -> str:
 
 
 def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the finished evaluations as ``{benchmark: {model label: result}}``, base first."""
+    """Return the finished evaluations as ``{benchmark: {model label: result}}``, base first.
+
+    Raises:
+        DataError: a file is not as it was written, or of other items than the first.
+    """
     labels = [model_label(t) for t in run_state(run).evaluated]
     found = {
         name: {
@@ -90,6 +95,12 @@ def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
         }
         for name in run.config.evaluation.benchmarks
     }
+    for name, models in found.items():
+        for label, result in models.items():
+            try:
+                evaluation.check_comparable(next(iter(models.values())), result)
+            except UsageError as error:
+                raise DataError(f"{run.evaluation(label, name)}: {error}{MAKE_AGAIN}") from error
     return {name: models for name, models in found.items() if models}
 
 
@@ -99,14 +110,12 @@ def comparison_rows(run: Run) -> list[dict[str, Any]]:
     Every number is taken from the evaluation files or computed from their items; the round was
     chosen without them.
     """
-    settings, rows = run.config.evaluation, []
-    labels = (BASE, model_label(run_state(run).final))
-    for benchmark in settings.benchmarks:
-        files = [run.evaluation(label, benchmark) for label in labels]
-        if not all(file.exists() for file in files):
+    how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
+    labels, rows = (BASE, model_label(run_state(run).final)), []
+    for benchmark, models in results(run).items():
+        if not models.keys() >= set(labels):
             continue
-        before, after = (read_json(file, evaluation.RESULT) for file in files)
-        how = {"seed": run.config.seed, "bootstrap": settings.bootstrap}
+        before, after = (models[label] for label in labels)
         found = evaluation.compare(before, after, **how)
         rows += [
             {

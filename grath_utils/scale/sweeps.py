@@ -25,9 +25,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from grath_utils.errors import ConfigError, GrathError, RunError, UsageError
-from grath_utils.evaluation.benchmarks import check_benchmarks
 from grath_utils.files import check_output, read_json, write_json, write_text
-from grath_utils.pairs.modes import check_pairs_config
+from grath_utils.loop.plan import check_settings
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import (
     SHARED_SECTIONS,
@@ -58,8 +57,7 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     points = expand(grid)
     for point in points:
         try:
-            check_pairs_config(point.config.pairs)
-            check_benchmarks(point.config.evaluation.benchmarks)
+            check_settings(point.config)
         except ConfigError as error:
             raise ConfigError(f"{grid.where}, point {label(point.values)}: {error}") from error
     for source, seed in {p.config.questions: p.config.seed for p in points}.items():
