@@ -135,13 +135,15 @@ def check_place(target: Path) -> None:
 
     Raises:
         UsageError: a folder with something in it is there, or a file that is write-protected or
-            special (a device, a pipe); or a part of its path is a file.
+            special (a device, a pipe); or a part of its path is a file, or write-protected.
     """
     target = Path(target)
     with explained_write_errors(target):
         above = next(filter(Path.exists, target.absolute().parents), target)
         if above.is_file():
             raise UsageError(f"cannot write {target}: {above} is a file, not a folder")
+        if not os.access(above, os.W_OK):
+            raise UsageError(f"cannot write {target}: {above} is write-protected")
         if target.is_dir():
             if any(target.iterdir()):
                 raise UsageError(

@@ -10,7 +10,7 @@ from grath_utils.cli import arguments as arg
 from grath_utils.config import ModelConfig, load_config, profile_names
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError
-from grath_utils.files import cache_dir, data_dir, mirror_dir, user_path, write_text
+from grath_utils.files import cache_dir, data_dir, mirror_dir, write_text
 from grath_utils.text import duration
 
 
@@ -48,7 +48,7 @@ def do_run(options: argparse.Namespace) -> None:
     folder = options.run_dir or course.default_run_dir(options.profile)
     if options.dry_run:
         loop.check_settings(config)
-        _show_plan(loop.Run(user_path(folder), config))
+        _show_plan(loop.check_run_dir(folder, config))
         return
     if options.no_notebooks:
         run = loop.start_run(folder, config)

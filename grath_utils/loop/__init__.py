@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "BASE",
             "Run",
             "check_not_of_a_run",
+            "check_run_dir",
             "environment_facts",
             "load_run",
             "model_label",

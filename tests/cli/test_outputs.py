@@ -29,6 +29,7 @@ MAKE_FOLDERS = {
     "sweep": ["sweep", "smoke_2x2x2", "--plan", "--out"],
     "classroom": ["classroom", "--profile", "smoke", "--run-dir", "new", "--to"],
     "run": ["run", "--no-notebooks", "--profile", "smoke", "--run-dir"],
+    "dry run": ["run", "--dry-run", "--profile", "smoke", "--run-dir"],
     "run with notebooks": ["run", "--profile", "smoke", "--run-dir"],
     "checkpoint": ["checkpoint", "--at", "01", "--profile", "smoke", "--run-dir"],
     "render": ["render", "--profile", "smoke", "--run-dir"],

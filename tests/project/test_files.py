@@ -195,6 +195,13 @@ def test_names_of_any_length_that_the_disk_takes(tmp_path: Path) -> None:
         write_text(tmp_path / ("x" * 256), "x")
 
 
+def test_a_write_protected_folder_is_told_before_the_work(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for name in ("x.json", "deep/x.json"):
+        with pytest.raises(UsageError, match=f"cannot write .*x.json: {tmp_path} is write-protec"):
+            check_output(tmp_path / name, read_json, ())
+
+
 PAIR = '{"id": "1", "question": "Q"}\n'
 
 
