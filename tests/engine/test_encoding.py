@@ -127,12 +127,11 @@ QWEN = (
     + CHATML
     + OPENS
 )
-QWEN_3 = (
-    EACH + "<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+THINKS = (
+    EACH + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    "{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+    "{% else %}<think>\n{% endif %}{% endif %}"
 )
 LLAMA_3 = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
@@ -266,13 +265,16 @@ KINDS = [
         moved=1,
     ),
     Kind(
-        "qwen 3: it can think first, and is asked not to",
+        "nemotron 3: it can think first, and is asked not to",
         byte_level(
             ["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
-            lines="together",
             eos_token="<|im_end|>",
-            chat_template=QWEN_3,
+            chat_template=THINKS,
         ),
+        *([30, 13, 12, 1, 2, 31, 12, 30, 14, 12, 32, 33], [3, 4, 31], [5, 4, 31]),
+        *(ASKS, [10, 4, 31], [11, 4, 31]),
+        ends={31},
+    ),
         [30, 13, 12, 1, 2, 31, 12, 30, 14, 12, 32, 21, 33, 21],
         *([3, 4, 31], [5, 4, 31]),
         *(ASKS, [10, 4, 31], [11, 4, 31]),
@@ -352,11 +354,15 @@ KINDS = [
         moved=1,
     ),
     Kind(
-        "a template that knows no generation prompt",
-        byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=CHATML),
-        *([30, 13, 12, 1, 2, 31, 12, 30, 14, 12], [3, 4, 31], [5, 4, 31]),
+        "a template without generation prompt, which closes a turn on a line of its own",
+        byte_level(
+            ["<|im_start|>", "<|im_end|>", "</s>"],
+            eos_token="</s>",
+            chat_template=CHATML.replace("<|im_end|>", "\n<|im_end|>"),
+        ),
+        *([30, 13, 12, 1, 2, 12, 31, 12, 30, 14, 12], [3, 4, 31], [5, 4, 31]),
         *(ASKS, [10, 4, 31], [11, 4, 31]),
-        ends={31},
+        ends={31, 32},
         moved=1,
     ),
     Kind(
@@ -612,8 +618,10 @@ def test_a_configuration_that_takes_special_tokens_for_letters_changes_nothing(
     ],
 )
 def test_an_empty_prompt_is_the_start_of_a_text(tokenizer: Fast, prompt: list[int]) -> None:
-    (encoded,) = encode_requests(tokenizer, [Request("", "So.", "p")], 100)
-    assert (encoded.prompt.tolist(), encoded.completion) == (prompt, (3, 4))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")  # is empty as well
+    for text, words in (("", (3, 4)), ("~", (3, 4)), (" ", (10, 4))):
+        (encoded,) = encode_requests(tokenizer, [Request(text, "So.", "p")], 100)
+        assert (encoded.prompt.tolist(), encoded.completion) == (prompt, words)
 
 
 def zephyr(folder: Path, rows: int, **options: str) -> Policy:
