@@ -12,7 +12,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render book lab test test-fast fuzz lint format bench lock classroom clean
+.PHONY: help setup setup-dev run render book lab test test-fast test-versions fuzz lint format bench lock classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -36,7 +36,7 @@ book: setup-dev  ## the whole course as an HTML book with search, in build/book
 lab: setup  ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks
 
-test test-fast: export OMP_NUM_THREADS = 1
+test test-fast test-versions: export OMP_NUM_THREADS = 1
 
 test: setup-dev lint  ## lint and all tests, on two cores
 	@$(VENV_PYTHON) -m pytest -n 2 --no-loadscope-reorder
@@ -46,6 +46,9 @@ test-fast: setup-dev lint  ## lint and the tests that take seconds: no real mode
 
 fuzz: setup-dev  ## search for input that ends in a traceback: TRIES=1000 of each kind
 	@GRATH_FUZZ=$(TRIES) $(VENV_PYTHON) -m pytest -n 2 --dist load -W ignore tests/cli/test_fuzz.py
+
+test-versions: setup-dev  ## training and evaluation with the oldest and the newest versions allowed
+	@$(VENV_PYTHON) tests/versions.py
 
 lint: setup-dev
 	@$(VENV_PYTHON) -m ruff check .

@@ -237,6 +237,6 @@ def unwrapped(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def accepts(model: Any, argument: str) -> bool:
-    """Return True if the model's forward (below any adapter) has a parameter of this name."""
-    return argument in inspect.signature(unwrapped(model).forward).parameters
+def accepts(model: Any, *names: str) -> bool:
+    """Return True if the model's forward (below any adapter) has a parameter of such a name."""
+    return not set(names).isdisjoint(inspect.signature(unwrapped(model).forward).parameters)

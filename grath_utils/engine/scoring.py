@@ -298,7 +298,8 @@ def why_no_trees(policy: Policy, longest: int, row_tokens: int) -> str:
     sequence in it the logits that it has alone.
     """
     for name in ("position_ids", "attention_mask", "past_key_values"):
-        if not accepts(policy.model, name):
+        # From 5.24 on, transformers calls it cache, and takes the older name until 5.40.
+        if not accepts(policy.model, "cache" if name == "past_key_values" else name, name):
             return f"its forward pass takes no {name}"
     trial = partial(_trial, longest=longest, row_tokens=row_tokens)
     return why_not(policy.model, "rows", (longest, row_tokens), trial)

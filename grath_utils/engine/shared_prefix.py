@@ -82,7 +82,12 @@ class SharedPrefixCache(Cache):
         return self._places + self.prefix_length
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new (batch, heads, width, dim); return each slot's own part, not the prefix."""
         keys, values = (store[self._rows] for store in self.own[layer_idx])  # views

@@ -303,7 +303,6 @@ TARGETS = [
     ("llama", "self_attn", r"self_attn \(LlamaAttention\)"),
     ("qwen2-moe", "experts.gate_up_proj", r"experts.gate_up_proj \(weights without a layer\)"),
     ("mamba", "out_proj", "'out_proj' is incompatible with Mamba-based models"),
-    ("jamba", "q_proj dt_proj", "adapters on dt_proj would never be trained"),
     ("phimoe", "q_proj router", "the model's forward pass fails"),
 ]
 

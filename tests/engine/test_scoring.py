@@ -223,7 +223,7 @@ def test_a_model_is_asked_once_and_says_so_once(
     with warnings.catch_warnings(record=True, action="always") as warned:
         for requests in (REQUESTS, REQUESTS, REQUESTS[:2]):
             score_completions(policy, requests)
-    assert [str(w.message).count("each is scored alone") for w in warned] == [1]
+    assert sum("each is scored alone" in str(w.message) for w in warned) == 1
     assert asked.call_count <= 2  # the shorter requests are another question
 
 
