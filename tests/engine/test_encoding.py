@@ -275,12 +275,6 @@ KINDS = [
         *(ASKS, [10, 4, 31], [11, 4, 31]),
         ends={31},
     ),
-        [30, 13, 12, 1, 2, 31, 12, 30, 14, 12, 32, 21, 33, 21],
-        *([3, 4, 31], [5, 4, 31]),
-        *(ASKS, [10, 4, 31], [11, 4, 31]),
-        ends={31},
-        moved=1,
-    ),
     Kind(
         "llama 3: BOS both added and in the template, which also writes the day",
         byte_level(
