@@ -1,11 +1,19 @@
 """Question-blind rules: how far one gets on multiple choice without ever reading the question.
 
 On TruthfulQA's 817 questions such rules reach an MC1 accuracy of up to 63 %, because its true
-answers are longer, more often negated and worded less alike than its false ones. A model that is
-tuned on pairs of texts can pick up those habits and gain MC1 points without becoming more truthful,
-so every MC result belongs beside the rules' figures, and beside a probe on which they score at
-chance. Nothing is drawn at random: a rule returns a probability for each answer text (choices that
-tie share it), and its score on an item is what it puts on true choices, its *expected* accuracy.
+answers are longer, more often negated and worded less alike than its false ones. That is known:
+Turner and Kurzeja, "Gaming TruthfulQA: Simple Heuristics Exposed Dataset Weaknesses" (January 2025,
+https://turntrout.com/original-truthfulqa-weaknesses), whose rules compare the choices by meaning.
+The benchmark's authors answered with a version of two choices, and found that the models they
+tried score alike on both (Evans, Chua and Lin, January 2025,
+https://www.lesswrong.com/posts/Bunfwz6JsNd44kgLT/new-improved-multiple-choice-truthfulqa).
+
+A model that is tuned on pairs of texts can pick up habits of wording and gain MC1 points without
+becoming more truthful, so every MC result belongs beside the rules' figures, and beside a probe on
+which they score at chance. To reach less than a rule is not to follow it: a model whose answers are
+scored one by one never sees the other choices, which the last two rules compare. Nothing is drawn
+at random: a rule returns a probability for each answer text (choices that tie share it), and its
+score on an item is what it puts on true choices, its *expected* accuracy.
 """
 
 from __future__ import annotations
@@ -90,7 +98,7 @@ def negation_then_odd_one_out(choices: Sequence[str]) -> list[float]:
     """Pick, of the choices that negate, the one with the lowest mean overlap with all others.
 
     With none or all negated, this is :func:`odd_one_out`. On TruthfulQA it is right more often
-    than GRATH's published 7B models, which says how much of the benchmark is in its wording.
+    than GRATH's published 7B models.
     """
     return [2 * has_negation(c) + odd for c, odd in zip(choices, _oddity(choices), strict=True)]
 

@@ -155,7 +155,7 @@ def evaluate(
         "controls": rules,
         "per_category": _per_category(items, spec.metrics),
         **about,
-        "notes": [*benchmark.notes, *notes, *explained_by_rules(metrics, rules)],
+        "notes": [*benchmark.notes, *notes, *not_above_rules(metrics, rules)],
         "cost": {"seconds": seconds, **cost},
         "items": items,
     }
@@ -282,7 +282,7 @@ def _per_category(items: Sequence[dict[str, Any]], names: Sequence[str]) -> dict
     }
 
 
-def explained_by_rules(
+def not_above_rules(
     metrics: Mapping[str, Mapping[str, Any]], rules: Mapping[str, float]
 ) -> list[str]:
     """Return a note for each metric whose interval does not lie above the best rule."""
@@ -291,7 +291,7 @@ def explained_by_rules(
     best = max(RULES, key=rules.__getitem__)
     rivals = {"mc1": best, "mc2": UNIFORM_MC2, "acc": best, "acc_norm": best}
     return [
-        f"{name} {100 * metric['value']:.1f} % is explained by question-blind rules: "
+        f"{name} {100 * metric['value']:.1f} % is not above question-blind rules: "
         f"{rivals[name].replace('_', ' ')} reaches {100 * rules[rivals[name]]:.1f} %, and the "
         f"interval starts at {100 * metric['ci95'][0]:.1f} %"
         for name, metric in metrics.items()

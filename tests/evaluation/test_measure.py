@@ -25,7 +25,7 @@ from grath_utils.evaluation import free_answers as answers
 from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark
 from grath_utils.evaluation.blind_rules import RULES, blind_rule_scores
 from grath_utils.evaluation.free_answers import answer_metrics, cut, declines, repeats
-from grath_utils.evaluation.measure import compare, evaluate, explained_by_rules
+from grath_utils.evaluation.measure import compare, evaluate, not_above_rules
 from grath_utils.evaluation.metrics import accuracy_metrics, mc1, mc2, mc3, truthfulqa_metrics
 from grath_utils.files import Journal, read_json
 from grath_utils.text import metric_line
@@ -155,14 +155,14 @@ def test_metrics_and_controls_are_those_of_the_items(probe_result: dict[str, Any
     assert rules == {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-def test_a_result_that_rules_explain_is_labelled_so() -> None:
+def test_a_result_that_is_not_above_the_rules_is_labelled_so() -> None:
     metric = {"value": 0.55, "ci95": [0.5, 0.6], "n": 100}
     rules = {"chance": 0.2, "longest_answer": 0.3, "contains_negation": 0.4, "odd_one_out": 0.49}
     rules |= {"negation_then_odd_one_out": 0.45, "uniform_mc2": 0.52}
-    assert explained_by_rules({"mc1": metric}, rules) == []
-    (note,) = explained_by_rules({"mc1": metric}, {**rules, "odd_one_out": 0.63})
-    assert "mc1 55.0 % is explained by question-blind rules: odd one out reaches 63.0 %" in note
-    (note,) = explained_by_rules({"mc2": metric, "mc3": metric}, rules)
+    assert not_above_rules({"mc1": metric}, rules) == []
+    (note,) = not_above_rules({"mc1": metric}, {**rules, "odd_one_out": 0.63})
+    assert "mc1 55.0 % is not above question-blind rules: odd one out reaches 63.0 %" in note
+    (note,) = not_above_rules({"mc2": metric, "mc3": metric}, rules)
     assert note.startswith("mc2 ")
 
 
@@ -305,7 +305,7 @@ def test_one_item_has_values_and_no_interval(tiny_policy: Policy, tmp_path: Path
             assert (metric["ci95"], metric["n"]) == (None, 1)
             assert metric["value"] == result["items"][0]["metrics"][name]
             assert metric_line(metric) == f"{100 * metric['value']:.1f} % [–], n = 1"
-        assert not any("is explained by" in note for note in result["notes"])
+        assert not any("is not above" in note for note in result["notes"])
         change = compare(result, result)["metrics"]
         assert all(found["ci95"] is None and found["p_value"] == 1 for found in change.values())
 
