@@ -16,6 +16,7 @@ import os
 import shlex
 import types
 import typing
+import warnings
 from collections.abc import (
     Callable,
     Iterator,
@@ -485,6 +486,16 @@ def _check_together(config: Config, where: str) -> None:
     if "all-linear" in targets and len(targets) > 1:
         raise ConfigError(
             f'{where}: "lora.targets" mixes all-linear with names; use one or the other'
+        )
+
+
+def warn_of_long_warmup(dpo: DPOConfig) -> None:
+    """Say so where training, which is about to begin, never reaches its peak learning rate."""
+    if dpo.warmup_steps > dpo.steps:
+        warnings.warn(
+            f"dpo.warmup_steps ({dpo.warmup_steps}) is more than dpo.steps ({dpo.steps}), so "
+            "training never reaches dpo.learning_rate; set fewer steps of warm-up, or 0",
+            stacklevel=3,
         )
 
 

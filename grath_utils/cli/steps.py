@@ -16,6 +16,7 @@ from grath_utils.config import (
     describe_options,
     load_config,
     parse_overrides,
+    warn_of_long_warmup,
 )
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
@@ -98,6 +99,7 @@ def do_pairs(options: argparse.Namespace) -> None:
 def do_train(options: argparse.Namespace) -> None:
     config, given = _step_config(options)
     dpo.check_folder(options.out)
+    warn_of_long_warmup(config.dpo)
     written = pairs.read_pairs(options.pairs)
     base, adapters = _model(options, config, given)
     train, held_out = pairs.split_held_out(written, config.questions.held_out, config.seed)

@@ -34,6 +34,7 @@ from grath_utils.config import (
     config_from_dict,
     differing_keys,
     unknown_keys,
+    warn_of_long_warmup,
 )
 from grath_utils.engine import processes
 from grath_utils.errors import ConfigError, DataError, RunError, UsageError
@@ -186,6 +187,7 @@ def check_run_dir(path: str | Path, config: Config) -> Run:
     if any(path.name != ".lock" and path.suffix != PARTIAL for path in there):
         raise ConfigError(f"{run.path} is not empty and holds no run.json; choose another folder")
     check_place(record)
+    warn_of_long_warmup(config.dpo)
     return run
 
 

@@ -21,6 +21,7 @@ from grath_utils.loop.run_dir import Run
 FOLDER, GONE = "a folder", "nothing"  # instead of a file
 TINY = "model.name=tiny model.dtype=float32 model.device=cpu"
 PAIR = '{"id": "q1", "question": "Why?", "correct": "So.", "incorrect": "No.", "iteration": 0}'
+TWO = {"p.jsonl": PAIR + "\n" + PAIR.replace("q1", "q2").replace("Why", "How")}
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,15 @@ ROWS = [
         "cannot load the adapter in .*iter_0/adapter", {"run/manifest.json": GONE,
                     "run/iter_0/adapter/adapter_config.json": {"r": "many"}}),
     Bad("a layer that is not there", f"train --pairs p.jsonl --out t --set {TINY} lora.targets=[x]",
-        "names layers that this model does not have: x; its linear layers are", code=1,
-        files={"p.jsonl": PAIR + "\n" + PAIR.replace("q1", "q2").replace("Why", "How")}),
+        "names layers that this model does not have: x; its linear layers are", code=1, files=TWO),
+    Bad("the output head", f"train --pairs p.jsonl --out t --set {TINY} lora.targets=[lm_head]",
+        r"cannot be adapted: lm_head .the output head.; its linear layers are", code=1, files=TWO),
+    Bad("an optimiser that is not here", f"train --pairs p.jsonl --out t --set {TINY} "
+        "dpo.optimizer=lomo", "dpo.optimizer=lomo cannot be used here", files=TWO),
+    Bad("an optimiser of no one", f"train --pairs p.jsonl --out t --set {TINY} "
+        "dpo.optimizer=adamm", "the trainer refuses these dpo settings", files=TWO),
+    Bad("no smoothing", "train --pairs p.jsonl --out t --set dpo.loss=exo_pair", "above 0", TWO),
+    Bad("half of all labels", "run --set dpo.loss=robust dpo.label_smoothing=0.5", "below 0.5"),
     # --- run directories -------------------------------------------------------------------------
     Bad("no run", "status --run-dir nowhere", "nowhere holds no run"),
     Bad("a file for a run", "report --run-dir good.jsonl", "good.jsonl holds no run"),

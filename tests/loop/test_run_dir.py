@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,15 @@ def test_made_once_and_opened_again(tmp_path: Path) -> None:
     assert record["seed"] == 0
     assert open_run(tmp_path / "r", config).info() == record
     assert load_run(tmp_path / "r").config == config
+
+
+def test_a_warm_up_longer_than_the_training_is_said_when_a_run_begins(tmp_path: Path) -> None:
+    config = load_config("smoke", "dpo.warmup_steps=4")
+    with pytest.warns(UserWarning, match=r"dpo.warmup_steps \(4\) is more than dpo.steps \(3\)"):
+        open_run(tmp_path / "r", config)
+    with warnings.catch_warnings(action="error"):
+        open_run(tmp_path / "r", config)
+        open_run(tmp_path / "as long", load_config("smoke", "dpo.warmup_steps=3"))
 
 
 def test_another_configuration_is_refused_with_the_keys(tmp_path: Path) -> None:
