@@ -49,6 +49,10 @@ from grath_utils.workshop import set_up
 from grath_utils.workshop.checkpoints import CHECKPOINTS
 
 MANIFEST = "manifest.json"
+PACKED = {  # what is read of a manifest again, as a form for files.read_json
+    "files": dict,
+    "targets": [{"name": str, "lock": str, "wheels": [Path], "missing": list}],
+}
 LOCK = "requirements.lock"
 LEFT_OUT = {".git", ".venv", ".cache", "runs", "build", "dist", "__pycache__", "classroom"}
 """Folders that are not part of the course, for a checkout without git."""
@@ -150,7 +154,7 @@ def make_classroom(
     run_stages(run, say=say)
     sources = _sources(root, run, mirror)
     record, lock = folder / MANIFEST, root / LOCK
-    old = read_json(record) if record.is_file() else {"targets": [], "files": {}}
+    old = read_json(record, PACKED) if record.is_file() else {"targets": [], "files": {}}
     manifest = {**old, "finished": False, "files": dict.fromkeys([*old["files"], *sources])}
     write_json(record, manifest)
     say(f"Copying {len(sources)} files to {folder} ...")
@@ -174,7 +178,8 @@ def make_classroom(
     files = {name: sha256_file(folder / name) for name in [*sources, "START.md", *sorted(kept)]}
     packed_before = {f"wheels/{wheel}" for entry in old["targets"] for wheel in entry["wheels"]}
     for name in {*manifest["files"], *packed_before} - {*files}:
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).resolve().is_relative_to(folder):
+            (folder / name).unlink(missing_ok=True)
     write_json(record, {"finished": True, "targets": [*packed.values()], "files": files})
     total = sum((folder / name).stat().st_size for name in files)
     say(f"{folder}: {len(files)} files, {total / 1e9:.2f} GB")

@@ -322,9 +322,10 @@ def test_a_damaged_or_unfinished_folder_is_refused(folder: Path) -> None:
     write_json(folder / "manifest.json", {"finished": False})
     with pytest.raises(SystemExit, match="not packed to the end"):
         classroom_install.check(folder)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(SystemExit, match="no readable manifest"):
-        classroom_install.check(folder)
+    for damaged in ("{", "[]", "3", "{}", '{"finished": true, "targets": [{}]}'):
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(SystemExit, match="no readable manifest"):
+            classroom_install.check(folder)
 
 
 def test_another_machine_is_told_what_there_is(folder: Path, monkeypatch) -> None:
@@ -370,8 +371,18 @@ def test_a_packing_that_was_stopped_is_resumed(
     with pytest.raises(SystemExit, match="not packed to the end"):
         classroom_install.check(tmp_path / "room")
     there = {p: p.stat().st_mtime_ns for p in (tmp_path / "room" / "course").rglob("*.py")}
+    old, own = tmp_path / "room" / "course" / "old.py", tmp_path / "room" / "wheels" / "own.whl"
+    own.parent.mkdir()
+    for path in (old, own, tmp_path / "notes.txt"):
+        path.write_text("x")
+    record = read_json(tmp_path / "room" / "manifest.json")
+    record["files"] |= {"course/old.py": None, "../notes.txt": None}
+    write_json(tmp_path / "room" / "manifest.json", record)
     folder = make_classroom(tmp_path / "room", run, say=quiet)
     assert {p: p.stat().st_mtime_ns for p in there} == there
+    assert not old.exists()  # packed by an earlier call, and no longer part of the course
+    assert own.exists()
+    assert (tmp_path / "notes.txt").exists()
     with pytest.raises(SystemExit, match="packed without packages"):
         classroom_install.check(folder)
     assert "START.md" in read_json(folder / "manifest.json")["files"]
