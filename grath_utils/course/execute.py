@@ -33,6 +33,17 @@ from grath_utils.loop.plan import plan_stages
 from grath_utils.loop.run_dir import Run, lock_run
 from grath_utils.text import duration
 
+TOOK = {"stages": ([str], None), "files": (int, None), "date": (str, None)}
+NOTEBOOK = {  # what is read of an executed notebook, as a form for files.read_json
+    "metadata": {"grath_execution": ({**TOOK, "earlier": (TOOK, None)}, None)},
+    "cells": [
+        {
+            "cell_type": str,
+            "source": [str],
+            "metadata": {"tags": ([str], None), "papermill": ({"duration": (float, None)}, None)},
+        }
+    ],
+}
 WIDGET = "application/vnd.jupyter.widget-view+json"  # the kind of output that needs a kernel
 
 
@@ -73,9 +84,9 @@ def is_current(target: Path, source: Path) -> bool:
 def _code(notebook: Path) -> list[str]:
     return [
         "".join(cell["source"])
-        for cell in read_json(notebook)["cells"]
+        for cell in read_json(notebook, NOTEBOOK)["cells"]
         if cell["cell_type"] == "code"
-        and "injected-parameters" not in cell["metadata"].get("tags", [])
+        and "injected-parameters" not in (cell["metadata"].get("tags") or [])
     ]
 
 
@@ -171,9 +182,10 @@ def _contents(run: Run) -> tuple[set[str], int]:
 
 def _earlier(executed: Path) -> Mapping[str, Any] | None:
     """Return the most that an execution of the copy that is there now has taken."""
-    last = read_json(executed)["metadata"].get("grath_execution", {}) if executed.is_file() else {}
-    earlier = last.pop("earlier", None)
-    return most_work(last, earlier)
+    if not executed.is_file():
+        return None
+    last = read_json(executed, NOTEBOOK)["metadata"].get("grath_execution") or {}
+    return most_work({k: v for k, v in last.items() if k != "earlier"}, last.get("earlier"))
 
 
 def _explained(error: Any, path: Path, failed: Path, cell_timeout: int | None) -> GrathError:

@@ -42,27 +42,29 @@ def check(folder: Path) -> None:
     """Exit, saying why, where the folder is unfinished or damaged, or is for other machines."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        targets = manifest.get("targets") or []
+        known = ["{python} on {system} {machine}".format(**target) for target in targets]
+        finished, files = manifest["finished"], dict(manifest.get("files") or {})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         sys.exit(f"error: {folder} has no readable manifest.json; copy it again")
-    if not manifest["finished"]:
+    if not finished:
         sys.exit(
             f"error: {folder} was not packed to the end; whoever made it should run the same "
             "command again"
         )
-    if not manifest["targets"]:
+    if not known:
         sys.exit(
             "error: this folder was packed without packages (--no-wheels). With a network, `make "
             "setup` in course/ installs them; GRATH_CACHE=model is the model then"
         )
     here = "{}.{} on {} {}".format(*sys.version_info[:2], platform.system(), platform.machine())
-    known = ["{python} on {system} {machine}".format(**t) for t in manifest["targets"]]
     if here not in known:
         sys.exit(
             f"error: this is Python {here}, and the folder has packages for: Python "
             f"{'; Python '.join(known)}. Use such a Python, or have the folder packed with "
             "--platform and --python-version for yours"
         )
-    wrong = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
+    wrong = [name for name, digest in files.items() if sha256(folder / name) != digest]
     if wrong:
         shown = "\n  ".join(wrong[:10] + ["..."] * (len(wrong) > 10))
         sys.exit(

@@ -34,7 +34,7 @@ from grath_utils.course.execute import (
     run_notebooks,
 )
 from grath_utils.course.notebooks import numbered_notebooks
-from grath_utils.errors import GrathError, UsageError
+from grath_utils.errors import DataError, GrathError, UsageError
 from grath_utils.files import cache_dir, notebooks_dir, user_path, write_text
 from grath_utils.loop.run_dir import Run, environment_facts, lock_run
 
@@ -80,12 +80,19 @@ def _code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in code if "injected-parameters" not in cell.metadata.get("tags", [])]
 
 
+def _read(path: Path) -> nbformat.NotebookNode:
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat's own, and of whatever it meets first
+        raise DataError(f"{path}: not a notebook that can be read ({error})") from error
+
+
 # --- what is wrong -------------------------------------------------------------------------------
 
 
 def problems(path: Path) -> list[str]:
     """Return what is wrong with a committed notebook's outputs; empty if nothing is."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = _read(path)
     stamp = notebook.metadata.get(STAMP)
     if not stamp:
         return ["has no outputs yet (no stamp)"]
@@ -145,7 +152,7 @@ def render(
         for path in notebooks or rendered_notebooks():
             if folder is None or not path.resolve().is_relative_to(folder) or not path.is_file():
                 raise UsageError(f"{path} is not a notebook of this repository's folder notebooks/")
-            source = nbformat.read(path, as_version=4)
+            source = _read(path)
             stamp = source.metadata.get(STAMP) or {}
             digest = source_digest(source.cells)
             side_trip = path.resolve().parent.name == "appendix"
@@ -161,7 +168,7 @@ def render(
                 say(f"{path.stem:32} only its prose was edited")
             else:
                 facts = environment_facts() if side_trip else run.info()
-                executed = nbformat.read(_executed(run, path, side_trip), as_version=4)
+                executed = _read(_executed(run, path, side_trip))
                 places = _places(run, folder.parent)
                 _write(path, take_over(source, executed, facts, profile, places))
                 say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grath_utils.course.execute import NOTEBOOK
 from grath_utils.errors import DataError
 from grath_utils.files import read_json, read_text, write_text
 from grath_utils.loop.run_dir import Run
@@ -32,7 +33,7 @@ def section_times(notebook: dict[str, Any]) -> Counter[str]:
         if cell["cell_type"] == "markdown":
             headings = re.findall(r"^## +(.+?) *$", "".join(cell["source"]), re.MULTILINE)
             section = headings[-1] if headings else section
-        times[section] += cell["metadata"].get("papermill", {}).get("duration") or 0.0
+        times[section] += (cell["metadata"].get("papermill") or {}).get("duration") or 0.0
     return times
 
 
@@ -47,11 +48,11 @@ def timings_table(run: Run, sources: Sequence[Path]) -> str:
         path = run.executed_notebooks / source.name
         if not path.is_file():
             continue
-        notebook = read_json(path)
-        times, took = section_times(notebook), notebook["metadata"].get("grath_execution", {})
-        dates.append(took.get("date", ""))
+        notebook = read_json(path, NOTEBOOK)
+        times, took = section_times(notebook), notebook["metadata"].get("grath_execution") or {}
+        dates.append(took.get("date") or "")
         earlier = took.get("earlier") or {}
-        before = len(earlier.get("stages", [])) > len(took.get("stages", []))
+        before = len(earlier.get("stages") or []) > len(took.get("stages") or [])
         note = " (most of its work was done before)" if before else ""
         rows.append((f"**{path.stem}**", note, f"**{duration(times.total())}**"))
         rows += [("", name, duration(time)) for name, time in times.items() if time >= SHORT]

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,19 @@ from hypothesis import strategies as st
 
 from grath_utils.cli import build_parser, main
 from grath_utils.config import Config
+from grath_utils.course.notebooks import run_parameters
 from grath_utils.errors import ModelError
+from grath_utils.files import write_json
 from grath_utils.loop.run_dir import Run
 
 TRIES = int(os.environ.get("GRATH_FUZZ", 0))
+NOTEBOOK = {
+    "metadata": {"grath_execution": {"date": "2026-01-01", "stages": ["train_0"], "files": 3}},
+    "cells": [
+        {"cell_type": "code", "source": ["x"], "metadata": {"papermill": {"duration": 2.5}}},
+        {"cell_type": "markdown", "source": ["## 1"], "metadata": {}},
+    ],
+}
 fuzz = settings(
     max_examples=TRIES or 60,
     derandomize=not TRIES,
@@ -65,6 +75,8 @@ def place(
     folder = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(tiny_llama, folder / "tiny")
     shutil.copytree(small_run.path, folder / "run")
+    for name in ("00_start_here.ipynb", "01_pair_generation.ipynb"):
+        write_json(folder / "run" / "notebooks" / name, NOTEBOOK)
     write_questions(folder / "q.jsonl")
     with contextlib.chdir(folder):
         yield folder
@@ -228,7 +240,7 @@ def damage(draw: st.DrawFn, file: Path) -> None:
     elif kind == "flip":
         at = draw(st.integers(0, len(content) - 1))
         file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
-    elif kind == "value" and file.suffix == ".json":
+    elif kind == "value" and file.suffix in (".json", ".ipynb"):
         file.write_text(json.dumps(changed(draw, json.loads(content))), encoding="utf-8")
     elif kind == "value" and file.suffix == ".jsonl":
         rows = [changed(draw, json.loads(line)) for line in content.splitlines()]
@@ -236,7 +248,10 @@ def damage(draw: st.DrawFn, file: Path) -> None:
 
 
 @pytest.mark.parametrize("commands", [READ, LOAD], ids=["read", "load"])
-def test_any_damaged_run_directory(commands: list[str]) -> None:
+def test_any_damaged_run_directory(commands: list[str], small_run: Run) -> None:
+    given_settings = shlex.split(run_parameters(small_run)["OVERRIDES"])
+    again = ["run", "--no-notebooks", "--profile", "smoke", "--run-dir", "damaged", "--set"]
+
     @settings(fuzz, max_examples=TRIES or 25)
     @given(data=st.data())
     def search(data: st.DataObject) -> None:
@@ -249,5 +264,7 @@ def test_any_damaged_run_directory(commands: list[str]) -> None:
             Path("damaged/manifest.json").unlink(missing_ok=True)
         for command in commands:
             outcome(*command.split())
+        if commands is LOAD:
+            outcome(*again, *given_settings)
 
     search()
