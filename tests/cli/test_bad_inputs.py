@@ -13,8 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grath_utils.cli import main
+from grath_utils.config import load_config
+from grath_utils.course.notebooks import open_notebook_run, run_parameters
+from grath_utils.errors import ConfigError, UsageError
 from grath_utils.files import read_json, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run
 
@@ -269,3 +274,45 @@ def test_bad_input_is_one_sentence_and_costs_nothing(row: Bad, place: Path, caps
 
 def test_there_are_many_and_each_has_its_name() -> None:
     assert len({row.name for row in ROWS}) == len(ROWS) >= 60
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"PROFILE": 3}, "PROFILE is 3; expected text"),
+        ({"PROFILE": "cpuu"}, 'unknown profile "cpuu"; did you mean "cpu"'),
+        ({"RUN_DIR": None}, "RUN_DIR is None; expected text"),
+        ({"RUN_DIR": 7}, "RUN_DIR is 7; expected text"),
+        ({"SEED": None}, "SEED is None; expected a whole number"),
+        ({"SEED": "1"}, "SEED is '1'; expected a whole number"),
+        ({"SEED": 1.0}, "SEED is 1.0; expected a whole number"),
+        ({"SEED": -1}, '"seed" is -1; the least is 0'),
+        ({"OVERRIDES": 3}, "OVERRIDES is 3; expected text"),
+        ({"OVERRIDES": ["dpo.beta=1"]}, "OVERRIDES is .*; expected text"),
+        ({"OVERRIDES": "dpo.beta"}, "expected key=value in the overrides, found 'dpo.beta'"),
+        ({"OVERRIDES": "dpo.beta='1"}, "cannot read the overrides"),
+    ],
+    ids=str,
+)
+def test_a_notebook_s_parameters_are_named(parameters: dict, message: str, tmp_path: Path) -> None:
+    """As papermill's ``-p NAME VALUE`` gives them: 3 is a number, None is none."""
+    given = {"PROFILE": "smoke", "RUN_DIR": str(tmp_path / "run"), "SEED": 0, "OVERRIDES": ""}
+    with pytest.raises(UsageError, match=message):
+        open_notebook_run(*{**given, **parameters}.values())
+    assert not (tmp_path / "run").exists()
+
+
+@given(
+    model=st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1),
+    targets=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1), min_size=1),
+    rate=st.floats(1e-300, 1e300),
+)
+def test_the_settings_of_a_run_reach_its_notebooks(model, targets, rate) -> None:
+    """Names in any script, emoji among them, and every digit of a number."""
+    changed = {"model.name": model, "lora.targets": [*dict.fromkeys(targets)], "dpo.beta": rate}
+    try:
+        config = load_config("smoke", changed, seed=3)
+    except ConfigError:  # all-linear beside others
+        return
+    parameters = run_parameters(Run(Path("run"), config))
+    assert load_config("smoke", parameters["OVERRIDES"], seed=parameters["SEED"]) == config

@@ -252,7 +252,7 @@ def test_any_damaged_run_directory(commands: list[str], small_run: Run) -> None:
     given_settings = shlex.split(run_parameters(small_run)["OVERRIDES"])
     again = ["run", "--no-notebooks", "--profile", "smoke", "--run-dir", "damaged", "--set"]
 
-    @settings(fuzz, max_examples=TRIES or 25)
+    @settings(fuzz, max_examples=TRIES or 30)
     @given(data=st.data())
     def search(data: st.DataObject) -> None:
         for name in ("damaged", "made", "merged"):
