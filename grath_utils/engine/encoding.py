@@ -3,8 +3,9 @@
 A text begins as the tokenizer begins every text, as a rule with BOS or with nothing, and exactly
 once: where a chat template has written that beginning, it is not written again. Where a template
 leaves it out (Zephyr), it is added all the same: lm-evaluation-harness (``HFLM.tok_encode``) and
-llama.cpp do so, and so such models were trained. ``apply_chat_template(tokenize=True)``, TRL and
-vLLM do not. Nothing is ever appended to a text.
+llama.cpp do so, and so Zephyr was trained (alignment-handbook, src/alignment/data.py: rendered as
+text, tokenized as any text). ``apply_chat_template(tokenize=True)``, TRL's chats and vLLM do not.
+Nothing is ever appended to a text.
 
 Prompt and completion are encoded as *one* text; what lies beyond the length of the encoded prompt
 is the completion (``TemplateLM._encode_pair`` in lm_eval/api/model.py). Where a token spans the
