@@ -526,15 +526,23 @@ class Journal:
         """Add a finished part and flush it to the disk.
 
         Raises:
-            RunError: the disk is full or the place cannot be written to.
+            RunError: the disk is full or the place cannot be written to; or other work has begun to
+                write the same output.
         """
         if self.path is None:
             return
         with explained_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as handle:
-                if handle.tell() == 0:
+            with open(self.path, "a+b") as handle:
+                handle.seek(0)
+                head = handle.readline()
+                if not head:
                     handle.write(self._head())
+                elif head != self._head():
+                    raise RunError(
+                        f"{self.path} is that of other work now: does another process write the "
+                        "same output? Let it end, then run the same command again"
+                    )
                 handle.write(jsonl_line({"part": part, "rows": list(rows)}).encode())
                 handle.flush()
                 os.fsync(handle.fileno())

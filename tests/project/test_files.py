@@ -340,6 +340,18 @@ def test_a_journal_that_was_torn_in_its_first_line_is_begun_again(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["r.json.journal"]
 
 
+def test_two_kinds_of_work_on_one_output_are_not_mixed(tmp_path: Path) -> None:
+    first, second = (Journal.beside(tmp_path / "r.json", identity) for identity in ("one", "two"))
+    first.append(0, [1])
+    with pytest.warns(UserWarning, match=r"is now r\.json\.journal\.old"):
+        second.read()
+    second.append(0, [2])
+    with pytest.raises(RunError, match="that of other work now: does another process"):
+        first.append(1, [1])
+    second.append(1, [2])
+    assert second.read() == {0: [2], 1: [2]}
+
+
 def test_no_journal_is_kept_without_an_output() -> None:
     journal = Journal.beside(None, "one")
     journal.append(0, [1])
