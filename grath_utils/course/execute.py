@@ -149,8 +149,8 @@ def execute_notebook(
                 cwd=path.parent,
                 progress_bar=False,
                 execution_timeout=cell_timeout,
-                # Errors only: a kernel warns of its own local connection.
-                extra_arguments=["--IPKernelApp.log_level=40"],
+                # A kernel warns of its own local connection, and has errors when that is cut off.
+                extra_arguments=["--IPKernelApp.log_level=50"],
             )
         except (PapermillExecutionError, CellTimeoutError, RuntimeError) as error:
             os.replace(partial, failed)
