@@ -34,7 +34,7 @@ from grath_utils.dpo.tracking import start_trackers
 from grath_utils.engine import processes
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import Policy, accepts, activate_adapters, unwrapped
-from grath_utils.engine.packing import PackedCollator, packed_forward, row_limit
+from grath_utils.engine.packing import PackedCollator, packed_forward, padded_forward, row_limit
 from grath_utils.errors import CollapseError, ConfigError, TrainingError
 from grath_utils.files import explained_write_errors, write_json
 
@@ -83,8 +83,9 @@ class ReadyDataTrainer(DPOTrainer):
         share, scale = inputs.pop("share", None), inputs.pop("scale", 1.0)
         if self.model.training:
             _compute_as_scored(self.model)
-        forward, outputs = model, []
-        if "rows" in inputs:  # packed: log-probabilities computed our way
+        outputs = []
+        forward = padded_forward(model, selects=self.selects)
+        if "rows" in inputs:
             dtype = self.accelerator.unwrap_model(model).get_input_embeddings().weight.dtype
             forward = packed_forward(model, dtype, selects=self.selects)
 
@@ -262,7 +263,7 @@ def _arguments(
         gradient_accumulation_steps=split.accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
         max_length=None,  # the pairs were measured and chosen already
-        router_aux_loss_coef=0.0,  # no adapter touches a router; the loss is that of DPO alone
+        router_aux_loss_coef=0.0,  # a mixture of experts has the loss of DPO alone, too
         disable_dropout=False,  # it would switch off lora.dropout, too
         # The weights are in the compute type already; autocast would only convert them again.
         bf16=False,

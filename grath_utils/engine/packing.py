@@ -130,11 +130,39 @@ def packed_forward(
             logits = row_logits(model, row, dtype, selects=selects)
             parts.append(_target_outputs(logits, row["which"], row["targets"]))
         place = tuple(torch.cat([row[name] for row in rows]) for name in ("sequence", "column"))
-        shape = (input_ids.shape[0], input_ids.shape[1] - 1)
-        outputs = [torch.cat(values) for values in zip(*parts, strict=True)]
-        return PerToken(*(v.new_zeros(shape).index_put(place, v) for v in outputs))
+        return _per_token(
+            [torch.cat(values) for values in zip(*parts, strict=True)], input_ids, place
+        )
 
     return forward
+
+
+def padded_forward(model: Callable[..., Any], *, selects: bool) -> Callable[..., PerToken]:
+    """Return a stand-in for ``model`` that computes them from the padded batch, in a single call.
+
+    TRL's own multiplies hidden states by the output head's weight, past what else a model does.
+    """
+
+    def forward(
+        *, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, **_: Any
+    ) -> PerToken:
+        sequence, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
+        first = int(column.min()) if selects else 0
+        options = {"logits_to_keep": labels.shape[1] - first} if selects else {}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        logits = model(**batch, **options).logits[sequence, column - first]  # (E, vocabulary)
+        which = torch.arange(len(logits), device=logits.device)
+        outputs = _target_outputs(logits, which, labels[sequence, column + 1])
+        return _per_token(outputs, input_ids, (sequence, column))
+
+    return forward
+
+
+def _per_token(
+    outputs: Sequence[torch.Tensor], input_ids: torch.Tensor, place: tuple[torch.Tensor, ...]
+) -> PerToken:
+    shape = (input_ids.shape[0], input_ids.shape[1] - 1)
+    return PerToken(*(values.new_zeros(shape).index_put(place, values) for values in outputs))
 
 
 def _target_outputs(
