@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -321,6 +322,19 @@ def test_the_layers_that_an_adapter_names(
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == expected
     assert all(("lora_" in name) == p.requires_grad for name, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters()), "trying it out leaves nothing"
+
+
+@pytest.mark.parametrize("change", [lambda values: [values[0] + 5, *values[1:]], lambda v: v[:-1]])
+def test_a_stored_reference_that_does_not_fit_is_computed_again(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable
+) -> None:
+    monkeypatch.setenv("GRATH_CACHE", str(tmp_path / "cache"))
+    first = one_round(base, tmp_path / "a", steps=1)
+    [stored] = (tmp_path / "cache" / "reference").glob("*.json")
+    right = stored.read_bytes()
+    write_json(stored, {side: change(values) for side, values in read_json(stored).items()})
+    assert one_round(base, tmp_path / "b", steps=1).log == first.log
+    assert stored.read_bytes() == right
 
 
 def test_no_pairs_is_an_error(base: ModelConfig, tmp_path: Path) -> None:
