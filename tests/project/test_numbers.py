@@ -1,0 +1,238 @@
+"""Numbers in prose are those of a record: a sentence that repeats one goes stale in silence.
+
+The README's tables of results are computed here from the records in ``notebooks/appendix``. Every
+other number with a unit, and every interval, must be found again in the notebook's own cells and
+outputs (in the README: in the records), or stand in ``SOURCES`` with where it comes from. One that
+is found nowhere has to go, or to be measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from math import isclose
+from pathlib import Path
+
+import pytest
+from prose import ROOT, without_code
+from scipy.stats import norm, ttest_1samp
+
+from grath_utils.evaluation.statistics import holm
+from grath_utils.files import data_dir, read_jsonl
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+APPENDIX = ROOT / "notebooks" / "appendix"
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MEASURED = read_jsonl(ROOT / "grath_utils" / "scale" / "measurements.jsonl")
+FINAL = read_jsonl(APPENDIX / "recipe_final.jsonl")
+CONTROLS = read_jsonl(APPENDIX / "recipe_controls.jsonl")
+
+NUMBER = r"[+-]?\d+(?:,\d{3})*(?:\.\d+)?"
+UNIT = r"%|percent|points?|nats?|s|seconds?|min|minutes?|h|hours?|times|[KMG]i?B|bits?"
+CLAIM = re.compile(rf"(?<![\w.,-])({NUMBER})\s(?:{UNIT})(?![\w-])|\[({NUMBER}), ({NUMBER})\]")
+POWER = 2.8016  # 1.96 + 0.84: the smallest visible change in standard errors
+
+LEVEL, BLIND = (
+    "95 % is the level of every interval",
+    "blind rules on all 817 questions (test_mirror)",
+)
+SOURCES = {  # what is no measurement of this project's, or was measured elsewhere
+    "README.md": {
+        "93": "the size of the default model's file (engine/default_model.py)",
+        "95": LEVEL,
+        "90": "INSTRUCTOR.md has the plan",
+        "80": "the size of the GPU",
+        "0.2": "the size of PyTorch's package",
+    },
+    "00_start_here": {"93": "the size of the default model's file"},
+    "02_qlora_dpo": {"150": "e to the power of 5"},
+    "03_iterative_refinement": {"95": LEVEL},
+    "04_evaluation": {"36": BLIND, "52": BLIND},
+    "06_scaling_up": {"14": "2 bytes of 7 billion", "15": "the T4's memory as it shows up"},
+    "dpo_by_hand": {"44": "log 9 / 0.05"},
+    "mc_metrics_and_how_they_mislead": {"32": "float32", "46": BLIND, "63": BLIND},
+    "nf4_by_hand": {"93": "the size of the default model's file"},
+}
+
+
+def numbers(text: str) -> list[float]:
+    """Return all numbers of a text."""
+    found = re.findall(rf"(?<![\w.]){NUMBER}", text)
+    return [float(number.replace(",", "")) for number in found]
+
+
+def unbacked(text: str, known: list[float], named: dict[str, str]) -> list[str]:
+    """Return the claims in a text that no known number rounds to, shares as percent included."""
+    missing = []
+    for match in CLAIM.finditer(without_code(text)):
+        for claim in filter(None, match.groups()):
+            value, digits = abs(float(claim.replace(",", ""))), len(claim.partition(".")[2])
+            rounded = (round(abs(x) * scale, digits) for x in known for scale in (1, 100))
+            if claim not in named and not any(isclose(r, value) for r in rounded):
+                missing.append(
+                    f"{claim} in: {match.string[max(0, match.start() - 60) : match.end()]}"
+                )
+    return missing
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if cell["cell_type"] == kind]
+
+
+def own_numbers(path: Path) -> list[float]:
+    """Return the numbers in a notebook's code and in the texts that it shows."""
+    texts = []
+    for cell in cells(path, "code"):
+        texts += cell["source"]
+        for output in cell["outputs"]:
+            shown = {"text": output.get("text", []), **output.get("data", {})}
+            texts += [t for kind, lines in shown.items() if kind.startswith("text") for t in lines]
+    return numbers("\n".join(texts))
+
+
+def records(path: Path) -> list[float]:
+    """Return the numbers of those records in the appendix that a notebook or page names."""
+    text = path.read_text(encoding="utf-8")
+    named = [p for p in APPENDIX.glob("recipe_*.jsonl") if p.name in text]
+    return numbers("\n".join(p.read_text(encoding="utf-8") for p in named))
+
+
+def cost(path: Path) -> tuple[float, float]:
+    """Return what the run behind a notebook's outputs took: seconds, and memory in GB."""
+    stamp = json.loads(path.read_text(encoding="utf-8"))["metadata"]["grath"]["cost"]
+    return stamp["seconds"], stamp["peak_memory_gib"] * 2**30 / 1e9
+
+
+# --- tables of results ---------------------------------------------------------------------------
+
+
+def p_value(row: dict) -> float:
+    """Return a row's p-value by the normal distribution, from its smallest visible change."""
+    return 2 * norm.sf(abs(row["change"]) / (row["smallest_detectable"] / POWER))
+
+
+def result_table(recipe: str, change: str) -> str:
+    """Return the README's table of a recipe, as its record has it."""
+    shown = {
+        ("truthfulqa_mc", "mc1"): ("TruthfulQA MC1", "no"),
+        ("truthfulqa_mc", "mc2"): ("TruthfulQA MC2", "no"),
+        ("probe", "mc1"): ("our probe MC1", "**yes**"),
+        ("probe", "mc2"): ("our probe MC2", "**yes**"),
+        ("arc_unseen", "acc"): ("unseen ARC questions", "no"),
+        ("retention", "acc"): ("retention", "**yes**"),
+    }
+    rows = {(r["benchmark"], r["metric"]): r for r in FINAL if r["recipe"] == recipe}
+    rows = {key: rows[key] for key in shown if key in rows}
+    adjusted = holm({key: p_value(row) for key, row in rows.items()})
+    lines = [
+        f"| | items | used to choose | base | {change}, 95 % interval | p, Holm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, row in rows.items():
+        low, high = row["ci95"]
+        value = f"{row['change']:+.1f} [{low:+.1f}, {high:+.1f}]"
+        name, used = shown[key]
+        p = "–" if used != "no" else f"{adjusted[key]:.3f}"
+        lines.append(f"| {name} | {row['n']} | {used} | {row['base']:.1f} | {value} | {p} |")
+    return "\n".join(lines)
+
+
+def controls_table() -> str:
+    """Return the README's table of what stands beside picked pairs."""
+    lines = ["| trained on | scored by | weights | right (%), 95 % interval |", "|---|---|---|---|"]
+    for r in CONTROLS:
+        low, high = r["ci95"]
+        value = f"{r['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+        lines.append(f"| {r['pairs']} | {r['scored_by']} | {r['weights']} | {value} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        result_table("cpu", "change after two rounds (points)"),
+        result_table("cpu-long", "change (points)"),
+        controls_table(),
+    ],
+    ids=("cpu", "cpu-long", "controls"),
+)
+def test_the_readme_holds_the_tables_as_they_are_computed(table: str) -> None:
+    assert table in README, f"README.md, `What it shows`: put in\n{table}"
+
+
+def test_what_holm_leaves_is_what_the_side_trip_says() -> None:
+    rows = {(r["recipe"], r["benchmark"], r["metric"]): p_value(r) for r in FINAL}
+    clear = [key for key, p in holm(rows).items() if p < 0.05]
+    assert len(rows) == 61
+    assert clear == [("strong, annotated", "arc_unseen", "acc")]
+
+
+def test_what_holm_leaves_of_the_matched_pairs_is_what_notebook_5_says() -> None:
+    """By the notebook's own cells, which pair the rounds that differ in one setting."""
+    space: dict = {"read_jsonl": read_jsonl, "data_dir": data_dir, "Table": lambda *rows: None}
+    for source in ("".join(cell["source"]) for cell in cells(COURSE[5], "code")):
+        if source.startswith(("record =", "def matched", "changes =")):
+            exec(source, space)
+    found = {
+        (name, test): ttest_1samp(
+            [b[test] - a[test] for a, b in space["matched"](*change)], 0
+        ).pvalue
+        for name, change in space["changes"].items()
+        for test in space["tests"]
+    }
+    assert len(found) == 21
+    clear = sorted(
+        (name.partition(":")[0], test) for (name, test), p in holm(found).items() if p < 0.05
+    )
+    assert clear == [
+        ("answers", "arc_dev_acc"), ("answers", "probe_mc2"), ("answers", "retention_acc"),
+        ("learning rate", "probe_mc2"), ("questions", "arc_dev_acc"),
+        ("training prompt", "probe_mc2"),
+    ]  # fmt: skip
+
+
+# --- what things cost ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
+def test_a_notebook_costs_what_its_run_took(path: Path) -> None:
+    (row,) = (line for line in README.splitlines() if line.startswith(f"| [{path.stem}]"))
+    time, unit, memory = re.search(r"([\d.]+) (s|min), ([\d.]+) GB", row).groups()
+    seconds, gb = cost(path)
+    assert float(time) * (60 if unit == "min" else 1) == pytest.approx(seconds, rel=0.15)
+    assert float(memory) == pytest.approx(gb, rel=0.05)
+    said = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    assert memory in said[said.index("### What it costs") :]
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: "/".join(path.parts[-2:]))
+def test_numbers_in_a_notebook_are_in_its_outputs_or_its_records(path: Path) -> None:
+    known = own_numbers(path) + records(path)
+    if path in COURSE:
+        time, memory = cost(path)
+        known += [round(memory, 1), time]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    text = re.sub(r"### What it costs\n.*?(?=\n#|\Z)", "", text, flags=re.DOTALL)  # tested above
+    assert not unbacked(text, known, SOURCES.get(path.stem, {}))
+
+
+def test_numbers_in_the_readme_are_in_records() -> None:
+    shown = re.sub(
+        r"\n### How long on what\n.*?(?=\n##)", "", README, flags=re.DOTALL
+    )  # test_costs
+    shown = re.sub(r"\n## The notebooks\n.*?(?=\n## )", "", shown, flags=re.DOTALL)  # tested above
+    known = records(ROOT / "README.md") + [row["measured"] for row in MEASURED]
+    known += [sum(cost(path)[0] for path in COURSE[:5]) / 60]
+    assert not unbacked(shown, known, SOURCES["README.md"])
+
+
+def test_the_check_finds_a_number_without_a_record() -> None:
+    text = "It rose by 4.0 points [-7.9, -0.2] in 61 % of the cases; see section 3."
+    assert len(unbacked(text, [4.04, -7.9, 0.61], {})) == 1
+    assert unbacked("correlation, 2 nats", [1.4], {}) == ["2 in: correlation, 2 nats"]
+    assert unbacked("correlation, 2 nats", [1.4], {"2": "known"}) == []
