@@ -321,6 +321,7 @@ BAD_FILES = {
         "JSON array",
     ),
     "one object on lines": ("q.json", b'{\n"question": "a?"\n}', "line 1: not valid JSON"),
+    "a header of no text": ("q.csv", b'"\x80\nx",y\na?,1\n', r"valid ones are: y, \\udc80 x"),
     "a picture": ("q.jsonl", bytes(range(256)), "line 1: "),
 }
 
@@ -461,6 +462,24 @@ def test_stock_phrases_are_no_overlap():
         {"bench": [frame.format("two animals of different kinds have no offspring at all")]},
     )
     assert found == []
+
+
+def test_overlap_is_sought_in_every_benchmark_at_hand(tmp_path, monkeypatch):
+    monkeypatch.delenv("GRATH_MIRROR", raising=False)
+    assert list(reference_questions()) == ["probe", "retention"]
+    folder = tmp_path / "ai2_arc" / "ARC-Challenge"
+    folder.mkdir(parents=True)
+    row = {"id": "1", "question": "Why?", "answerKey": "A"}
+    row["choices"] = {"text": ["x", "y"], "label": ["A", "B"]}
+    for split in ("train", "test"):
+        write(folder / f"{split}.jsonl", row)
+    monkeypatch.setenv("GRATH_MIRROR", str(tmp_path))  # the other benchmarks are not in it
+    found = reference_questions()
+    assert list(found) == ["arc_challenge", "probe", "retention"]
+    assert found["arc_challenge"] == ["Why?"]
+    write(folder / "test.jsonl", {"id": "1"})
+    with pytest.raises(DataError, match="row 1"):
+        reference_questions()
 
 
 def test_own_questions_do_not_overlap_with_what_they_are_tested_on():
