@@ -11,6 +11,7 @@ from torch import nn
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
+from grath_utils.engine.machine import quiet_transformers
 from grath_utils.errors import ModelError
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ def quantized_skeleton(model: PreTrainedModel, quantization: str) -> PreTrainedM
     """
     from transformers.quantizers import AutoHfQuantizer
 
-    with torch.device("meta"):
+    with torch.device("meta"), quiet_transformers():
         skeleton = type(model)(copy.deepcopy(model.config))
     settings = bitsandbytes_config(ModelConfig(quantization=quantization, dtype="float32"))
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
-    quantizer.preprocess_model(skeleton, device_map=None)
+    with quiet_transformers():
+        quantizer.preprocess_model(skeleton, device_map=None)
     return skeleton
 
 
