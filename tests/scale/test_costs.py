@@ -14,8 +14,8 @@ from grath_utils.config import LoraConfig, ModelConfig, load_config, profile_nam
 from grath_utils.errors import DataError, ModelError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.files import read_jsonl
-from grath_utils.loop.run_dir import Run
 from grath_utils.loop.plan import plan_stages
+from grath_utils.loop.run_dir import Run
 from grath_utils.scale import costs, shapes
 from grath_utils.scale.costs import DEVICES, GIB, cpu_device, estimate, total
 from grath_utils.scale.shapes import KNOWN, NF4_BYTES, shape_of
