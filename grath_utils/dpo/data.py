@@ -90,7 +90,8 @@ def tokenize_pairs(
     if pairs and not kept:
         raise DataError(
             f"no pair to train on: {len(pairs)} given, {len(over_long)} longer than "
-            f"dpo.max_prompt_length={max_prompt_length} or dpo.max_length={max_length} tokens"
+            f"{max_prompt_length} tokens (dpo.max_prompt_length), or {max_length} with its answers "
+            "(dpo.max_length, or the most that the model takes)"
         )
     return PreferenceData(tuple(kept), tuple(over_long))
 

@@ -88,7 +88,7 @@ def measure_signals(
             pairs,
             prompt_format=dpo.prompt_format,
             max_prompt_length=dpo.max_prompt_length,
-            max_length=dpo.max_length,
+            max_length=min(dpo.max_length, policy.max_length),
         ).examples
     except DataError:  # none was held out, or all of them are too long
         examples = ()

@@ -423,3 +423,11 @@ def test_an_adapter_of_another_base_is_refused(
     other = replace(base, name=str(make_tiny_llama(tmp_path / "other", seed=1)))
     with pytest.raises(ModelError, match="was trained on"):
         model_after(other, done[0] / "adapter").load()
+
+
+def test_pairs_longer_than_the_model_takes_are_left_out(base: ModelConfig, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(base.name, tmp_path / "short"))
+    settings = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**settings, "max_position_embeddings": 40})
+    with pytest.raises(DataError, match="or 40 with its answers"):
+        one_round(replace(base, name=str(folder)), tmp_path / "round")
