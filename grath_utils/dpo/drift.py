@@ -6,11 +6,13 @@ DPO's objective is a reward less ``beta KL(policy || reference)``, which its los
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
 from grath_utils.dpo.data import PreferenceExample
+from grath_utils.engine.attention import row_attention
 from grath_utils.engine.models import Policy, accepts
 from grath_utils.engine.packing import pack, row_limit
 from grath_utils.engine.scoring import LOGIT_ROWS, row_logits
@@ -46,7 +48,9 @@ def kl_per_token(
 def _logits(policy: Policy, row: dict[str, torch.Tensor]) -> torch.Tensor:
     here = {name: tensor.to(policy.device) for name, tensor in row.items()}
     dtype = policy.model.get_input_embeddings().weight.dtype
-    return row_logits(policy.model, here, dtype, selects=accepts(policy.model, "logits_to_keep"))
+    with row_attention(policy.model) if "visible" in row else nullcontext():
+        selects = accepts(policy.model, "logits_to_keep")
+        return row_logits(policy.model, here, dtype, selects=selects)
 
 
 def _kl(policy: torch.Tensor, base: torch.Tensor) -> np.ndarray:

@@ -101,7 +101,7 @@ class PieceBatches:
         self.sampler = SeedableRandomSampler(range(len(rows)), data_seed=seed)
 
     def loader(self) -> DataLoader:
-        """Return the batches, each with the ``share`` and the ``scale`` of its piece."""
+        """Return the batches, each with its ``share`` and ``scale`` (:class:`Piece`)."""
         loader = DataLoader(self, batch_sampler=self, collate_fn=lambda batch: batch)
         loader.set_epoch = self.set_epoch
         return loader
@@ -117,5 +117,17 @@ class PieceBatches:
         return len(deal(range(len(self.rows)), self.config, self.split)[0])  # equal for all ranks
 
     def __getitems__(self, piece: Piece) -> dict[str, Any]:
-        batch = self.collate([self.rows[i] for i in piece.indices])
-        return {**batch, "share": piece.share, "scale": piece.scale}
+        """Return a batch for each backward pass: the first one, with the others in ``more``.
+
+        Where pairs count one by one, those of one row go back before the next are computed. Several
+        processes must go back equally often, so each of their pieces stays whole.
+        """
+        rows = [self.rows[i] for i in piece.indices]
+        cut = processes.size() == 1 and self.config.loss not in BATCHWISE_LOSSES
+        groups = self.collate.groups(rows) if cut and hasattr(self.collate, "groups") else None
+        batches = []
+        for group in groups or [range(len(rows))]:
+            part = len(group) / len(rows)
+            weights = {"share": piece.share * part, "scale": piece.scale * part}
+            batches.append({**self.collate([rows[i] for i in group]), **weights})
+        return {**batches[0], "more": batches[1:]}

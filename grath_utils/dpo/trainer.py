@@ -12,10 +12,11 @@ import operator
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -32,6 +33,7 @@ from grath_utils.dpo.global_batch import PieceBatches, split_batch
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.dpo.tracking import start_trackers
 from grath_utils.engine import processes
+from grath_utils.engine.attention import row_attention
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import Policy, accepts, activate_adapters, unwrapped
 from grath_utils.engine.packing import PackedCollator, packed_forward, padded_forward, row_limit
@@ -78,6 +80,13 @@ class ReadyDataTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        more = inputs.pop("more", [])
+        loss = super().training_step(model, inputs, *args)
+        for batch in more:
+            loss = loss + super().training_step(model, batch, *args)
+        return loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         share, scale = inputs.pop("share", None), inputs.pop("scale", 1.0)
@@ -189,10 +198,13 @@ def run_trainer(
         for row in (*train_rows, *held_out_rows)
     )
     # Where the weights are split, all processes have to call the model equally often.
+    sharing: Any = nullcontext()
     if not processes.sharded():
-        collator = PackedCollator(collator, row_limit(policy, longest))
+        row_tokens = row_limit(policy, longest)
+        collator = PackedCollator(collator, row_tokens)
+        sharing = row_attention(policy.model) if row_tokens else sharing
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
-    with quiet_transformers(), warnings.catch_warnings(action="ignore"):
+    with quiet_transformers(), warnings.catch_warnings(action="ignore"), sharing:
         with _explained_refusals("the trainer refuses these dpo settings"):
             trainer = ReadyDataTrainer(
                 model=policy.model,

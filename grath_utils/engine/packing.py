@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,17 @@ def row_limit(policy: Policy, longest: int) -> int:
     return 0 if why_no_trees(policy, longest, limit) else limit
 
 
+def row_groups(examples: Sequence[Example], row_tokens: int) -> list[list[int]]:
+    """Return which pairs, by their place, go into one row: as many as fit, in their order."""
+    groups: list[list[int]] = []
+    for i in range(len(examples)):
+        if groups and len(_trie(_sides(examples, [*groups[-1], i]))[0]) <= row_tokens:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.Tensor]]:
     """Merge pairs into rows of at most ``row_tokens`` distinct tokens, or of one longer pair.
 
@@ -58,20 +68,20 @@ def pack(examples: Sequence[Example], row_tokens: int) -> list[dict[str, torch.T
     padded batch (all chosen answers, then all rejected ones); ``column``, its position there less
     one.
     """
-    sides = [
-        (example["prompt_ids"], example[key], side * len(examples) + i)
-        for i, example in enumerate(examples)
-        for side, key in enumerate(("chosen_ids", "rejected_ids"))
-    ]
     if not row_tokens:
-        return [alone(_row([side])) for side in sides]
-    chunks: list[list[tuple[Any, Any, int]]] = []
-    for pair in zip(sides[::2], sides[1::2], strict=True):
-        if chunks and len(_trie([*chunks[-1], *pair])[0]) <= row_tokens:
-            chunks[-1] += pair
-        else:
-            chunks.append([*pair])
-    return [_row(sorted(chunk, key=itemgetter(2))) for chunk in chunks]
+        return [alone(_row([side])) for side in _sides(examples, range(len(examples)))]
+    return [_row(_sides(examples, group)) for group in row_groups(examples, row_tokens)]
+
+
+def _sides(
+    examples: Sequence[Example], group: Sequence[int]
+) -> list[tuple[Sequence[int], Sequence[int], int]]:
+    """Return (prompt, answer, sequence) of the chosen answers of some pairs, then the rejected."""
+    return [
+        (examples[i]["prompt_ids"], examples[i][key], side * len(examples) + i)
+        for side, key in enumerate(("chosen_ids", "rejected_ids"))
+        for i in group
+    ]
 
 
 def _trie(sides: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> tuple[Trie, list[Any]]:
@@ -103,6 +113,10 @@ class PackedCollator:
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         return {**self.padded(list(examples)), "rows": pack(examples, self.row_tokens)}
+
+    def groups(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Return the pairs of each row: one backward pass each keeps no more than its graph."""
+        return row_groups(examples, self.row_tokens)
 
 
 @dataclass(frozen=True)
