@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from grath_utils.config import ModelConfig, config_from_dict
 from grath_utils.engine import processes
@@ -160,8 +161,11 @@ def apply_adapters(
                     model.load_adapter(str(folder), adapter_name=name)
                 else:
                     model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                _check_all_loaded(model, name, folder)
                 if folded and not getattr(model, "is_quantized", False):
                     model = model.merge_and_unload()
+        except ModelError:
+            raise
         except Exception as error:  # peft's own, torch's, safetensors', and of wrong types
             raise ModelError(f"cannot load the adapter in {folder}: {error}") from error
     if hasattr(model, "peft_config"):
@@ -171,6 +175,22 @@ def apply_adapters(
     identity = fingerprint([policy.fingerprint, *map(adapter_fingerprint, adapters)])
     applied = (*policy.adapters, *adapters)
     return replace(policy, model=model, fingerprint=identity, adapters=applied)
+
+
+def _check_all_loaded(model: Any, name: str, folder: Path) -> None:
+    """Refuse an adapter with other layers than its configuration names: peft only warns of them."""
+    from peft import get_peft_model_state_dict
+
+    wanted = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    with safe_open(folder / ADAPTER_FILES[1], "pt") as stored:
+        found = set(stored.keys())
+    missing, left = wanted - found, {key for key in found - wanted if "lora_" in key}
+    if missing or left:
+        raise ModelError(
+            f"the adapter in {folder} does not fit: of the {len(wanted)} matrices that its "
+            f"adapter_config.json asks for {len(missing)} are missing, and {len(left)} more belong "
+            f"to no layer (such as {min(missing | left)})"
+        )
 
 
 def activate_adapters(model: Any, *, trainable: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DPO, LORA, PAIRS
+from safetensors.torch import load_file, save_file
 
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.round import train_round
 from grath_utils.engine import default_model
 from grath_utils.engine.machine import keep_freed_memory
-from grath_utils.engine.models import Policy, apply_adapters, load_base
+from grath_utils.engine.models import ADAPTER_FILES, Policy, apply_adapters, load_base
 from grath_utils.errors import FetchError, ModelError, UsageError
 
 
@@ -176,3 +178,17 @@ def test_adapters_beside_quantized_weights_are_the_merged_ones(
     assert torch.allclose(one, two, atol=1e-5)
     assert not torch.allclose(one, pristine, atol=1e-2)
     assert not any(p.requires_grad for p in beside.model.parameters())
+
+
+@pytest.mark.parametrize("change", ["missing", "misnamed"])
+def test_an_adapter_without_all_its_matrices_is_refused(
+    tiny_policy: Policy, adapters: list[Path], tmp_path: Path, change: str
+) -> None:
+    """From another tool, say: peft warns, and leaves what it does not find at its first values."""
+    copied = Path(shutil.copytree(adapters[0], tmp_path / "adapter"))
+    weights = load_file(copied / "adapter_model.safetensors")
+    name = min(weights)
+    moved = {f"{name}s": weights[name]} if change == "misnamed" else {}
+    save_file({n: w for n, w in weights.items() if n != name} | moved, copied / ADAPTER_FILES[1])
+    with pytest.raises(ModelError, match=rf"does not fit: .* 1 are missing, and {len(moved)} more"):
+        apply_adapters(tiny_policy, [copied])
