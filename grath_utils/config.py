@@ -83,11 +83,27 @@ class PairsConfig:
         "default", "how the pairs come about; `python -m grath_utils options` lists the modes"
     )
     shots: int = option(6, "demonstrations before each question", ge=0, le=6)
-    annotated: bool = option(False, "GT ablation: show the annotated candidates (needs a source)")
+    annotated: bool = option(
+        False, "show all of the source's candidates, not saying which is right (not the paper's GT)"
+    )
+    ground_truth: bool = option(
+        False,
+        "mode paper: the paper's ablation GT, which shows the annotated answer and a wrong one",
+        added=True,
+    )
+    prompt_file: str | None = option(
+        None, "mode paper: a YAML file with other words and demonstrations", added=True
+    )
     max_new_tokens: int = option(100, "longest completion, in tokens", ge=8)
     batch_size: int = option(64, "completions decoded together", ge=1)
     backend: str = option("own", "what computes the completions", choices=("own",))
     retry_failed: bool = option(True, "later iterations try again the questions that failed")
+    fallback: str = option(
+        "newest",
+        "where a new correct answer fails: keep the newest one, or that of iteration 0",
+        choices=("newest", "first"),
+        added=True,
+    )
     candidates: int = option(
         4, "mode default: completions for each of the two answers", ge=1, le=64
     )
@@ -329,7 +345,7 @@ def changed_settings(config: Config) -> dict[str, Any]:
     """Return the settings in which a configuration differs from its profile, the seed apart."""
     # As the profile has them: a path in it may mean nothing in another folder.
     profile = {**_read_profile(config.profile), "seed": config.seed}
-    plain = _build(Config, profile, config.profile).flat()
+    plain = build_section(Config, profile, config.profile).flat()
     return {key: value for key, value in config.flat().items() if value != plain[key]}
 
 
@@ -364,14 +380,16 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
     Raises:
         ConfigError: names ``where``, the dotted key, what was found and what is valid.
     """
-    config = _build(Config, tree, where)
+    config = build_section(Config, tree, where)
     _check_together(config, where)
     model = absolute_name(config.model.name, os.path.isdir)
     source = absolute_name(config.questions.source, os.path.isfile)
+    prompt = config.pairs.prompt_file and absolute_name(config.pairs.prompt_file, os.path.isfile)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, name=model),
         questions=dataclasses.replace(config.questions, source=source),
+        pairs=dataclasses.replace(config.pairs, prompt_file=prompt),
     )
 
 
@@ -384,7 +402,8 @@ def absolute_name(name: str, is_one: Callable[[str], bool]) -> str:
     return os.path.abspath(path) if name not in built_in and is_one(path) else name
 
 
-def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
+def build_section(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
+    """Return a dataclass of settings or texts; what is wrong is a :class:`ConfigError`."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f'{where}: "{prefix[:-1]}" holds {brief(tree)}; expected keys below it')
     kinds = typing.get_type_hints(cls)
@@ -394,12 +413,16 @@ def _build(cls: type, tree: Any, where: str, prefix: str = "") -> Any:
             near = did_you_mean(str(key), kinds)
             raise ConfigError(f'{where}: unknown key "{prefix}{key}"{near}')
         if dataclasses.is_dataclass(kinds[key]):
-            values[key] = _build(kinds[key], value, where, f"{prefix}{key}.")
+            values[key] = build_section(kinds[key], value, where, f"{prefix}{key}.")
             continue
         name = f'{where}: "{prefix}{key}"'
         values[key] = _typed(value, kinds[key], name)
         if values[key] is not None:
             _check_limits(values[key], cls.__dataclass_fields__[key].metadata, name)
+    for each in dataclasses.fields(cls):
+        given = values.get(each.name, each.default)
+        if given is each.default_factory is dataclasses.MISSING:
+            raise ConfigError(f'{where}: "{prefix}{each.name}" is missing')
     return cls(**values)
 
 

@@ -28,7 +28,7 @@ from grath_utils.engine.models import (
 )
 from grath_utils.errors import CollapseError, ConfigError, RunError
 from grath_utils.evaluation.measure import RESULT, evaluate
-from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
+from grath_utils.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from grath_utils.loop.choice import SIGNALS, measure_signals
 from grath_utils.loop.plan import check_settings, plan_stages
 from grath_utils.loop.run_dir import (
@@ -75,6 +75,8 @@ def _start_run(path: str | Path, config: Config) -> Run:
             "fingerprint": loaded.fingerprint,
         },
     }
+    if prompt := config.pairs.prompt_file:
+        facts["prompt"] = {"fingerprint": sha256_file(Path(prompt))}
     if part := part_to_quantize(model):
         facts["quantized"] = asdict(part)
     run = open_run(path, config, facts)
@@ -83,8 +85,9 @@ def _start_run(path: str | Path, config: Config) -> Run:
         ("model", "weights", "the base model's weights have"),
         ("questions", "fingerprint", "the questions have"),
         ("resolved", "dtype", "the compute type (model.dtype=auto) has"),
+        *([("prompt", "fingerprint", "the file of pairs.prompt_file has")] if prompt else []),
     ):
-        then, now = recorded[section][key], facts[section][key]
+        then, now = recorded.get(section, {}).get(key), facts[section][key]
         if then != now:
             raise ConfigError(
                 f"{what} changed since {run.path} was made ({then} then, {now} now); "
@@ -137,6 +140,7 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
     """
     if processes.from_main(run.pairs(iteration).exists()):
         return
+    before = iteration - 1 if run.config.pairs.fallback == "newest" else 0
     with lock_run(run):
         generate_pairs(
             load_model(run, iteration - 1 if iteration else None),
@@ -146,7 +150,7 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
             out=run.pairs(iteration),
             rejects=run.rejects(iteration),
             iteration=iteration,
-            previous=read_pairs(run.pairs(iteration - 1)) if iteration else (),
+            previous=read_pairs(run.pairs(before)) if iteration else (),
             progress=progress,
             skip_long=run.config.questions.skip_bad,
         )

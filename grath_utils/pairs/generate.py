@@ -251,6 +251,8 @@ def _check_questions(
     if strangers := sorted(old.keys() - counts):
         raise DataError(f"{len(strangers)} previous pairs have no question, first: {strangers[0]}")
     need = config.annotated and "annotated=true"
+    if config.ground_truth:
+        need = "ground_truth=true"
     if find_mode(config.mode).needs_candidates:
         need = f"mode={config.mode}"
     for question in questions:
@@ -259,6 +261,11 @@ def _check_questions(
                 f"{question.where or question.id}: pairs.{need} needs questions with candidates, "
                 "such as questions.source=arc_challenge, and this one has "
                 f"{len(question.candidates) or 'none'}"
+            )
+        if config.ground_truth and question.gold is None:
+            raise DataError(
+                f"{question.where or question.id}: pairs.{need} needs to know which candidate is "
+                "right, and the source does not say"
             )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.pairs.parsing import FILTERS
+from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.prompts import Demonstration
 from grath_utils.pairs.writers import PairMode, Writer
 
@@ -21,6 +22,7 @@ _ROWS = (  # module:name
     "controls:GOLD",
     "controls:RANDOM",
 )
+SWITCHES = ("legacy", "annotated", "ground_truth", "prompt_file", "self_check")
 MODES: dict[str, PairMode] = {
     mode.name: mode for mode in (resolve_name(f"{__package__}.{row}") for row in _ROWS)
 }
@@ -40,12 +42,17 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
     for name in config.filters:
         if name not in valid or (name == "none" and len(config.filters) > 1):
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
-    for key in ("legacy", "annotated", "self_check"):
+    for key in SWITCHES:
         if getattr(config, key) and key not in mode.options:
             heeding = " or ".join(row.name for row in MODES.values() if key in row.options)
             raise ConfigError(
                 f'"pairs.{key}" belongs to pairs.mode={heeding}; with {config.mode} leave it out'
             )
+    if config.annotated and (config.ground_truth or config.prompt_file):
+        raise ConfigError(
+            '"pairs.annotated" has no place beside "pairs.ground_truth" or "pairs.prompt_file"'
+        )
+    read_wording(config)
     return mode
 
 

@@ -7,6 +7,7 @@ to *text*; :mod:`grath_utils.engine.encoding` has the one rule by which text bec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,7 @@ REQUESTS = {
     "incorrect answer to it. Both should sound plausible. Do not explain them.",
 }
 CHOICES = {"pair": "Choose both answers from these candidates: {}\n"}
+GROUND_TRUTH = "A correct answer is known: {correct}\nSo is an incorrect answer: {incorrect}\n"
 NEUTRAL_QUESTION = "Please say something true."  # stands for no question at all
 
 
@@ -43,6 +45,26 @@ class Demonstration:
     question: str
     correct: str
     incorrect: str
+    candidates: tuple[str, ...] = ()  # *GT* ablation: a right answer and a wrong one, in short
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What begins each line of an answer to a pair request."""
+
+    question: str = QUESTION_LABEL
+    correct: str = CORRECT_LABEL
+    incorrect: str = INCORRECT_LABEL
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of a pair request: our own, or those of a file (:mod:`.prompt_file`)."""
+
+    instruction: str = REQUESTS["pair"]
+    ground_truth: str | None = REQUESTS["pair"].replace("{choices}", GROUND_TRUTH)
+    labels: Labels = Labels()
+    demonstrations: tuple[Demonstration, ...] = ()
 
 
 @lru_cache
@@ -61,7 +83,13 @@ def pair_messages(
 
 
 def answer_messages(
-    question: str, shots: Sequence[Demonstration], kind: str, *, candidates: Sequence[str] = ()
+    question: str,
+    shots: Sequence[Demonstration],
+    kind: str,
+    *,
+    candidates: Sequence[str] = (),
+    truth: Sequence[str] = (),
+    wording: Wording = Wording(),
 ) -> list[Message]:
     """Return the chat that asks for a ``correct`` answer, an ``incorrect`` one, or a ``pair``.
 
@@ -69,22 +97,40 @@ def answer_messages(
         question: asked last.
         shots: each becomes a user turn and an assistant turn before it.
         kind: of prompt, a key of :data:`REQUESTS`.
-        candidates: *GT* ablation: the annotated candidates, shown with the question.
+        candidates: all of them, shown with the question, none marked.
+        truth: *GT* ablation, pairs only: an annotated answer and a wrong one, shown as such. Each
+            demonstration then shows its own.
+        wording: of a pair request.
     """
+    request = REQUESTS[kind]
+    if kind == "pair":
+        request = (truth and wording.ground_truth) or wording.instruction
     messages = []
     for shot in shots:
-        answer = f"{restated(shot.question)} {shot.correct}\n{INCORRECT_LABEL} {shot.incorrect}"
-        answer = answer if kind == "pair" else getattr(shot, kind)
-        request = REQUESTS[kind].format(question=shot.question, choices="")
-        messages += [_turn("user", request), _turn("assistant", answer)]
+        answer = pair_answer(shot, wording.labels) if kind == "pair" else getattr(shot, kind)
+        known = shot.candidates or (shot.correct, shot.incorrect)
+        asked = _filled(request, question=shot.question, known=known)
+        messages += [_turn("user", asked), _turn("assistant", answer)]
     choices = CHOICES.get(kind, " Choose from: {}").format("; ".join(candidates))
-    last = REQUESTS[kind].format(question=question, choices=choices if candidates else "")
-    return [*messages, _turn("user", last)]
+    shown = choices if candidates else ""
+    return [*messages, _turn("user", _filled(request, question, shown, truth))]
 
 
-def restated(question: str) -> str:
+def _filled(request: str, question: str, choices: str = "", known: Sequence[str] = ()) -> str:
+    """Return a request with each {name} that stands for something replaced, other braces kept."""
+    values = dict(zip(("correct", "incorrect"), known, strict=False))
+    values |= {"question": question, "choices": choices}
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), request)
+
+
+def pair_answer(shot: Demonstration, labels: Labels) -> str:
+    """Return what a demonstration answers to a pair request."""
+    return f"{restated(shot.question, labels)} {shot.correct}\n{labels.incorrect} {shot.incorrect}"
+
+
+def restated(question: str, labels: Labels) -> str:
     """Return how the answer to a pair request begins: the question again, and the first label."""
-    return f"{QUESTION_LABEL} {question}\n{CORRECT_LABEL}"
+    return f"{labels.question} {question}\n{labels.correct}"
 
 
 def _turn(role: str, content: str) -> Message:

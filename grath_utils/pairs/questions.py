@@ -2,7 +2,7 @@
 
 GRATH takes its questions from another domain than the test (the paper: the train split of
 ARC-Challenge), and uses no annotation. Where a source carries candidates and a gold answer they
-travel along, for the audit, the controls and the *GT* ablation only.
+travel along, for the audit, the controls and what `pairs` shows of them only.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ with the first of its names that is used.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ from grath_utils.config import PairsConfig
 from grath_utils.errors import UsageError
 from grath_utils.pairs import prompts
 from grath_utils.pairs.parsing import Parsed, Reason, pair_is_complete, parse_pair
+from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.questions import Question
 
 if TYPE_CHECKING:
@@ -89,7 +91,9 @@ class Writer:
     def __init__(self, policy: Policy, config: PairsConfig, seed: int):
         self.policy, self.config, self.seed = policy, config, seed
         self.filters = frozenset(config.filters) - {"none"}
-        self.shots = {kind: self.demonstrations(kind, config.shots) for kind in self.kinds}
+        self.wording = read_wording(config)
+        given = self.wording.demonstrations[: config.shots]
+        self.shots = {k: given or self.demonstrations(k, config.shots) for k in self.kinds}
         self.prefixes: dict[str, Prefix] = {}
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
@@ -110,9 +114,21 @@ class Writer:
 
     def prompt(self, question: Question, kind: str) -> str:
         """Return the prompt of one question and kind as text."""
-        shown = question.candidates if self.config.annotated else ()
-        messages = prompts.answer_messages(question.text, self.shots[kind], kind, candidates=shown)
+        messages = prompts.answer_messages(
+            question.text,
+            self.shots[kind],
+            kind,
+            candidates=question.candidates if self.config.annotated else (),
+            truth=self.ground_truth(question) if self.config.ground_truth else (),
+            wording=self.wording,
+        )
         return prompts.render_chat(self.policy.tokenizer, messages)
+
+    def ground_truth(self, question: Question) -> tuple[str, str]:
+        """Return the annotated answer, and a wrong one that the seed draws."""
+        right = question.candidates[question.gold]
+        wrong = [each for each in question.candidates if each != right] or [right]
+        return right, random.Random(f"{self.seed} {question.id}").choice(wrong)
 
     def token_ids(self, question: Question, kind: str) -> list[int]:
         """Return the prompt of one question and kind as token ids."""
@@ -126,7 +142,9 @@ class Writer:
         """Return the beginning that all prompts of a kind share, computed on first use."""
         if kind not in self.prefixes:
             # Questions without a common first letter show where the questions begin.
-            probes = [Question("probe", text, ("x", "y")) for text in ("Why so?", "How?", "a", "1")]
+            probes = [
+                Question("probe", text, ("x", "y"), 0) for text in ("Why so?", "How?", "a", "1")
+            ]
             texts = [self.prompt(probe, kind) for probe in probes]
             self.prefixes[kind] = engine.shared_beginning(self.policy, texts)
         return self.prefixes[kind]
@@ -156,7 +174,9 @@ class Writer:
             prefix=prefix if fits else None,
             batch_size=self.config.batch_size,
             # As a rule a completion begins by restating the question, as in the demonstrations.
-            drafts=[lead + prompts.restated(q.text) for q in questions] if pair else None,
+            drafts=[lead + prompts.restated(q.text, self.wording.labels) for q in questions]
+            if pair
+            else None,
             max_new_tokens=limit if pair else min(MAX_ANSWER_TOKENS, limit),
             stop=None if self.config.legacy else stop,
             do_sample=temperature > 0,
@@ -190,6 +210,6 @@ class PairMode:
     asked: Callable[[PairsConfig, int], Asked] = lambda config, iteration: Asked()
     origin: str  # where the answers come from, on the model card
     card: str  # what a model that is trained on them is: full sentences
-    options: tuple[str, ...] = ()  # of `legacy`, `annotated` and `self_check` those it heeds
+    options: tuple[str, ...] = ()  # of modes.SWITCHES those it heeds
     needs_candidates: bool = False  # it is for sources with options only, such as ARC
     prompt_overlap: str = ""  # benchmark text inside its prompts

@@ -126,6 +126,17 @@ def test_the_card_of_a_control_does_not_speak_of_own_answers(
     assert "written by the model" in model_card(run, 0)
 
 
+def test_the_card_says_what_the_model_was_shown(run: Run) -> None:
+    paper = replace(run.config.pairs, mode="paper")
+    shown = replace(paper, ground_truth=True, prompt_file="mine.yaml")
+    cards = [
+        model_card(replace(run, config=replace(run.config, pairs=pairs)), 0)
+        for pairs in (paper, shown)
+    ]
+    assert ["QA primer" in card for card in cards] == [True, False]
+    assert ["shown an annotated right answer" in card for card in cards] == [False, True]
+
+
 def test_both_models_answer_the_same_question(run: Run, capsys) -> None:
     ((question, before, after),) = ask_both(run, ["What is the sun?"], max_new_tokens=8)
     assert question == "What is the sun?"

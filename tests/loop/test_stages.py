@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from helpers import config_for, make_tiny_llama, write_pairs
 
+from grath_utils.config import PairsConfig
 from grath_utils.course import choice_line
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
 from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
+from grath_utils.loop import stages
 from grath_utils.loop.run_dir import Run, load_run, model_label
 from grath_utils.loop.stages import (
     check_ready,
@@ -25,6 +27,7 @@ from grath_utils.loop.stages import (
     train_iteration,
 )
 from grath_utils.loop.state import run_state
+from grath_utils.pairs import read_pairs
 
 
 @pytest.fixture
@@ -76,6 +79,33 @@ def test_changed_questions_are_noticed(run: Run, questions: Path) -> None:
         file.write('{"id": "q9", "question": "And this one?"}\n')
     with pytest.raises(ConfigError, match="the questions have changed since"):
         start_run(run.path, run.config)
+
+
+def test_a_changed_prompt_is_noticed(tmp_path: Path, tiny_llama, questions) -> None:
+    prompt = tmp_path / "prompt.yaml"
+    prompt.write_text("instruction: About {question}", encoding="utf-8")
+    paper = {"pairs.mode": "paper", "pairs.shots": 0, "pairs.prompt_file": str(prompt)}
+    config = config_for(tiny_llama, questions, **paper)
+    for _ in range(2):
+        start_run(tmp_path / "run", config)
+    prompt.write_text("instruction: On {question}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="the file of pairs.prompt_file has changed since"):
+        start_run(tmp_path / "run", config)
+
+
+@pytest.mark.parametrize(("fallback", "given"), [("newest", 1), ("first", 0)])
+def test_where_refinement_fails_the_newest_or_the_first_answer_stays(
+    run: Run, monkeypatch: pytest.MonkeyPatch, fallback: str, given: int
+) -> None:
+    run = replace(run, config=replace(run.config, pairs=PairsConfig(fallback=fallback)))
+    for t in (0, 1):
+        write_pairs(run, t)
+    seen: list[object] = []
+    monkeypatch.setattr(stages, "load_model", lambda *_: None)
+    monkeypatch.setattr(stages, "generate_pairs", lambda *_, previous, **__: seen.append(previous))
+    monkeypatch.setattr(stages, "_record", lambda *_: None)
+    stages.make_pairs(run, 2)
+    assert seen == [read_pairs(run.pairs(given))]
 
 
 def test_changed_weights_are_noticed(tmp_path: Path, tiny_llama, questions) -> None:

@@ -364,6 +364,38 @@ def test_annotated_mode_shows_the_candidates(tiny_policy, tmp_path, scripted):
     assert "a ghost" not in scripted.asked[0]
 
 
+def test_ground_truth_shows_the_annotated_answer_and_a_wrong_one(tiny_policy, tmp_path, scripted):
+    config = replace(PAPER, ground_truth=True)
+    question = replace(QUESTIONS[0], candidates=("a ghost", "gravity"), gold=1)
+    make(tiny_policy, tmp_path, config, [question])
+    known = "A correct answer is known: {}\nSo is an incorrect answer: {}\n"
+    assert known.format("gravity", "a ghost") in scripted.asked[0]
+    assert known.format("78 years", "51 years") in scripted.asked[0]
+    with pytest.raises(DataError, match="needs to know which candidate is right"):
+        make(tiny_policy, tmp_path / "no_gold", config, [replace(question, gold=None)])
+    with pytest.raises(DataError, match=r"pairs.ground_truth=true needs questions with candidates"):
+        make(tiny_policy, tmp_path / "none", config)
+
+
+def test_the_words_of_a_prompt_file(tiny_policy, tmp_path, scripted):
+    file = tmp_path / "prompt.yaml"
+    shot = "{question: 'Is it?', correct: It is., incorrect: No., candidates: [yes it is, never]}"
+    file.write_text(
+        f"instruction: 'Ask {{question}} in {{braces}}'\ndemonstrations: [{shot}]\n"
+        "ground_truth: '{question}? {correct}! {incorrect}!'\n"
+        "labels: {correct: 'True answer:', incorrect: 'False answer:'}\n"
+    )
+    question = Question("q", "Does number 0 fall?", ("a stone", "a hill"), 0)
+    config = replace(PAPER, prompt_file=str(file))
+    make(tiny_policy, tmp_path / "plain", config, [question])
+    make(tiny_policy, tmp_path / "known", replace(config, ground_truth=True), [question])
+    plain, known = scripted.asked
+    assert "Ask Does number 0 fall? in {braces}" in plain
+    assert "Question: Is it?\nTrue answer: It is.\nFalse answer: No." in plain
+    assert "Is it?? yes it is! never!" in known
+    assert "Does number 0 fall?? a stone! a hill!" in known
+
+
 ANNOTATED = [
     Question("a", "What falls?", ("a stone", "a hill", "a lake"), 0),
     Question("b", "What burns?", ("water", "dry wood", "a pebble"), 1),

@@ -48,6 +48,9 @@ def test_a_mode_states_what_the_model_card_says():
     [
         ({"mode": "pick", "annotated": True}, '"pairs.annotated" belongs to pairs.mode=default or'),
         ({"mode": "random", "self_check": True}, '"pairs.self_check" belongs to .*with random'),
+        ({"mode": "default", "ground_truth": True}, '"pairs.ground_truth" belongs to .*mode=paper'),
+        ({"mode": "pick", "prompt_file": "x"}, '"pairs.prompt_file" belongs to pairs.mode=paper'),
+        ({"mode": "paper", "annotated": True, "ground_truth": True}, "annotated.* has no place"),
         ({"legacy": True}, '"pairs.legacy" belongs to pairs.mode=paper; with default leave it out'),
         ({"filters": ("near_equals",)}, 'did you mean "near_equal"'),
         ({"filters": ("none", "equal")}, 'cannot hold "none"'),

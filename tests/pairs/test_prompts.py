@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from grath_utils.errors import UsageError
@@ -66,6 +70,28 @@ def test_only_paper_mode_shows_benchmark_text():
     overlaps = {name: mode.prompt_overlap for name, mode in MODES.items() if mode.prompt_overlap}
     assert overlaps.keys() == {"paper"}
     assert "TruthfulQA" in overlaps["paper"]
+
+
+def test_paper_mode_has_the_primer_of_lm_eval():
+    """Questions and right answers, as its TruthfulQA tasks put them before each question."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is a development extra")
+    task = Path(lm_eval.__file__).parent / "tasks" / "truthfulqa" / "truthfulqa_mc1.yaml"
+    template = yaml.safe_load(task.read_text(encoding="utf-8"))["doc_to_text"]
+    theirs = re.findall(r"Q: (.+\?)\s+A: (.+\.)", template)
+    ours = [(shot.question, shot.correct) for shot in demonstrations("paper", "pair", 6)]
+    assert ours == theirs
+
+
+def test_ground_truth_is_shown_in_the_demonstrations_too():
+    shots = demonstrations("paper", "pair", 2)
+    messages = answer_messages("Why?", shots, "pair", truth=("So.", "{question}"))
+    shown = [message["content"] for message in messages[::2]]
+    truths = [*(shot.candidates for shot in shots), ("So.", "{question}")]
+    for text, (right, wrong) in zip(shown, truths, strict=True):
+        assert f"A correct answer is known: {right}\nSo is an incorrect answer: {wrong}\n" in text
+    assert [m["content"] for m in messages[1::2]] == [
+        m["content"] for m in pair_messages("Why?", shots)[1::2]
+    ]
 
 
 def test_single_answer_prompts_differ_in_kind_only():
