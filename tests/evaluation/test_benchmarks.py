@@ -164,6 +164,20 @@ def test_the_other_forms_of_truthfulqa(make: Any) -> None:
         assert (items[name].choices, items[name].labels) == (choices, (1, 0))
 
 
+def test_the_binary_form_takes_the_row_s_own_false_answer(make: Any) -> None:
+    other = {**ROW, "question": "How?"}
+    gen = [{"question": "Why?", "category": "Reasons", "best_incorrect_answer": "Z."}]
+    make(mc=[ROW, other], gen=gen)
+    benchmark = load_benchmark("truthfulqa_binary")
+    assert [item.choices for item in benchmark.items] == [("A.", "Z."), ("A.", "B.")]
+    assert benchmark.notes == ("the false answer is MC1's first listed one for 1 of 2 questions",)
+    make(mc=[ROW])
+    assert load_benchmark("truthfulqa_binary").notes == ()
+    make(mc=[ROW], gen=[{"category": "Reasons"}])
+    with pytest.raises(DataError, match="generation/validation.jsonl: no 'question'"):
+        load_benchmark("truthfulqa_binary")
+
+
 def test_arc_keys_are_letters_or_numbers(make: Any) -> None:
     make(arc_test=[arc("x"), arc("y", "3", ("1", "2", "3"))], arc_train=[arc("t", "A")])
     benchmark = load_benchmark("arc_challenge")

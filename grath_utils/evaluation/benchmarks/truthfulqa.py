@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from grath_utils.evaluation.benchmarks import base
 from grath_utils.evaluation.benchmarks.hub_files import is_available, read_rows
@@ -67,24 +68,36 @@ def truthfulqa_item(row: base.Row) -> base.Item:
     )
 
 
+def _generation_column(name: str) -> dict[str, Any]:
+    """Return a column of the generation rows by their questions, where there are such rows."""
+    if not is_available(GENERATION):
+        return {}
+    with base.naming(GENERATION.path):
+        return {row["question"]: row.get(name) for row in read_rows(GENERATION)}
+
+
 def _load_multiple_choice() -> base.Loaded:
     items = base.read_items(MULTIPLE_CHOICE, truthfulqa_item)
-    categories = {}  # which only the generation rows have
-    if is_available(GENERATION):
-        categories = {row["question"]: row["category"] for row in read_rows(GENERATION)}
+    categories = _generation_column("category")  # which only the generation rows have
     return base.Loaded(
         tuple(replace(i, category=i.category or categories.get(i.question)) for i in items)
     )
 
 
 def _load_binary() -> base.Loaded:
-    """Best answer against one false answer: the first one that MC1 lists."""
-    pairs = []
+    """Best answer against one false answer: the row's own, or the first one that MC1 lists."""
+    own = _generation_column("best_incorrect_answer")  # in the authors' table, not in the Hub's
+    pairs, missing = [], 0
     for item in _load_multiple_choice().items:
-        false = next(i for i in item.mc1 if not item.labels[i])
-        choices = (item.choices[item.gold], item.choices[false])
+        false = own.get(item.question)
+        if not isinstance(false, str) or not false.strip():
+            false = next(item.choices[i] for i in item.mc1 if not item.labels[i])
+            missing += 1
+        choices = (item.choices[item.gold], false)
         pairs.append(replace(item, choices=choices, labels=(1, 0), mc1=(0, 1), mc2=(0, 1)))
-    return base.Loaded(tuple(pairs), notes=("the false answer is MC1's first listed one",))
+    some = "" if missing == len(pairs) else f" for {missing} of {len(pairs)} questions"
+    note = f"the false answer is MC1's first listed one{some}"
+    return base.Loaded(tuple(pairs), notes=(note,) if missing else ())
 
 
 def _load_generation() -> base.Loaded:
