@@ -128,8 +128,9 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
 
 def _check_same_origin(run: Run, source: Run) -> None:
     lines = differing_keys(run.config, source.config)
-    for section, key in (("model", "weights"), ("questions", "fingerprint")):
-        here, there = (made.info()[section][key] for made in (run, source))
+    same = (("model", "weights"), ("questions", "fingerprint"), ("prompt", "fingerprint"))
+    for section, key in same:
+        here, there = (made.info().get(section, {}).get(key) for made in (run, source))
         if here != there:
             lines.append(f"{section} ({key}): {here} here, {there} there")
     if lines:

@@ -212,6 +212,11 @@ def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple
             f'the run takes its questions from "{source}", which a classroom folder does not have; '
             "use questions.source=own"
         )
+    if prompt := config.pairs.prompt_file:
+        raise UsageError(
+            f"the run takes its prompt from {prompt}, which a classroom folder does not have; "
+            "leave pairs.prompt_file out"
+        )
     if mirror and not any(mirror.rglob("*.jsonl")):
         raise UsageError(
             f"{mirror} holds no benchmark; `python -m grath_utils mirror --to DIR` makes a mirror"

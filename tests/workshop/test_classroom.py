@@ -345,6 +345,9 @@ def test_what_cannot_be_taken_elsewhere_is_refused(
         make_classroom(
             tmp_path / "room", Run(tmp_path / "r", load_config("smoke", settings)), say=quiet
         )
+    settings = {"model.name": str(tiny_llama), "pairs.prompt_file": "mine.yaml"}
+    with pytest.raises(UsageError, match="takes its prompt from mine.yaml"):
+        classroom.check_possible(tmp_path / "room", load_config("smoke", settings), None)
     with pytest.raises(UsageError, match='uses the model "default"'):
         make_classroom(tmp_path / "room", Run(tmp_path / "r", load_config("smoke")), say=quiet)
     full = tmp_path / "full"
