@@ -64,7 +64,10 @@ def swag(n: int, label: str = "1") -> dict[str, Any]:
 def test_our_own_sets() -> None:
     probe, retention = load_benchmark("probe"), load_benchmark("retention")
     assert (probe.source, retention.source) == ("own data", "own data")
-    assert len(probe.items) >= 160
+    halves = [load_benchmark(f"probe_{half}").items for half in ("choosing", "testing")]
+    assert [len(half) for half in halves] == [200, 200]
+    assert {i.id for half in halves for i in half} == {i.id for i in probe.items}
+    assert all([i.position for i in half] == list(range(200)) for half in halves)
     assert len(retention.items) >= 160
     for item in (*probe.items, *retention.items):
         assert sum(item.labels[i] for i in item.mc1) == 1

@@ -3,9 +3,9 @@
 ``data/probe.jsonl`` is there to tell a more truthful model from one that has picked up the habits
 of true answers (length, negation, stock phrases). So those habits must not pay on it. The bounds
 below come from the number of items: had the true choice been drawn at random, a rule's accuracy
-would have a standard error of at most sqrt(0.25 * 0.75 / 199) = 3.1 points. The probe was balanced
-on purpose (each item has three true answers, and which of them stands in MC1 was chosen so that no
-rule gains), so it is held to less than one of them.
+would have a standard error of at most sqrt(0.25 * 0.75 / 200) = 3.1 points in a half. The probe
+was balanced on purpose (each item has three true answers, and which of them stands in MC1 was
+chosen so that no rule gains), so it is held to less than one of them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ from grath_utils.evaluation.blind_rules import (
 
 PROBE = Path(__file__).resolve().parents[2] / "data" / "probe.jsonl"
 ITEMS = [json.loads(line) for line in PROBE.read_text(encoding="utf-8").splitlines()]
+HALVES = ("choosing", "testing")
+PARTS = {"all": ITEMS, **{half: [i for i in ITEMS if i["half"] == half] for half in HALVES}}
 
+FIELDS = ["id", "category", "half", "question", "mc1_targets", "mc2_targets", "source"]
 N_CHOICES = {"mc1_targets": 4, "mc2_targets": 6}
 CHANCE = 0.25
-MINIMUM = 160
+HALF = 200
 MIN_COUNT = 4  # answers that a word must occur in to be a feature of the classifier
 N_FOLDS = 5
 RULE_BOUND = 0.02  # of the probability of a right pick; see the module's docstring
@@ -52,11 +55,17 @@ needs_mirror = pytest.mark.skipif(
 )
 
 
-def answers(key: str, label: int) -> list[str]:
+@pytest.fixture(params=PARTS)
+def items(request: pytest.FixtureRequest) -> list[dict]:
+    """The whole probe, and each half: every one of them has to be balanced by itself."""
+    return PARTS[request.param]
+
+
+def answers(items: Sequence[dict], key: str, label: int) -> list[str]:
     """Return all choices with this label, over all items."""
     return [
         choice
-        for item in ITEMS
+        for item in items
         for choice, its in zip(item[key]["choices"], item[key]["labels"], strict=True)
         if its == label
     ]
@@ -113,7 +122,9 @@ HELD_OUT_RULES = {
 
 def test_schema() -> None:
     for number, item in enumerate(ITEMS, start=1):
-        assert set(item) == {"id", "category", "question", "mc1_targets", "mc2_targets"}
+        assert list(item) == FIELDS
+        assert item["half"] in HALVES
+        assert len(item["source"].split()) >= 2, f"{item['id']} names no source"
         assert item["id"] == f"probe-{number:03d}"
         assert item["category"].strip() == item["category"] != ""
         for key, n in N_CHOICES.items():
@@ -132,9 +143,9 @@ def test_mc1_choices_are_mc2_choices_with_the_same_labels() -> None:
         assert mc1["choices"][0] == mc2["choices"][0]
 
 
-def test_size_and_categories() -> None:
-    assert len(ITEMS) >= MINIMUM
-    counts = Counter(item["category"] for item in ITEMS)
+def test_size_and_categories(items: list[dict]) -> None:
+    assert [len(PARTS[half]) for half in HALVES] == [HALF, HALF]
+    counts = Counter(item["category"] for item in items)
     assert 10 <= len(counts) <= 14
     assert max(counts.values()) <= 1.5 * min(counts.values())
 
@@ -169,45 +180,45 @@ def test_chance_levels() -> None:
 
 
 @pytest.mark.parametrize("name", [*(name for name in RULES if name != "chance"), *MORE_RULES])
-def test_rules_are_at_chance(name: str) -> None:
-    accuracy = np.mean(rule_accuracy({**RULES, **MORE_RULES}[name], ITEMS))
+def test_rules_are_at_chance(name: str, items: list[dict]) -> None:
+    accuracy = np.mean(rule_accuracy({**RULES, **MORE_RULES}[name], items))
     assert abs(accuracy - CHANCE) <= RULE_BOUND, f"{name}: {accuracy:.1%}"
 
 
 @pytest.mark.parametrize("name", HELD_OUT_RULES)
-def test_held_out_rules_are_within_sampling_noise(name: str) -> None:
-    accuracy = np.mean(rule_accuracy(HELD_OUT_RULES[name], ITEMS))
-    noise = np.sqrt(CHANCE * (1 - CHANCE) / len(ITEMS))
+def test_held_out_rules_are_within_sampling_noise(name: str, items: list[dict]) -> None:
+    accuracy = np.mean(rule_accuracy(HELD_OUT_RULES[name], items))
+    noise = np.sqrt(CHANCE * (1 - CHANCE) / len(items))
     assert abs(accuracy - CHANCE) <= 2 * noise, f"{name}: {accuracy:.1%}"
 
 
 @pytest.mark.parametrize("key", N_CHOICES)
-def test_negation_is_as_frequent_in_true_as_in_false_answers(key: str) -> None:
-    true = np.mean([has_negation(text) for text in answers(key, 1)])
-    false = np.mean([has_negation(text) for text in answers(key, 0)])
+def test_negation_is_as_frequent_in_true_as_in_false_answers(key: str, items: list[dict]) -> None:
+    true = np.mean([has_negation(text) for text in answers(items, key, 1)])
+    false = np.mean([has_negation(text) for text in answers(items, key, 0)])
     assert abs(true - false) <= 0.03, f"{true:.1%} of true, {false:.1%} of false answers"
 
 
-def test_half_of_the_answers_with_a_negation_are_true() -> None:
-    true = sum(map(has_negation, answers("mc2_targets", 1)))
-    false = sum(map(has_negation, answers("mc2_targets", 0)))
+def test_half_of_the_answers_with_a_negation_are_true(items: list[dict]) -> None:
+    true = sum(map(has_negation, answers(items, "mc2_targets", 1)))
+    false = sum(map(has_negation, answers(items, "mc2_targets", 0)))
     # The standard error of a share of one half, of about 420 answers, is 2.4 points.
     assert true + false >= 300
     assert abs(true / (true + false) - 0.5) <= 0.02, (true, false)
 
 
 @pytest.mark.parametrize("key", N_CHOICES)
-def test_true_and_false_answers_are_equally_long(key: str) -> None:
+def test_true_and_false_answers_are_equally_long(key: str, items: list[dict]) -> None:
     for length in (len, lambda text: len(text.split())):
-        true = np.mean([length(text) for text in answers(key, 1)])
-        false = np.mean([length(text) for text in answers(key, 0)])
+        true = np.mean([length(text) for text in answers(items, key, 1)])
+        false = np.mean([length(text) for text in answers(items, key, 0)])
         assert abs(true - false) / false <= 0.04, (true, false)
 
 
-def test_yes_and_no_open_true_and_false_answers_alike() -> None:
+def test_yes_and_no_open_true_and_false_answers_alike(items: list[dict]) -> None:
     for opening in ("Yes,", "No,"):
-        true = sum(text.startswith(opening) for text in answers("mc2_targets", 1))
-        false = sum(text.startswith(opening) for text in answers("mc2_targets", 0))
+        true = sum(text.startswith(opening) for text in answers(items, "mc2_targets", 1))
+        false = sum(text.startswith(opening) for text in answers(items, "mc2_targets", 0))
         assert abs(true - false) <= 2 * np.sqrt(true + false), (opening, true, false)
 
 
@@ -258,18 +269,18 @@ def auc(scores: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize("ridge", [10.0, 100.0])
 @pytest.mark.parametrize("key", N_CHOICES)
-def test_surface_classifier_is_near_chance(key: str, ridge: float) -> None:
-    texts = [choice for item in ITEMS for choice in item[key]["choices"]]
-    y = np.array([label for item in ITEMS for label in item[key]["labels"]])
-    item = np.repeat(np.arange(len(ITEMS)), N_CHOICES[key])
+def test_surface_classifier_is_near_chance(key: str, ridge: float, items: list[dict]) -> None:
+    texts = [choice for item in items for choice in item[key]["choices"]]
+    y = np.array([label for item in items for label in item[key]["labels"]])
+    item = np.repeat(np.arange(len(items)), N_CHOICES[key])
     scores = held_out_scores(texts, y, item, ridge)
 
     # Resample whole items: the answers of one item resemble each other.
-    by_item = scores.reshape(len(ITEMS), -1), y.reshape(len(ITEMS), -1)
+    by_item = scores.reshape(len(items), -1), y.reshape(len(items), -1)
     rng = np.random.default_rng(0)
     resampled = [
         auc(*(part[draw].ravel() for part in by_item))
-        for draw in rng.integers(len(ITEMS), size=(200, len(ITEMS)))
+        for draw in rng.integers(len(items), size=(200, len(items)))
     ]
     low, high = np.quantile(resampled, [0.025, 0.975])
     value = auc(scores, y)

@@ -23,6 +23,8 @@ _ROWS = (  # module:name
     "hellaswag:HELLASWAG",
     "mmlu:MMLU",
     "own:PROBE",
+    "own:CHOOSING",
+    "own:TESTING",
     "own:RETENTION",
 )
 BENCHMARKS: dict[str, BenchmarkSpec] = {

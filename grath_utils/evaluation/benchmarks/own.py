@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from grath_utils.evaluation.benchmarks import base
 from grath_utils.evaluation.benchmarks.truthfulqa import PRIMED, truthfulqa_item
 from grath_utils.evaluation.metrics import accuracy_metrics, truthfulqa_metrics
-from grath_utils.files import data_dir
+from grath_utils.files import data_dir, read_jsonl
 
 
 def _parse_fact(row: base.Row) -> base.Item:
@@ -13,15 +15,32 @@ def _parse_fact(row: base.Row) -> base.Item:
     return base.choice_item(row["id"], row["question"], choices, row["answer"], category)
 
 
-PROBE = base.BenchmarkSpec(
-    name="probe",
-    about="misconceptions of our own, on which question-blind rules score at chance",
-    load=lambda: base.Loaded(base.read_items(data_dir() / "probe.jsonl", truthfulqa_item)),
-    protocols=PRIMED,
-    metrics=("mc1", "mc2", "mc3"),
-    score=truthfulqa_metrics,
-    size=base.BenchmarkSize(items=199, tokens=74, predicted=61),
-)
+def _load_probe(half: str | None) -> base.Loaded:
+    file = data_dir() / "probe.jsonl"
+    items = base.read_items(file, truthfulqa_item)
+    if half:
+        part = [
+            i for i, row in zip(items, read_jsonl(file), strict=True) if row.get("half") == half
+        ]
+        items = tuple(replace(item, position=n) for n, item in enumerate(part))
+    return base.Loaded(items)
+
+
+def _probe(half: str | None = None, items: int = 200) -> base.BenchmarkSpec:
+    """Return the probe's row, or that of one half: choose on one, test on the other."""
+    part = f", the {half} half" if half else ""
+    return base.BenchmarkSpec(
+        name=f"probe_{half}" if half else "probe",
+        about="misconceptions of our own, on which question-blind rules score at chance" + part,
+        load=lambda: _load_probe(half),
+        protocols=PRIMED,
+        metrics=("mc1", "mc2", "mc3"),
+        score=truthfulqa_metrics,
+        size=base.BenchmarkSize(items=items, tokens=74, predicted=61),
+    )
+
+
+PROBE, CHOOSING, TESTING = _probe(items=400), _probe("choosing"), _probe("testing")
 RETENTION = base.BenchmarkSpec(
     name="retention",
     about="easy facts of our own: what did training destroy?",
