@@ -16,6 +16,8 @@ from grath_utils.engine.generation import generate
 from grath_utils.engine.models import Policy
 from grath_utils.engine.scoring import plan_requests, run_plan, score_completions
 
+pytestmark = pytest.mark.slow
+
 PRIMER = "Q: Is a primer long?\nA: It is longer than a window of 32 tokens.\n\n" * 2
 REQUESTS = [
     Request(f"{PRIMER}Q: {question}\nA:", answer, str(i))
