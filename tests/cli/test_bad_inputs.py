@@ -92,7 +92,7 @@ ROWS = [
         '"evaluation.benchmarks" names "prob"; did you mean "probe"'),
     Bad("unknown tracker", "run --dry-run --set dpo.report_to=tensorbord",
         '"dpo.report_to" names "tensorbord"; did you mean "tensorboard"'),
-    Bad("unknown mode", "run --set pairs.mode=defualt", 'did you mean "default"'),
+    Bad("unknown mode", "run --run-dir new --set pairs.mode=defualt", 'did you mean "default"'),
     Bad("unknown platform", "classroom --to c --platform amiga", 'unknown platform "amiga"'),
     Bad("unknown notebook", "checkpoint --at 99", 'there is no notebook "99"'),
     Bad("rounds", "merge --model run@7 --to m", 'run@7": iteration 7 has no adapter'),
