@@ -73,6 +73,14 @@ KIND_NAMES = {
 }
 
 
+def reason_of(error: BaseException) -> str:
+    """Return how an error's message begins, as part of a sentence; its kind if it has none."""
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:told]).rstrip(".:,") or type(error).__name__
+
+
 def brief(value: Any) -> str:
     """Return a user's value for a message, though it be endless."""
     return textwrap.shorten(reprlib.repr(value), 100, placeholder="...")

@@ -22,6 +22,20 @@ SIZES = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+LATENT_ATTENTION = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2}
 ROTARY = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR_ATTENTION = {
@@ -137,15 +151,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {}),
     "glm": ("glm", {}),
     "glm4": ("glm4", {}),
-    "glm4-moe": (
-        "glm4_moe",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-        },
-    ),
+    "glm4-moe": ("glm4_moe", ROUTED_EXPERTS),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "exaone4": ("exaone4", {"sliding_window": 32, "num_hidden_layers": 4}),
     "ernie": ("ernie4_5", {}),
@@ -156,37 +162,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", {}),
     "bitnet": ("bitnet", {}),
     "diffllama": ("diffllama", {}),
-    "deepseek-v2": (
-        "deepseek_v2",
-        {
-            "kv_lora_rank": 16,
-            "q_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-        },
-    ),
+    "deepseek-v2": ("deepseek_v2", ROUTED_EXPERTS | LATENT_ATTENTION),
     "deepseek-v3": (
         "deepseek_v3",
-        {
-            "kv_lora_rank": 16,
-            "q_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "n_routed_experts": 8,
-            "n_group": 2,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-            "num_key_value_heads": 4,
-        },
+        ROUTED_EXPERTS | LATENT_ATTENTION | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
     ),
     "llama4": (
         "llama4_text",

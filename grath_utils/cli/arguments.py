@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import reprlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.config import Config
-from grath_utils.errors import UsageError
+from grath_utils.errors import UsageError, brief
 
 Argument = Callable[[argparse.ArgumentParser], Any]
 
@@ -71,8 +70,8 @@ def whole_number(name: str, least: int = 1, most: int = 2**31 - 1) -> Callable[[
         with suppress(ValueError):
             value = int(text)
         if isinstance(value, str) or not least <= value <= most:
-            found = reprlib.repr(value)
-            raise UsageError(f"{name} is {found}; expected a whole number from {least} to {most}")
+            expected = f"a whole number from {least} to {most}"
+            raise UsageError(f"{name} is {brief(value)}; expected {expected}")
         return value
 
     return read

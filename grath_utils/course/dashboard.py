@@ -122,7 +122,7 @@ def dashboard_panels(run: Run) -> list[Panel]:
     for title, unit, key in HEALTH:
         points = [(label, after["health"][key], None) for label, after in measured.items()]
         panels.append(Panel(title, unit, points))
-    for benchmark, models in results(run).items():
+    for benchmark, models in results(run, state).items():
         last = list(models.values())[-1]
         for metric in list(last["metrics"])[:2]:
             points = [(label, *in_percent(result, metric)) for label, result in models.items()]

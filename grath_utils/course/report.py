@@ -67,7 +67,8 @@ def summary_table(run: Run) -> str:
 
 def write_report(run: Run) -> Path:
     """Write ``report.html`` and ``figures/`` from what the run directory holds; return its path."""
-    state, evaluated, figures = run_state(run), results(run), {}
+    state, figures = run_state(run), {}
+    evaluated = results(run, state)
     comparison = comparison_table(run, "html")
     if comparison:
         figures["before_after"] = plot_metrics(evaluated)

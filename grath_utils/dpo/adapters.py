@@ -26,7 +26,7 @@ from grath_utils.engine.models import (
     load_base,
     merged_before,
 )
-from grath_utils.errors import TrainingError
+from grath_utils.errors import TrainingError, reason_of
 from grath_utils.files import atomic_path, fingerprint, write_json
 
 
@@ -87,8 +87,7 @@ def add_adapter(policy: Policy, lora: LoraConfig, seed: int) -> Policy:
             else:
                 model = peft.get_peft_model(model, settings)
         except ValueError as error:  # a kind of layer that peft cannot adapt, or not in this model
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise TrainingError(f"lora.targets: {reason}{choice}") from error
+            raise TrainingError(f"lora.targets: {reason_of(error)}{choice}") from error
     activate_adapters(model, trainable=True)
     if problem := _why_untrainable(model):
         raise TrainingError(f"lora.targets: {problem}{choice}")

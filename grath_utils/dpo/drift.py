@@ -6,7 +6,6 @@ DPO's objective is a reward less ``beta KL(policy || reference)``, which its los
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -36,21 +35,21 @@ def kl_per_token(
     longest = max(example.length for example in examples)
     row_tokens = min(row_limit(model, longest) for model in (policy, base))
     total, count = np.zeros(len(examples)), np.zeros(len(examples))
-    for row in pack([vars(e) for e in examples], row_tokens):
-        logits = [_logits(model, row).split(LOGIT_ROWS) for model in (policy, base)]
-        kl = np.concatenate([_kl(p, q) for p, q in zip(*logits, strict=True)])  # (P,)
-        at = row["sequence"].numpy() % len(examples)  # chosen and rejected of a pair together
-        np.add.at(total, at, kl[row["which"].numpy()])
-        np.add.at(count, at, 1)
+    shared = row_tokens > 0
+    with row_attention(policy.model, shared=shared), row_attention(base.model, shared=shared):
+        for row in pack([vars(e) for e in examples], row_tokens):
+            logits = [_logits(one, row).split(LOGIT_ROWS) for one in (policy, base)]
+            kl = np.concatenate([_kl(p, q) for p, q in zip(*logits, strict=True)])  # (P,)
+            at = row["sequence"].numpy() % len(examples)  # chosen and rejected of a pair together
+            np.add.at(total, at, kl[row["which"].numpy()])
+            np.add.at(count, at, 1)
     return (total / count).tolist()
 
 
 def _logits(policy: Policy, row: dict[str, torch.Tensor]) -> torch.Tensor:
     here = {name: tensor.to(policy.device) for name, tensor in row.items()}
     dtype = policy.model.get_input_embeddings().weight.dtype
-    with row_attention(policy.model) if "visible" in row else nullcontext():
-        selects = accepts(policy.model, "logits_to_keep")
-        return row_logits(policy.model, here, dtype, selects=selects)
+    return row_logits(policy.model, here, dtype, selects=accepts(policy.model, "logits_to_keep"))
 
 
 def _kl(policy: torch.Tensor, base: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ import operator
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +198,15 @@ def run_trainer(
         for row in (*train_rows, *held_out_rows)
     )
     # Where the weights are split, all processes have to call the model equally often.
-    sharing: Any = nullcontext()
+    row_tokens = 0 if processes.sharded() else row_limit(policy, longest)
     if not processes.sharded():
-        row_tokens = row_limit(policy, longest)
         collator = PackedCollator(collator, row_tokens)
-        sharing = row_attention(policy.model) if row_tokens else sharing
     adapter = {n: p.detach().clone() for n, p in policy.model.named_parameters() if p.requires_grad}
-    with quiet_transformers(), warnings.catch_warnings(action="ignore"), sharing:
+    with (
+        quiet_transformers(),
+        warnings.catch_warnings(action="ignore"),
+        row_attention(policy.model, shared=row_tokens > 0),
+    ):
         with _explained_refusals("the trainer refuses these dpo settings"):
             trainer = ReadyDataTrainer(
                 model=policy.model,

@@ -118,16 +118,19 @@ def encode_answers(
     texts = [prompt, *(prompt + answer for answer in answers)]
     head, *joint = (tuple(ids.tolist()) for ids in encode_texts(tokenizer, texts))
     return head, [
-        whole[len(head) :] if whole[: len(head)] == head else encode_apart(tokenizer, answer)
+        whole[len(head) :] if whole[: len(head)] == head else encode_apart(tokenizer, [answer])[0]
         for whole, answer in zip(joint, answers, strict=True)
     ]
 
 
-def encode_apart(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Return the ids of a text in the middle of another, whatever stands before it."""
+def encode_apart(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return the ids of texts in the middle of others, whatever stands before each."""
     # After a newline, as SentencePiece puts a space before the first word of a text.
-    line, joint, alone = _encode_bare(tokenizer, ["\n", f"\n{text}", text])
-    return tuple(joint[len(line) :] if line and joint[: len(line)] == line else alone)
+    line, *found = _encode_bare(tokenizer, ["\n", *(f"\n{text}" for text in texts), *texts])
+    return [
+        tuple(joint[len(line) :] if line and joint[: len(line)] == line else alone)
+        for joint, alone in zip(found[: len(texts)], found[len(texts) :], strict=True)
+    ]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

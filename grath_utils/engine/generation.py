@@ -10,7 +10,7 @@ transformers' own ``generate``: slower, the same completions; a warning says so.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from grath_utils.engine.chat import end_ids
-from grath_utils.engine.encoding import encode_apart, refuse_unknown_ids, token_ids
+from grath_utils.engine.encoding import encode_apart, encode_texts, refuse_unknown_ids
 from grath_utils.engine.models import unwrapped
 from grath_utils.engine.shared_prefix import (
     Layers,
@@ -183,9 +183,11 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _encode(
-    policy: Policy, prompts: Prompts, encode: Callable[..., Sequence[int]] = token_ids
+    policy: Policy, prompts: Prompts, encode: Callable[..., Iterable[Any]] = encode_texts
 ) -> list[list[int]]:
-    ids = [list(encode(policy.tokenizer, p) if isinstance(p, str) else p) for p in prompts]
+    if prompts and isinstance(prompts[0], str):
+        prompts = encode(policy.tokenizer, prompts)
+    ids = [list(map(int, each)) for each in prompts]
     refuse_unknown_ids(policy, ids)
     return ids
 

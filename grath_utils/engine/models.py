@@ -93,8 +93,8 @@ def load_base(config: ModelConfig) -> Policy:
         )
     # A token that was added without an embedding does no harm, as long as nobody uses it.
     pads = [token for token in (tokenizer.pad_token, tokenizer.eos_token) if token]
-    known = [token for token in pads if tokenizer.convert_tokens_to_ids(token) < rows]
-    tokenizer.pad_token = known[0] if known else None
+    known = (token for token in pads if tokenizer.convert_tokens_to_ids(token) < rows)
+    tokenizer.pad_token = next(known, None)
     model.config.use_cache = True
     # Some chat models ship sampling settings: here, each call says what it wants.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
@@ -161,7 +161,7 @@ def apply_adapters(
                     model.load_adapter(str(folder), adapter_name=name)
                 else:
                     model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-                _check_all_loaded(model, name, folder)
+                _check_matrices(model, name, folder)
                 if folded and not getattr(model, "is_quantized", False):
                     model = model.merge_and_unload()
         except ModelError:
@@ -177,7 +177,7 @@ def apply_adapters(
     return replace(policy, model=model, fingerprint=identity, adapters=applied)
 
 
-def _check_all_loaded(model: Any, name: str, folder: Path) -> None:
+def _check_matrices(model: Any, name: str, folder: Path) -> None:
     """Refuse an adapter with other layers than its configuration names: peft only warns of them."""
     from peft import get_peft_model_state_dict
 

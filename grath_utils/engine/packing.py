@@ -49,8 +49,11 @@ def row_limit(policy: Policy, longest: int) -> int:
 
 def row_groups(examples: Sequence[Example], row_tokens: int) -> list[list[int]]:
     """Return which pairs, by their place, go into one row: as many as fit, in their order."""
+    everything = list(range(len(examples)))
+    if 0 < len(_trie(_sides(examples, everything))[0]) <= row_tokens:
+        return [everything]
     groups: list[list[int]] = []
-    for i in range(len(examples)):
+    for i in everything:
         if groups and len(_trie(_sides(examples, [*groups[-1], i]))[0]) <= row_tokens:
             groups[-1].append(i)
         else:

@@ -12,7 +12,7 @@ slice of it, :mod:`.slices`) is scored one whole sequence at a time instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -165,8 +165,7 @@ def run_plan(
         logprobs[plan.own_edges(plan.blocks[number])] = done[number]
     todo = [number for number in range(len(plan.blocks)) if number not in done]
     own, turns = processes.own_share(todo) if split else (todo, len(todo))
-    sharing = row_attention(policy.model) if plan.method == "tree" else nullcontext()
-    with _evaluating(policy.model), sharing:
+    with _evaluating(policy.model), row_attention(policy.model, shared=plan.method == "tree"):
         found = _passes(policy, plan, set(own))
         for _ in range(turns):
             mine = next(found, None)
@@ -297,10 +296,10 @@ def why_no_trees(policy: Policy, longest: int, row_tokens: int) -> str:
     Asked of the model itself (:mod:`.slices`): a row as long as any of the plan's has to give each
     sequence in it the logits that it has alone.
     """
-    for name in ("position_ids", "attention_mask", "past_key_values"):
-        # From 5.24 on, transformers calls it cache, and takes the older name until 5.40.
-        if not accepts(policy.model, "cache" if name == "past_key_values" else name, name):
-            return f"its forward pass takes no {name}"
+    # From 5.24 on, transformers says cache, and takes the older name until 5.40.
+    for names in (("position_ids",), ("attention_mask",), ("past_key_values", "cache")):
+        if not accepts(policy.model, *names):
+            return f"its forward pass takes no {names[0]}"
     trial = partial(_trial, longest=longest, row_tokens=row_tokens)
     return why_not(policy.model, "rows", (longest, row_tokens), trial)
 
@@ -320,8 +319,7 @@ def _trial(
     trie, paths = build_trie([*([*stem, *branch] for branch in sorted(branches.tolist())), short])
 
     cache, everything = DynamicCache(), np.arange(len(trie))
-    places = np.unique(np.concatenate(paths[-2:])[cached:])
-    places = places[places >= cached]
+    places = np.unique(np.concatenate([path[cached:] for path in paths[-2:]]))
     for nodes, wanted in ((everything[:cached], []), (everything[cached:], places - cached)):
         row = tree_row(trie, nodes, np.asarray(wanted, dtype=np.int64))
         row = {name: tensor.to(device) for name, tensor in row.items()}
@@ -329,5 +327,5 @@ def _trial(
         with row_attention(model):
             shared = row_logits(model, row, torch.float32, selects=selects, cache=cache)
     for path in paths[-2:]:
-        alone = plain_logits(model, torch.from_numpy(trie.token[path])[None].to(device))
-        yield shared[np.searchsorted(places, path[cached:])], alone[0, cached:]
+        plain = plain_logits(model, torch.from_numpy(trie.token[path])[None].to(device))
+        yield shared[np.searchsorted(places, path[cached:])], plain[0, cached:]

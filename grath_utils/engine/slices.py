@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from grath_utils.engine.models import unwrapped
+from grath_utils.errors import reason_of
 
 TOKENS = 64  # the vocabulary of a slice
 # Two orders of the same float32 sums differ by some 1e-6 of the logits' norm, a wrong mask or
@@ -75,7 +76,7 @@ def _tried(model: Any, trial: Trial) -> str:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model's code raises where it is not made for this
-        return f"its forward pass fails there ({str(error).strip().partition(chr(10))[0]})"
+        return f"its forward pass fails there ({reason_of(error)})"
     return ""
 
 
@@ -102,17 +103,7 @@ def float_slice(model: Any) -> PreTrainedModel:
 
 
 def plain_logits(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Return the logits (1, T, vocabulary) of one sequence (1, T) alone: the truth of a trial.
-
-    Rotary positions of the dynamic kind remember the longest sequence they have seen, so that a
-    shorter one after it would come out otherwise than before it. Here they forget it.
-    """
-    for module in model.modules():
-        if "dynamic" in str(getattr(module, "rope_type", "")):
-            for name in [name for name in dir(module) if name.endswith("original_inv_freq")]:
-                prefix = name.removesuffix("original_inv_freq")
-                setattr(module, f"{prefix}inv_freq", getattr(module, name).to(ids.device))
-                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+    """Return the logits (1, T, vocabulary) of one sequence (1, T) alone: the truth of a trial."""
     return model(input_ids=ids, use_cache=False, **options).logits
 
 

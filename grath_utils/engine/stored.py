@@ -20,7 +20,7 @@ from tqdm import tqdm
 from grath_utils.config import ModelConfig
 from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.errors import DataError, FetchError, GrathError, ModelError
+from grath_utils.errors import DataError, FetchError, GrathError, ModelError, reason_of
 from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_cache
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _fetch(config: ModelConfig) -> Path:
     except Exception as error:  # the Hub, the network and the disk fail in many ways
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
         offline = isinstance(cause, errors.OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else first_line(cause or error)
+        reason = "HF_HUB_OFFLINE is set" if offline else reason_of(cause or error)
         raise FetchError(
             f"the model {name} is not, or not wholly, in the Hub's cache and cannot be fetched "
             f"({reason}). Connect to the network and run the same again, which resumes the "
@@ -203,21 +203,13 @@ def explained(what: str, config: ModelConfig) -> Iterator[None]:
     except GrathError:
         raise
     except Exception as error:
-        reason = first_line(error)
+        reason = reason_of(error)
         if "trust_remote_code" in str(error):
             reason = "it needs Python code that comes with it, and such code is never run here"
         raise ModelError(
             f'cannot load the {what} of "{config.name}": {reason} (a model has config.json, '
             "tokenizer files and *.safetensors, all of them whole)"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the beginning of an error's message, as part of a sentence."""
-    text = f"no {error}" if isinstance(error, KeyError) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = 2 if lines and lines[0].endswith(":") else 1
-    return " ".join(lines[:told]).rstrip(".:,") or type(error).__name__
 
 
 def _check_all_loaded(config: ModelConfig, model: PreTrainedModel, report: dict[str, Any]) -> None:

@@ -18,10 +18,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import (
-    dataclass,
-    replace,
-)
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -129,10 +126,7 @@ class Run:
         Raises:
             RunError: it is damaged, or lacks some of the facts that are read of it.
         """
-        made = _read_record(self.path / "run.json", {})
-        if made.keys() & FACTS.keys():
-            _read_record(self.path / "run.json", FACTS)
-        return made
+        return _read_record(self.path / "run.json", FACTS, may_lack_all=True)
 
 
 def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None = None) -> Run:
@@ -228,10 +222,14 @@ def _recorded_config(record: Path) -> Config:
     return config_from_dict(tree, where=str(record))
 
 
-def _read_record(record: Path, form: dict[str, Any]) -> dict[str, Any]:
+def _read_record(
+    record: Path, form: dict[str, Any], *, may_lack_all: bool = False
+) -> dict[str, Any]:
     try:
         made = read_json(record)
-        check_form(made, form, record.name)
+        check_form(made, {}, record.name)
+        if not may_lack_all or made.keys() & form.keys():
+            check_form(made, form, record.name)
         return made
     except DataError as error:
         raise RunError(

@@ -80,13 +80,15 @@ def choice_line(run: Run) -> str:
     return line + (f"; stopped early, {found.stop}" if early else "")
 
 
-def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+def results(run: Run, state: RunState | None = None) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the finished evaluations as ``{benchmark: {model label: result}}``, base first.
+
+    ``state`` is that of the run, where it is known already.
 
     Raises:
         DataError: a file is not as it was written, or of other items than the first.
     """
-    labels = [model_label(t) for t in run_state(run).evaluated]
+    labels = [model_label(t) for t in (state or run_state(run)).evaluated]
     found = {
         name: {
             label: read_json(file, evaluation.RESULT)
@@ -111,8 +113,9 @@ def comparison_rows(run: Run) -> list[dict[str, Any]]:
     chosen without them.
     """
     how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
-    labels, rows = (BASE, model_label(run_state(run).final)), []
-    for benchmark, models in results(run).items():
+    state, rows = run_state(run), []
+    labels = BASE, model_label(state.final)
+    for benchmark, models in results(run, state).items():
         if not models.keys() >= set(labels):
             continue
         before, after = (models[label] for label in labels)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unicodedata import normalize
 
 from grath_utils.config import QuestionsConfig
-from grath_utils.errors import DataError, UsageError, did_you_mean
+from grath_utils.errors import DataError, UsageError, did_you_mean, reason_of
 from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json
 from grath_utils.pairs.words import is_blank, same_text
 
@@ -317,10 +317,10 @@ def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[Located
     try:
         rows = load_dataset(data_set, subset, split=split)
     except Exception as error:  # datasets raises its own, requests', huggingface_hub's and OSError
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(
-            f'cannot read the Hub data set "{data_set}", split "{split}": {lines[0]} (without a '
-            "network, set GRATH_MIRROR to a benchmark mirror, or use questions.source=own)"
+            f'cannot read the Hub data set "{data_set}", split "{split}": {reason_of(error)} '
+            "(without a network, set GRATH_MIRROR to a benchmark mirror, or use "
+            "questions.source=own)"
         ) from error
     for number, row in enumerate(rows):
         yield f"{data_set}, row {number}", row

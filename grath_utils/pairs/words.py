@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from functools import cache
 from unicodedata import category, normalize
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -17,9 +18,6 @@ _FUNCTION_WORDS = frozenset(
 NEGATIONS = frozenset("no not never none nothing nobody nowhere cannot without neither nor".split())
 LENGTH_OFFSET = 12  # characters that short answers get as a head start
 
-# What stands on a letter and is none for `re`: many accents, the vowel signs of Hindi or Thai.
-_MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if category(c)[0] == "M")
-_WORD = re.compile(rf"\d+(?:[.,]\d+)+|[^\W_](?:'?[^\W_]|[{_MARKS}])*")
 _SIGN = re.compile(r"(?<![^\W\d_])-(?=\s?\d)|(?<=\d)/(?=\d)|[^\w\s/-]")  # a minus is no hyphen
 # Invisible, and without a meaning: not among them are U+200C and U+200D, which part and join
 # letters and emoji, and the tags of which flags are made.
@@ -40,9 +38,16 @@ def same_text(text: str) -> str:
     return normalize("NFC", " ".join(folded.split()))
 
 
+@cache  # made where it is first used: it takes longer than the rest of this module to import
+def _word() -> re.Pattern[str]:
+    # What stands on a letter and is none for `re`: many accents, the vowel signs of Hindi or Thai.
+    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if category(c)[0] == "M")
+    return re.compile(rf"\d+(?:[.,]\d+)+|[^\W_](?:'?[^\W_]|[{marks}])*")
+
+
 def answer_words(text: str) -> list[str]:
     """Return the lower-case words of a text; ``isn’t`` (as ``isn't``) and ``3.5`` are one each."""
-    return _WORD.findall(re.sub("[’ʼ]", "'", _seen(text).casefold()))
+    return _word().findall(re.sub("[’ʼ]", "'", _seen(text).casefold()))
 
 
 def _seen(text: str) -> str:

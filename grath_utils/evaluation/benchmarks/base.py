@@ -102,20 +102,27 @@ class BenchmarkSpec:
     files: tuple[HubFile, ...] = ()  # read from a mirror or the Hub; none for our own data
 
 
-def read_items(file: HubFile | Path, parse: Callable[[Row], Item]) -> tuple[Item, ...]:
-    """Return the items of a file, with unique ids; DataError names a malformed row."""
+def read_items(
+    file: HubFile | Path, parse: Callable[[Row], Item], wanted: Callable[[Row], bool] | None = None
+) -> tuple[Item, ...]:
+    """Return the ``wanted`` items of a file (all), with unique ids.
+
+    Raises:
+        DataError: a row is malformed, wanted or not; it is named.
+    """
     if isinstance(file, HubFile):
         rows, where = read_rows(file), file.path
     else:
         rows, where = read_jsonl(file), file.name
     items, seen = [], Counter()
-    for position, row in enumerate(rows):
-        with naming(f"{where}, row {position + 1}"):
+    for number, row in enumerate(rows, start=1):
+        with naming(f"{where}, row {number}"):
             item = parse(row)
         seen[item.id] += 1
         if seen[item.id] > 1:  # the same question twice: both count, so both need a name
             item = replace(item, id=f"{item.id}-{seen[item.id]}")
-        items.append(replace(item, position=position))
+        if wanted is None or wanted(row):
+            items.append(replace(item, position=len(items)))
     return tuple(items)
 
 

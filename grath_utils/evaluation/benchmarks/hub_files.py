@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from grath_utils.errors import DataError, FetchError
+from grath_utils.errors import DataError, FetchError, reason_of
 from grath_utils.files import mirror_dir, read_jsonl
 
 
@@ -54,10 +54,9 @@ def hub_rows(file: HubFile) -> list[dict[str, Any]]:
     try:
         split = load_dataset(file.dataset, file.config, split=file.split, revision=file.revision)
     except Exception as error:  # datasets raises a different kind for each way to be offline
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FetchError(
-            f"{file.dataset} cannot be fetched from the Hub ({reason}). Without network there are "
-            "two ways: set GRATH_MIRROR to a benchmark mirror (made elsewhere with "
+            f"{file.dataset} cannot be fetched from the Hub ({reason_of(error)}). Without network "
+            "there are two ways: set GRATH_MIRROR to a benchmark mirror (made elsewhere with "
             "`python -m grath_utils mirror --to DIR`), or measure on our own data, `--benchmark "
             "probe`"
         ) from error

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from grath_utils.evaluation.benchmarks import base
 from grath_utils.evaluation.benchmarks.truthfulqa import PRIMED, truthfulqa_item
 from grath_utils.evaluation.metrics import accuracy_metrics, truthfulqa_metrics
-from grath_utils.files import data_dir, read_jsonl
+from grath_utils.files import data_dir
 
 
 def _parse_fact(row: base.Row) -> base.Item:
@@ -16,14 +14,10 @@ def _parse_fact(row: base.Row) -> base.Item:
 
 
 def _load_probe(half: str | None) -> base.Loaded:
-    file = data_dir() / "probe.jsonl"
-    items = base.read_items(file, truthfulqa_item)
-    if half:
-        part = [
-            i for i, row in zip(items, read_jsonl(file), strict=True) if row.get("half") == half
-        ]
-        items = tuple(replace(item, position=n) for n, item in enumerate(part))
-    return base.Loaded(items)
+    def wanted(row: base.Row) -> bool:
+        return half in (None, row.get("half"))
+
+    return base.Loaded(base.read_items(data_dir() / "probe.jsonl", truthfulqa_item, wanted))
 
 
 def _probe(half: str | None = None, items: int = 200) -> base.BenchmarkSpec:
