@@ -91,7 +91,15 @@ class PairsConfig:
     )
     max_new_tokens: int = option(100, "longest completion, in tokens", ge=8)
     batch_size: int = option(64, "completions decoded together", ge=1)
-    backend: str = option("own", "what computes the completions", choices=("own",))
+    backend: str = option(
+        "own", "what computes the completions: this program, or a server", choices=("own", "server")
+    )
+    server_url: str | None = option(
+        None, "backend server: its address, as http://localhost:8000/v1", added=True
+    )
+    server_model: str | None = option(
+        None, "backend server: the base model's name there, if it serves several", added=True
+    )
     retry_failed: bool = option(True, "later iterations try again the questions that failed")
     fallback: str = option(
         "newest",

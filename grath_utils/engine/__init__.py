@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "packing": ["pack"],
         "quantization": ["round_weights"],
         "scoring": ["score_completions"],
+        "server": ["connect"],
     },
 )

@@ -63,12 +63,13 @@ class Stop:
 
     reached: Callable[[str], bool]
     trigger: str = ""  # ask only after a token that contains this: asking each time costs
+    strings: tuple[str, ...] = ()  # what it looks for, where it is no more than that
 
     @classmethod
     def at(cls, *strings: str) -> Stop:
         """Stop as soon as one of the strings has been written; it stays in the text."""
         trigger = "\n" if strings == ("\n",) else ""
-        return cls(lambda text: any(s in text for s in strings), trigger)
+        return cls(lambda text: any(s in text for s in strings), trigger, strings)
 
 
 @dataclass(frozen=True)

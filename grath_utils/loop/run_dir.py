@@ -64,7 +64,8 @@ PACKAGES = (
 )
 BASE = "base"
 
-WITHOUT_EFFECT = ("dpo.report_to",)  # changes no result: a run may be continued with another one
+# Change no result: a run may be continued with others.
+WITHOUT_EFFECT = ("dpo.report_to", "pairs.server_url")
 
 
 def model_label(iteration: int | None) -> str:
