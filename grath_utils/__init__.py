@@ -2,7 +2,8 @@
 
 No room imports one below it (import-linter holds that, see pyproject.toml)::
 
-    config, errors, files, text    settings; clear errors; places and whole files; numbers as read
+    config, errors, text    settings; clear errors; numbers as read
+    files        places, whole files, JSON and YAML as read, fingerprints, the journal
     engine       models, encoding, trie, scoring, generation, packing: skip it on first reading
     pairs        questions, prompts, parsing, the ways of writing a pair, their audit
     dpo          the loss, its data, adapters, one round of training, drift

@@ -130,7 +130,7 @@ class ReadyDataTrainer(DPOTrainer):
         return DataLoader(self.eval_dataset, batch_size=size, collate_fn=self.data_collator)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with explained_write_errors(Path(self.args.output_dir) / "checkpoint"):
+        with explained_write_errors(Path(self.args.output_dir)):
             super()._save_checkpoint(*args, **kwargs)
 
 

@@ -74,6 +74,7 @@ def test_a_number_without_a_dot_is_a_number() -> None:
         ("dpo.steps=0", '"dpo.steps" is 0; the least is 1'),
         ("dpo.reference=bass", '"dpo.reference" cannot be "bass".*did you mean "base"'),
         ("dpo.gradient_checkpointing=1", "expected true or false"),
+        ("dpo.gradient_checkpointing=yes", "is 'yes'; expected true or false"),
         ("dpo.batch_size=7", "must be a multiple of"),
         ("dpo.max_prompt_length=2000", "leaves no room for an answer"),
         ("lora.targets=[]", "expected a list of names"),
@@ -119,7 +120,9 @@ def test_a_profile_file_of_the_user(tmp_path: Path) -> None:
     ("text", "value"),
     [
         ("010", 10), ("-0", 0), ("5e-4", 5e-4), (".5", 0.5), ("2.", 2.0), ("1e3", 1000.0),
-        ("yes", True), ("off", False), ("~", None), ("", None), ("[a, 1]", ["a", 1]),
+        ("true", True), ("False", False), ("TRUE", True), ("tRUE", "tRUE"), ("trueish", "trueish"),
+        ("yes", "yes"), ("No", "No"), ("on", "on"), ("off", "off"), ("y", "y"),
+        ("~", None), ("", None), ("[a, 1]", ["a", 1]),
         ("1:30", "1:30"), ("2020-01-01", "2020-01-01"), ("2020-99-01", "2020-99-01"),
         ("0x1f", "0x1f"), ("1_000", "1_000"), ("雪", "雪"), ("a=b", "a=b"),
     ],

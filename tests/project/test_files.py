@@ -90,6 +90,41 @@ def test_any_error_while_no_space_is_left_is_explained(tmp_path: Path, monkeypat
             raise odd
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG])
+def test_an_error_that_names_the_target_is_one_of_writing(tmp_path: Path, code: int) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("x", "x/adapter.safetensors", ".", "link/x", ".x.1.grath-partial/x"):
+        raised = OSError(code, os.strerror(code), str(tmp_path / name))
+        told = pytest.raises(RunError, match=f"cannot write .*x: {os.strerror(code)}")
+        with told, explained_write_errors(tmp_path / "x"):
+            raise raised
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/model.safetensors"),
+        FileNotFoundError(errno.ENOENT, "No such file", "x.csv"),
+        PermissionError(errno.EACCES, "Permission denied", "/elsewhere/secret"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        ConnectionError("the Hub is not reached"),
+        OSError(3, "of other libraries", 7),
+        ChildProcessError("pip"),
+    ],
+)
+def test_another_error_of_the_work_is_none_of_writing(tmp_path: Path, error: OSError) -> None:
+    with pytest.raises(type(error)) as caught, atomic_path(tmp_path / "x.txt"):
+        raise error
+    assert caught.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quota_is_a_full_disk(tmp_path: Path) -> None:
+    spent = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    with pytest.raises(RunError, match="No space left"), atomic_path(tmp_path / "x.txt"):
+        raise spent
+
+
 def make_folder(path: Path, text: str = "new") -> None:
     path.mkdir()
     (path / "file").write_text(text)
