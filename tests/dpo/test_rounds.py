@@ -204,6 +204,7 @@ def test_the_adapter_moved_and_names_its_base_and_no_path_of_this_machine(
     assert settings["base_model_name_or_path"] == base.name
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(
     base: ModelConfig, tmp_path: Path
 ) -> None:
@@ -245,6 +246,7 @@ def test_an_interrupted_round_ends_with_the_same_adapter_and_log(
     assert [step for step, _ in shown] == list(range(1, 9)), "no point is doubled"
 
 
+@pytest.mark.slow
 def test_a_stopped_round_is_continued_by_the_same_training_alone(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +326,13 @@ def test_the_layers_that_an_adapter_names(
     assert all(p.grad is None for p in model.parameters()), "trying it out leaves nothing"
 
 
-@pytest.mark.parametrize("change", [lambda values: [values[0] + 5, *values[1:]], lambda v: v[:-1]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: [values[0] + 5, *values[1:]],
+        pytest.param(lambda values: values[:-1], marks=pytest.mark.slow),
+    ],
+)
 def test_a_stored_reference_that_does_not_fit_is_computed_again(
     base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable
 ) -> None:
@@ -364,7 +372,13 @@ REFUSED = {("exo_pair", 0.0): "above 0", ("robust", 0.5): "below 0.5"}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
-@pytest.mark.parametrize("loss", DPO_LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("sigmoid", "ipo")))
+        for name in DPO_LOSSES
+    ],
+)
 def test_every_loss_trains_by_name_or_is_refused(
     tiny_policy: Policy, tmp_path: Path, loss: str, smoothing: float
 ) -> None:
@@ -386,6 +400,7 @@ def test_every_loss_trains_by_name_or_is_refused(
     assert all(math.isfinite(row["loss"]) for row in log)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_adapter_s_alone(base: ModelConfig, tmp_path: Path) -> None:
     """A model's own would make the first loss another than ln 2; the adapter's changes training."""
     own = tmp_path / "own"

@@ -222,6 +222,7 @@ def test_a_file_missing_from_the_mirror_is_named_and_not_fetched(
         assert str(folder) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_mirror_here(mirror: Path) -> None:
     """Every benchmark of the real mirror can be read, and has what its README says."""
     for name in BENCHMARKS:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import follow_contributing
 
 from grath_utils.files import write_jsonl
@@ -33,6 +34,7 @@ print(*compare(result, result)["metrics"])
 """
 
 
+@pytest.mark.slow
 def test_the_page_on_adding_a_benchmark(tiny_llama: Path, tmp_path: Path) -> None:
     follow_contributing(
         "Add a benchmark", "evaluation/benchmarks", '    "own:RETENTION",\n', tmp_path

@@ -267,7 +267,7 @@ def auc(scores: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(true > false) + 0.5 * np.mean(true == false))
 
 
-@pytest.mark.parametrize("ridge", [10.0, 100.0])
+@pytest.mark.parametrize("ridge", [10.0, pytest.param(100.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("key", N_CHOICES)
 def test_surface_classifier_is_near_chance(key: str, ridge: float, items: list[dict]) -> None:
     texts = [choice for item in items for choice in item[key]["choices"]]
@@ -288,6 +288,7 @@ def test_surface_classifier_is_near_chance(key: str, ridge: float, items: list[d
     assert low <= 0.5, f"AUC {value:.3f} [{low:.3f}, {high:.3f}] excludes chance"
 
 
+@pytest.mark.slow
 def test_the_surface_classifier_finds_a_giveaway() -> None:
     """The test above could not fail if the classifier were blind: plant a bias, and see."""
     texts = [choice for item in ITEMS for choice in item["mc2_targets"]["choices"]]
@@ -301,7 +302,10 @@ def test_the_surface_classifier_finds_a_giveaway() -> None:
 
 
 @needs_mirror
-@pytest.mark.parametrize("benchmark_name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "benchmark_name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "mmlu")) for name in BENCHMARKS],
+)
 def test_no_question_is_near_a_benchmark_question(benchmark_name: str) -> None:
     others = mirror_questions(MIRROR)[benchmark_name]
     theirs = set().union(*(ngrams(other, 6) for other in others))
