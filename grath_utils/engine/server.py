@@ -150,9 +150,8 @@ class Server:
             try:
                 answer = self.client.request(method, path, json=body)
                 if answer.is_success:
-                    return (
-                        answer.json() if "json" in answer.headers["content-type"] else answer.text
-                    )
+                    kind = answer.headers.get("content-type", "")
+                    return answer.json() if "json" in kind else answer.text
                 trouble = f"status {answer.status_code}, {brief(answer.text)}"
                 if answer.status_code in (401, 403):
                     trouble += f"; its key belongs into the environment variable {KEY}"
@@ -197,10 +196,14 @@ def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: in
             timeout=httpx2.Timeout(PATIENCE, connect=10),
             limits=httpx2.Limits(max_connections=in_flight),
         )
-        server = Server(policy, client, url, in_flight)
-        server.model = served_name(server, model)
-    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+    except httpx2.InvalidURL as error:
         raise UsageError(f'"pairs.server_url" holds {url!r}: {reason_of(error)}') from error
+    if client.base_url.scheme not in ("http", "https"):
+        raise UsageError(
+            f'"pairs.server_url" holds {url!r}, and begins with no http:// or https://'
+        )
+    server = Server(policy, client, url, in_flight)
+    server.model = served_name(server, model)
     check_answers(server)
     return server
 
