@@ -6,9 +6,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from grath_utils.errors import FetchError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
-from grath_utils.evaluation.benchmarks.hub_files import hub_rows
 from grath_utils.files import (
     check_new_folder,
     check_output,
@@ -26,7 +24,8 @@ def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
     where a first one stopped. Return the folder, to be named by ``GRATH_MIRROR``.
 
     Raises:
-        FetchError: the Hub cannot be reached, or a split came back empty.
+        DataError: a split is gone or empty.
+        FetchError: the Hub cannot be reached.
         UsageError: the place is a file, or a folder that holds something else.
     """
     folder = user_path(to)
@@ -40,10 +39,7 @@ def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
     ):
         if (folder / path).exists():
             continue
-        rows = hub_rows(file)
-        if not rows:
-            raise FetchError(f"{file.dataset}, split {file.split}: the Hub gave no rows")
-        write_jsonl(folder / path, rows)
+        write_jsonl(folder / path, file.from_hub())
     sources = {p: f"{f.dataset}@{f.revision}, {f.config}, {f.split}" for p, f in files.items()}
     write_json(folder / "mirror.json", {"schema_version": 1, "files": sources})
     return folder

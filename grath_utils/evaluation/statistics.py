@@ -29,23 +29,30 @@ Bounds: TypeAlias = tuple[float, float] | None  # what a value can be at all; No
 
 
 def _numbers(values: Any, least: int = 1) -> np.ndarray:
-    """Return at least so many values as floats; StatisticsError names those that are not finite."""
+    """Return at least so many values as floats; StatisticsError names those that are not finite.
+
+    The public functions check what they are given, once; the private ones take it as it is.
+    """
     try:
         array = np.array(values, dtype=np.float64, ndmin=1)
     except (TypeError, ValueError) as error:
         raise StatisticsError(f"not all values are numbers: {error}") from error
-    if len(array) < least:
-        raise StatisticsError(
-            "one item gives no interval: at least two are needed"
-            if len(array)
-            else "no items: a mean needs at least one"
-        )
+    _enough(array, least)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
     if len(bad):
         named = ", ".join(f"number {i + 1} ({array[i]})" for i in bad[:5])
         more = ", ..." if len(bad) > 5 else ""
         raise StatisticsError(f"{len(bad)} of {len(array)} values are not finite: {named}{more}")
     return array
+
+
+def _enough(array: np.ndarray, least: int) -> None:
+    if len(array) < least:
+        raise StatisticsError(
+            "one item gives no interval: at least two are needed"
+            if len(array)
+            else "no items: a mean needs at least one"
+        )
 
 
 def _paired(before: Any, after: Any, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +63,8 @@ def _paired(before: Any, after: Any, least: int = 1) -> tuple[np.ndarray, np.nda
             f"{len(first)} values on one side and {len(second)} on the other: both must be of the "
             "same items"
         )
-    return _numbers(first, least), second
+    _enough(first, least)
+    return first, second
 
 
 def _all_equal(values: np.ndarray) -> bool:
@@ -72,7 +80,10 @@ def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray
         resamples: number of resamples.
         seed: the same seed draws the same items.
     """
-    values = _numbers(values, least=2)
+    return _resampled(_numbers(values, least=2), resamples, seed)
+
+
+def _resampled(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     n = len(values)
     rng = np.random.default_rng(seed)
     parts = _in_parts(resamples, n)
@@ -90,8 +101,12 @@ def _in_parts(resamples: int, items: int) -> Iterator[int]:
 
 def interval(samples: np.ndarray) -> list[float]:
     """Return the central 95 % of two samples or more: ``[low, high]``."""
+    return _central(_numbers(samples, least=2))
+
+
+def _central(samples: np.ndarray) -> list[float]:
     tail = (1 - LEVEL) / 2
-    return np.quantile(_numbers(samples, least=2), [tail, 1 - tail], axis=0).tolist()
+    return np.quantile(samples, [tail, 1 - tail], axis=0).tolist()
 
 
 def mean_interval(
@@ -104,9 +119,14 @@ def mean_interval(
     so at most a share ``z^2 / (n + z^2)`` of all is, and these lie anywhere within ``bounds``. For
     hits this is Wilson's interval, for differences of hits Tango's (1998). None without bounds.
     """
-    values = _numbers(values, least=2)
+    return _mean_interval(_numbers(values, least=2), resamples, seed, bounds)
+
+
+def _mean_interval(
+    values: np.ndarray, resamples: int, seed: int, bounds: Bounds
+) -> list[float] | None:
     if not _all_equal(values):
-        return interval(bootstrap_means(values, resamples, seed))
+        return _central(_resampled(values, resamples, seed))
     value = float(values[0])
     if bounds is None or not bounds[0] <= value <= bounds[1]:
         return None
@@ -130,7 +150,7 @@ def summarize(
         single: take a single item, too; its ``ci95`` is None.
     """
     values = _numbers(values, least=1 if single else 2)
-    ci95 = mean_interval(values, resamples, seed, bounds) if len(values) > 1 else None
+    ci95 = _mean_interval(values, resamples, seed, bounds) if len(values) > 1 else None
     return {"value": float(values.mean()), "ci95": ci95, "n": len(values)}
 
 
@@ -166,6 +186,10 @@ def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
     first, second = _paired(before, after)
     if not np.isin([first, second], (0, 1)).all():
         raise StatisticsError("McNemar's test is of hits: every value must be 0 or 1")
+    return _mcnemar(first, second)
+
+
+def _mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     difference = second - first
     gained, changed = int((difference > 0).sum()), int((difference != 0).sum())
     return float(stats.binomtest(gained, changed).pvalue) if changed else 1.0
@@ -177,7 +201,10 @@ def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> f
     Each item's difference keeps its size and gets a random sign (Fisher's randomization test); the
     observed arrangement counts as one of the resamples, so the value is never zero.
     """
-    values = _numbers(differences)
+    return _sign_flip(_numbers(differences), resamples, seed)
+
+
+def _sign_flip(values: np.ndarray, resamples: int, seed: int) -> float:
     rng = np.random.default_rng(seed)
     # A hair of tolerance: sums in another order differ in their last digits.
     observed, extreme = abs(values.sum()) - 1e-12 * len(values), 1
@@ -214,13 +241,13 @@ def paired_difference(
     difference = second - first
     n, reach = len(difference), bounds[1] - bounds[0]
     if np.isin([first, second], (0, 1)).all():
-        test, p_value = "exact McNemar", mcnemar_exact(first, second)
+        test, p_value = "exact McNemar", _mcnemar(first, second)
     else:
-        test, p_value = "sign-flip randomization", sign_flip_test(difference, resamples, seed)
+        test, p_value = "sign-flip randomization", _sign_flip(difference, resamples, seed)
     spread = None if _all_equal(difference) else float(difference.std(ddof=1))
     return {
         "value": float(difference.mean()),
-        "ci95": mean_interval(difference, resamples, seed, (-reach, reach)) if n > 1 else None,
+        "ci95": _mean_interval(difference, resamples, seed, (-reach, reach)) if n > 1 else None,
         "p_value": p_value,
         "test": test,
         "before": float(first.mean()),

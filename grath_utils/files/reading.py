@@ -118,14 +118,18 @@ def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, errors: str = "strict") -> str:
     """Read a UTF-8 file as it is, line ends included.
+
+    Args:
+        path: of the file.
+        errors: what becomes of bytes that are not UTF-8, see :meth:`bytes.decode`.
 
     Raises:
         DataError: the file is missing, cannot be read or is not UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig", errors)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except IsADirectoryError:

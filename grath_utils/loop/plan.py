@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from grath_utils.config import Config
-from grath_utils.evaluation.benchmarks import check_benchmarks
+from grath_utils.evaluation.benchmarks import find_benchmark
 from grath_utils.loop.run_dir import Run, model_label
 from grath_utils.loop.state import run_state
 from grath_utils.pairs.modes import check_pairs_config
@@ -25,6 +25,8 @@ class Stage:
     """None: about the base model."""
     output: Path
     work: Callable[[], Any]
+    run: Run
+    """Whose it is: the run's own, or its placebo's."""
     beside: tuple[Path, ...] = ()
     """What else it leaves; written before ``output``, whose presence says that all is there."""
 
@@ -39,7 +41,8 @@ def check_settings(config: Config) -> None:
     Raises:
         ConfigError: an unknown benchmark or tracker, or a way of writing pairs that cannot be.
     """
-    check_benchmarks(config.evaluation.benchmarks)
+    for name in config.evaluation.benchmarks:
+        find_benchmark(name, '"evaluation.benchmarks": ')
     check_pairs_config(config.pairs)
     if config.dpo.report_to != ("none",):
         from grath_utils.dpo.tracking import check_trackers  # it loads torch
@@ -62,24 +65,35 @@ def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
 
         return do
 
+    def add(id: str, title: str, t: int | None, output: Path, do: Any, *beside: Path) -> None:
+        plan.append(Stage(id, title, t, output, do, run, beside))
+
     def add_measuring(t: int | None, title: str) -> None:
         label = model_label(t)
         if run.config.loop.signals:
-            plan.append(Stage(f"measure_{label}", title, t, run.signals(label), work("measure", t)))
+            add(f"measure_{label}", title, t, run.signals(label), work("measure", t))
 
     for t in state.planned:
-        title, beside = f"write pairs, iteration {t}", (run.rejects(t),)
-        plan.append(Stage(f"pairs_{t}", title, t, run.pairs(t), work("make_pairs", t), beside))
+        do = work("make_pairs", t)
+        if run.main:
+            made = (run.path / "run.json", run.questions)
+            add(f"relabel_{t}", f"relabel pairs, iteration {t}", t, run.pairs(t), do, *made)
+        else:
+            title = f"write pairs, iteration {t}"
+            add(f"pairs_{t}", title, t, run.pairs(t), do, run.rejects(t))
         if t == 0:  # as soon as there are pairs
             add_measuring(None, "measure base on held-out pairs")
-        title, beside = f"train, iteration {t}", (run.training_log(t),)
-        do = work("train_iteration", t)
-        plan.append(Stage(f"train_{t}", title, t, run.adapter(t), do, beside))
+        do, log = work("train_iteration", t), run.training_log(t)
+        add(f"train_{t}", f"train, iteration {t}", t, run.adapter(t), do, log)
         add_measuring(t, f"measure on held-out pairs, iteration {t}")
     for t in state.evaluated:
         label = model_label(t)
         for name in run.config.evaluation.benchmarks:
             title, out = f"evaluate {label} on {name}", run.evaluation(label, name)
-            do = work("evaluate_model", t, name)
-            plan.append(Stage(f"evaluate_{label}_{name}", title, t, out, do))
+            add(f"evaluate_{label}_{name}", title, t, out, work("evaluate_model", t, name))
+    if run.config.loop.placebo:
+        plan += [
+            replace(stage, id=f"placebo_{stage.id}", title=f"placebo: {stage.title}")
+            for stage in plan_stages(run.placebo(state.final), progress=progress)
+        ]
     return plan

@@ -67,7 +67,7 @@ def read_pairs(path: Path) -> list[Pair]:
     for number, row in enumerate(read_jsonl(path), start=1):
         where = f"{path}, pair {number}"
         texts = {name: row.get(name) for name in ("id", "question", "correct", "incorrect")}
-        if isinstance(texts["id"], int):
+        if type(texts["id"]) is int:  # true and false are of that kind, too
             texts["id"] = str(texts["id"])
         for name, text in texts.items():
             if not isinstance(text, str) or is_blank(text):
@@ -75,7 +75,7 @@ def read_pairs(path: Path) -> list[Pair]:
         iteration, contrast = row.get("iteration", 0), row.get("contrast")
         if type(iteration) is not int or iteration < 0:
             raise DataError(f'{where}: "iteration" holds {iteration!r}, expected 0, 1, 2, ...')
-        if not isinstance(contrast, int | float | None):
+        if type(contrast) not in (int, float, type(None)):
             raise DataError(f'{where}: "contrast" holds {contrast!r}, expected a number')
         pair = Pair(**texts, iteration=iteration, contrast=contrast)
         if pair.id in pairs:
@@ -179,7 +179,8 @@ def generate_pairs(
     # demonstrations and chat template.
     prompts = [writer.prompt(tasks[0].question, kind) for kind in writer.kinds]
     asked = [[task.question.to_row(), task.incorrect] for task in tasks]
-    settings = [own_settings(config), iteration, seed, size]
+    # Another address is the same server.
+    settings = [own_settings(dataclasses.replace(config, server_url=None)), iteration, seed, size]
     identity = fingerprint([VERSION, policy.fingerprint, *settings, prompts, asked])
     journal = Journal.beside(out if processes.is_main() else None, identity)
     done = processes.on_main(journal.read)
@@ -266,6 +267,11 @@ def _check_questions(
             raise DataError(
                 f"{question.where or question.id}: pairs.{need} needs to know which candidate is "
                 "right, and the source does not say"
+            )
+        if config.ground_truth and not question.wrong_candidates:
+            raise DataError(
+                f"{question.where or question.id}: pairs.{need} needs a wrong answer to show, and "
+                f'all candidates are "{question.candidates[0]}"'
             )
 
 

@@ -9,7 +9,7 @@ from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.pairs.parsing import FILTERS
 from grath_utils.pairs.prompt_file import read_wording
-from grath_utils.pairs.prompts import Demonstration
+from grath_utils.pairs.prompts import CORRECT_LABEL, INCORRECT_LABEL, Demonstration
 from grath_utils.pairs.writers import PairMode, Writer
 
 if TYPE_CHECKING:
@@ -52,7 +52,17 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
         raise ConfigError(
             '"pairs.annotated" has no place beside "pairs.ground_truth" or "pairs.prompt_file"'
         )
-    read_wording(config)
+    if (config.backend == "server") != bool(config.server_url):
+        raise ConfigError(
+            '"pairs.backend=server" and "pairs.server_url" (such as http://localhost:8000/v1) '
+            "belong together: give both or neither"
+        )
+    labels = read_wording(config).labels
+    if config.legacy and (labels.correct, labels.incorrect) != (CORRECT_LABEL, INCORRECT_LABEL):
+        raise ConfigError(
+            f'"pairs.legacy" reads answers after "{CORRECT_LABEL}" and "{INCORRECT_LABEL}" only; '
+            f'leave "labels" out of {config.prompt_file}, or pairs.legacy'
+        )
     return mode
 
 

@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 from unicodedata import normalize
 
-from grath_utils.pairs.prompts import INCORRECT_LABEL
+from grath_utils.pairs.prompts import CORRECT_LABEL, INCORRECT_LABEL
 from grath_utils.pairs.words import (
     content_words,
     is_blank,
@@ -129,7 +129,7 @@ def parse_legacy(completion: str) -> Parsed:
     parts = completion.split(f"{INCORRECT_LABEL} ")
     if len(parts) != 2:
         return Parsed("", None)
-    before = parts[0].split("Correct answer: ")[-1]
+    before = parts[0].split(f"{CORRECT_LABEL} ")[-1]
     return Parsed(*(part.replace("\n", "").strip() for part in (before, parts[1])))
 
 

@@ -7,7 +7,6 @@ travel along, for the audit, the controls and what `pairs` shows of them only.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import os
 import random
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unicodedata import normalize
 
 from grath_utils.config import QuestionsConfig
-from grath_utils.errors import DataError, UsageError, did_you_mean, reason_of
-from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json
+from grath_utils.errors import DataError, UsageError, did_you_mean
+from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json, read_text
+from grath_utils.pairs.hub import hub_rows
 from grath_utils.pairs.words import is_blank, same_text
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ class Question:
     gold: int | None = None  # position of the right candidate, where the source knows it
     topic: str | None = None
     where: str = ""  # file and line (or data set and row) that it came from, for error messages
+
+    @property
+    def wrong_candidates(self) -> list[str]:
+        """The candidates that are not the gold one, however it is written."""
+        right = same_text(self.candidates[self.gold])
+        return [each for each in self.candidates if same_text(each) != right]
 
     def to_row(self) -> dict[str, Any]:
         """Return what :meth:`from_row` reads back, without the empty fields."""
@@ -106,12 +112,11 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     Raises:
         DataError: no such source; an empty file; a malformed, doubled or empty row (file and line
             are named). With ``skip_bad`` such rows are left out, counted and named in a warning.
+        FetchError: the Hub was needed and cannot be reached.
     """
     source, rows = _open_source(config)
     kept, skipped, named = [], Counter(), []
     texts, ids = {}, {}  # question -> where it was first seen
-    # Data sets of others hold a few doubled questions that no user can mend: they are counted.
-    lenient = config.skip_bad or config.source in ARC_SUBSETS
     for where, row in rows:
         try:
             question = _question(row, config, where, f"q-{len(kept) + 1:05d}")
@@ -122,7 +127,9 @@ def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
                 raise _BadRow("duplicated_id", f'id "{question.id}" is that of {ids[question.id]}')
         except _BadRow as bad:
             reason, sentence = bad.args[0], _shown(bad.args[1])
-            if not lenient:
+            # ARC holds a few doubled questions that no user can mend: they are counted.
+            doubled_in_arc = reason == "duplicated" and config.source in ARC_SUBSETS
+            if not (config.skip_bad or doubled_in_arc):
                 hint = "mend it, or set questions.skip_bad=true to leave such rows out"
                 raise DataError(f"{where}: {sentence}; {hint}") from None
             skipped[reason] += 1
@@ -165,7 +172,7 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
     if subset := ARC_SUBSETS.get(name):
         mirror, what = mirror_dir(), f"{subset}, split {split}, from the"
         if mirror is None:
-            return f"{what} Hub ({ARC})", _hub_rows(ARC, subset, split)
+            return f"{what} Hub ({ARC})", _located_hub_rows(ARC, subset, split)
         path = mirror / "ai2_arc" / subset / f"{split}.jsonl"
         if not path.is_file():
             raise DataError(
@@ -184,7 +191,8 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
             f'unknown source of questions "{name}"{did_you_mean(name, BUILT_IN)} '
             "(or a .jsonl/.csv file, or a Hub data set ORGANISATION/NAME)"
         )
-    return f"the Hub data set {name}, split {split}", _hub_rows(data_set, subset or None, split)
+    rows = _located_hub_rows(data_set, subset or None, split)
+    return f"the Hub data set {name}, split {split}", rows
 
 
 def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) -> Question:
@@ -244,17 +252,11 @@ def _candidates(row: Mapping[str, Any]) -> tuple[tuple[str, ...], int | None]:
 
 def _rows(path: Path) -> Iterator[LocatedRow]:
     """Read a file; a bad line becomes a :class:`_BadRow`, so that it spoils no other."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    text = read_text(path, "surrogateescape")  # what is not UTF-8 is found by _readable
+    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
         raise DataError(f"{path}: UTF-16 text; save the file as UTF-8")
-    # What is not UTF-8 becomes surrogates, for _readable.
     # Not splitlines(): it would also split at U+2028 and other separators inside a string.
-    lines = re.split("\r\n?|\n", raw.decode("utf-8-sig", "surrogateescape"))
+    lines = re.split("\r\n?|\n", text)
     read = _table_rows if path.suffix.lower() in TABLES else _jsonl_rows
     for number, row in read(path, lines):
         yield f"{path}, line {number}", row
@@ -311,18 +313,8 @@ def _table_rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
             start = number
 
 
-def _hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[LocatedRow]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(data_set, subset, split=split)
-    except Exception as error:  # datasets raises its own, requests', huggingface_hub's and OSError
-        raise DataError(
-            f'cannot read the Hub data set "{data_set}", split "{split}": {reason_of(error)} '
-            "(without a network, set GRATH_MIRROR to a benchmark mirror, or use "
-            "questions.source=own)"
-        ) from error
-    for number, row in enumerate(rows):
+def _located_hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[LocatedRow]:
+    for number, row in enumerate(hub_rows(data_set, subset, split)):
         yield f"{data_set}, row {number}", row
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grath_utils import engine
@@ -23,6 +24,7 @@ from grath_utils.pairs.questions import Question
 if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion, Prefix
     from grath_utils.engine.models import Policy
+    from grath_utils.engine.server import Server
 
 MAX_ANSWER_TOKENS = 48  # longest single answer; one that has not ended by then is no short sentence
 TOP_P = 0.95  # of sampled candidates
@@ -127,8 +129,8 @@ class Writer:
     def ground_truth(self, question: Question) -> tuple[str, str]:
         """Return the annotated answer, and a wrong one that the seed draws."""
         right = question.candidates[question.gold]
-        wrong = [each for each in question.candidates if each != right] or [right]
-        return right, random.Random(f"{self.seed} {question.id}").choice(wrong)
+        wrong = random.Random(f"{self.seed} {question.id}").choice(question.wrong_candidates)
+        return right, wrong
 
     def token_ids(self, question: Question, kind: str) -> list[int]:
         """Return the prompt of one question and kind as token ids."""
@@ -149,6 +151,15 @@ class Writer:
             self.prefixes[kind] = engine.shared_beginning(self.policy, texts)
         return self.prefixes[kind]
 
+    @cached_property
+    def server(self) -> Server | None:
+        """The server that writes in the policy's place, if there is one."""
+        config = self.config
+        if config.backend == "own":
+            return None
+        url, model = config.server_url, config.server_model
+        return engine.connect(self.policy, url, model, in_flight=config.batch_size)
+
     def complete(
         self,
         kind: str,
@@ -162,6 +173,16 @@ class Writer:
             return []
         pair, limit = kind == "pair", self.config.max_new_tokens
         stop = engine.Stop(pair_is_complete, "\n") if pair else engine.Stop.at("\n")
+        if self.server:
+            return self.server.complete(
+                [self.prompt(question, kind) for question in questions],
+                max_new_tokens=limit if pair else min(MAX_ANSWER_TOKENS, limit),
+                stop=None if self.config.legacy else stop,
+                temperature=temperature,
+                top_p=TOP_P,
+                seed=self.seed,
+                keys=keys,
+            )
         asked = [self.token_ids(question, kind) for question in questions]
         prefix = self.prefix(kind)
         # A tokenizer may merge a question's odd first letter into what stands before it.

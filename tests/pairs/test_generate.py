@@ -373,6 +373,12 @@ def test_ground_truth_shows_the_annotated_answer_and_a_wrong_one(tiny_policy, tm
     assert known.format("78 years", "51 years") in scripted.asked[0]
     with pytest.raises(DataError, match="needs to know which candidate is right"):
         make(tiny_policy, tmp_path / "no_gold", config, [replace(question, gold=None)])
+    same = replace(question, candidates=("gravity", "Gravity "), where="q.jsonl, line 7")
+    with pytest.raises(DataError, match=r'line 7: .*needs a wrong answer.* all .*"gravity"'):
+        make(tiny_policy, tmp_path / "same", config, [same])
+    twice = replace(question, candidates=("gravity", "GRAVITY", "a ghost"), gold=0)
+    make(tiny_policy, tmp_path / "twice", config, [twice])
+    assert "So is an incorrect answer: a ghost\n" in scripted.asked[-1]
     with pytest.raises(DataError, match=r"pairs.ground_truth=true needs questions with candidates"):
         make(tiny_policy, tmp_path / "none", config)
 
@@ -491,6 +497,9 @@ PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iterat
         ([{**PAIR, "incorrect": "\u200b"}], '"incorrect" is missing or no text'),
         ([{**PAIR, "iteration": -1}], '"iteration" holds -1'),
         ([{**PAIR, "contrast": "big"}], '"contrast" holds'),
+        ([{**PAIR, "contrast": True}], '"contrast" holds True'),
+        ([{**PAIR, "iteration": True}], '"iteration" holds True'),
+        ([{**PAIR, "id": True}], '"id" is missing or no text; found True'),
     ],
 )
 def test_bad_pair_files(tmp_path, rows, message):

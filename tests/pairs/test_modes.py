@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,17 @@ def test_a_mode_states_what_the_model_card_says():
 def test_settings_that_cannot_go_together(settings, message):
     with pytest.raises(ConfigError, match=message):
         check_pairs_config(PairsConfig(**settings))
+
+
+def test_the_official_parser_knows_no_other_labels(tmp_path):
+    file = tmp_path / "prompt.yaml"
+    legacy = PairsConfig(mode="paper", legacy=True, shots=0, prompt_file=str(file))
+    file.write_text("instruction: '{question}'\nlabels: {correct: 'True:', incorrect: 'False:'}\n")
+    assert check_pairs_config(replace(legacy, legacy=False))
+    with pytest.raises(ConfigError, match=r'"pairs.legacy" reads .*leave "labels" out of .*yaml'):
+        check_pairs_config(legacy)
+    file.write_text("instruction: '{question}'\nlabels: {question: 'The question:'}\n")
+    assert check_pairs_config(legacy)
 
 
 def test_listing_the_modes_loads_neither_torch_nor_numpy():

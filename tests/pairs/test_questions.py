@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from unicodedata import normalize
 
+import datasets
 import pytest
+from datasets.exceptions import DatasetNotFoundError
 
 from grath_utils.config import QuestionsConfig
-from grath_utils.errors import DataError, UsageError
+from grath_utils.errors import DataError, FetchError, UsageError
 from grath_utils.evaluation import reference_questions
+from grath_utils.evaluation.benchmarks.hub_files import HubFile
 from grath_utils.files import fingerprint
 from grath_utils.pairs.overlap import overlap_with_benchmarks
 from grath_utils.pairs.questions import Question, load_questions, split_held_out
@@ -87,6 +90,16 @@ def test_arc_from_the_mirror(small_mirror):
     assert str(small_mirror) in found.source
 
 
+def test_a_damaged_row_of_arc_is_not_dropped_without_a_word(small_mirror):
+    path = small_mirror / "ai2_arc" / "ARC-Challenge" / "train.jsonl"
+    path.write_text(path.read_text() + '{"id": "arc-9", "question": "Cut off he\n')
+    with pytest.raises(DataError, match=r"train.jsonl, line 7: not valid JSON.*skip_bad=true"):
+        load_questions(QuestionsConfig(source="arc_challenge"), seed=0)
+    with pytest.warns(UserWarning, match="left out 1 duplicated, 1 malformed"):
+        found = load_questions(QuestionsConfig(source="arc_challenge", skip_bad=True), seed=0)
+    assert len(found) == 5
+
+
 def test_a_mirror_without_the_file_says_so(small_mirror):
     with pytest.raises(DataError, match=r"no .*ARC-Easy.*unset GRATH_MIRROR"):
         load_questions(QuestionsConfig(source="arc_easy"), seed=0)
@@ -95,16 +108,41 @@ def test_a_mirror_without_the_file_says_so(small_mirror):
 def test_hub_without_network_says_what_to_do(monkeypatch):
     monkeypatch.delenv("GRATH_MIRROR", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DataError, match="GRATH_MIRROR"):
+    with pytest.raises(FetchError, match="GRATH_MIRROR.*questions.source=own"):
         load_questions(QuestionsConfig(source="arc_challenge"), seed=0)
 
 
-def test_hub_data_set_with_configuration_and_column(monkeypatch):
-    import datasets
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (ConnectionError("Couldn't reach the Hub"), FetchError, "fetched .*reach the Hub"),
+        (OSError("the cable was pulled"), FetchError, "cable was pulled"),
+        (DatasetNotFoundError("Dataset 'a/b' doesn't exist"), DataError, "read: .*doesn't exist"),
+        (ValueError('Unknown split "dev"'), DataError, '"a/b", split "dev", .*Unknown split'),
+        (None, DataError, '"a/b", split "dev", has no rows'),
+    ],
+)
+def test_the_hub_is_out_of_reach_or_has_no_such_rows(monkeypatch, fault, error, message):
+    def faulty(*_, **__):
+        if fault:
+            raise fault
+        return []
 
+    monkeypatch.setattr(datasets, "load_dataset", faulty)
+    # Questions and benchmarks say the same.
+    for read in (
+        lambda: load_questions(QuestionsConfig(source="a/b", split="dev"), seed=0),
+        HubFile("a/b", "0" * 40, None, "dev").from_hub,
+    ):
+        with pytest.raises(error, match=message):
+            read()
+
+
+def test_hub_data_set_with_configuration_and_column(monkeypatch):
     asked = []
 
-    def fake(name, configuration, *, split):
+    def fake(name, configuration, *, split, revision):
+        assert revision is None
         asked.append((name, configuration, split))
         return [{"prompt": "Why?"}, {"prompt": "How?"}]
 

@@ -7,7 +7,6 @@ Items come from exactly one of three sources, which is printed and recorded: our
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pkgutil import resolve_name
 
 from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
@@ -42,19 +41,14 @@ __all__ = [
 ]
 
 
-def find_benchmark(name: str) -> BenchmarkSpec:
-    """Return a benchmark's row; UsageError, with the nearest name, if there is none."""
+def find_benchmark(name: str, where: str = "") -> BenchmarkSpec:
+    """Return a benchmark's row; ConfigError if there is none, with the nearest name.
+
+    ``where`` begins its message: what named the benchmark.
+    """
     if name not in BENCHMARKS:
-        raise UsageError(f'unknown benchmark "{name}"{did_you_mean(name, BENCHMARKS)}')
+        raise ConfigError(f'{where}unknown benchmark "{name}"{did_you_mean(name, BENCHMARKS)}')
     return BENCHMARKS[name]
-
-
-def check_benchmarks(names: Iterable[str]) -> None:
-    """Raise ConfigError if ``evaluation.benchmarks`` names something else than benchmarks."""
-    for name in names:
-        if name not in BENCHMARKS:
-            near = did_you_mean(name, BENCHMARKS)
-            raise ConfigError(f'"evaluation.benchmarks" names "{name}"{near}')
 
 
 def load_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Benchmark:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from grath_utils.errors import DataError, FetchError, reason_of
+from grath_utils.errors import DataError
 from grath_utils.files import mirror_dir, read_jsonl
+from grath_utils.pairs.hub import hub_rows
 
 
 @dataclass(frozen=True)
@@ -28,39 +29,27 @@ class HubFile:
         parts = (self.dataset.split("/")[1], self.config, f"{self.split}.jsonl")
         return "/".join(part for part in parts if part)
 
+    def from_hub(self) -> list[dict[str, Any]]:
+        """Return its rows, see :func:`.hub_rows`."""
+        return hub_rows(self.dataset, self.config, self.split, self.revision)
+
 
 def read_rows(file: HubFile) -> list[dict[str, Any]]:
     """Return the rows of a file from the mirror, if there is one, and from the Hub otherwise.
 
     Raises:
-        DataError: the mirror lacks the file, or the file is not JSONL.
+        DataError: the mirror lacks the file, or it is not JSONL; or the Hub has no such split.
         FetchError: the Hub cannot be reached.
     """
     mirror = mirror_dir()
     if mirror is None:
-        return hub_rows(file)
+        return file.from_hub()
     if not is_available(file):
         raise DataError(
             f"the mirror {mirror} (GRATH_MIRROR) has no {file.path}; add it with "
             "`python -m grath_utils mirror --to DIR`, or unset GRATH_MIRROR to use the Hub"
         )
     return read_jsonl(mirror / file.path)
-
-
-def hub_rows(file: HubFile) -> list[dict[str, Any]]:
-    """Download (or take from the Hub's cache) one split, at its pinned revision."""
-    from datasets import load_dataset
-
-    try:
-        split = load_dataset(file.dataset, file.config, split=file.split, revision=file.revision)
-    except Exception as error:  # datasets raises a different kind for each way to be offline
-        raise FetchError(
-            f"{file.dataset} cannot be fetched from the Hub ({reason_of(error)}). Without network "
-            "there are two ways: set GRATH_MIRROR to a benchmark mirror (made elsewhere with "
-            "`python -m grath_utils mirror --to DIR`), or measure on our own data, `--benchmark "
-            "probe`"
-        ) from error
-    return list(split)
 
 
 def is_available(file: HubFile) -> bool:
