@@ -44,6 +44,7 @@ PARTS = {"all": ITEMS, **{half: [i for i in ITEMS if i["half"] == half] for half
 FIELDS = ["id", "category", "half", "question", "mc1_targets", "mc2_targets", "source"]
 N_CHOICES = {"mc1_targets": 4, "mc2_targets": 6}
 CHANCE = 0.25
+MC2_CHANCE = 0.5  # three of six answers are true
 HALF = 200
 MIN_COUNT = 4  # answers that a word must occur in to be a feature of the classifier
 N_FOLDS = 5
@@ -118,6 +119,7 @@ HELD_OUT_RULES = {
     "says_not": pick(lambda text: "not" in words(text)),
     "last_in_alphabet": pick(lambda text: sum(ord(c) for c in text[:1])),
 }
+ALL_RULES = {**RULES, **MORE_RULES, **HELD_OUT_RULES}
 
 
 def test_schema() -> None:
@@ -190,6 +192,22 @@ def test_held_out_rules_are_within_sampling_noise(name: str, items: list[dict]) 
     accuracy = np.mean(rule_accuracy(HELD_OUT_RULES[name], items))
     noise = np.sqrt(CHANCE * (1 - CHANCE) / len(items))
     assert abs(accuracy - CHANCE) <= 2 * noise, f"{name}: {accuracy:.1%}"
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_RULES if name != "chance"])
+def test_rules_are_within_sampling_noise_of_chance_in_mc2(name: str, items: list[dict]) -> None:
+    picked = [
+        probability * label
+        for item in items
+        for probability, label in zip(
+            ALL_RULES[name](item["mc2_targets"]["choices"]),
+            item["mc2_targets"]["labels"],
+            strict=True,
+        )
+    ]
+    accuracy = sum(picked) / len(items)
+    noise = np.sqrt(MC2_CHANCE * (1 - MC2_CHANCE) / len(items))
+    assert abs(accuracy - MC2_CHANCE) <= 2 * noise, f"{name}: {accuracy:.1%}"
 
 
 @pytest.mark.parametrize("key", N_CHOICES)
