@@ -21,7 +21,7 @@ from grath_utils.config import (
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from grath_utils.files import user_path
-from grath_utils.pairs.modes import MODES, describe_modes
+from grath_utils.pairs.modes import MODES, check_pairs_config, describe_modes
 from grath_utils.text import metric_line, quantization_line
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,6 +41,13 @@ def _step_config(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
         raise UsageError(f'"{key}" is given twice: by an option of its own, and by --set')
     given = {**own, **settings}
     return load_config(options.profile or {}, given, seed=options.seed), given
+
+
+def _limit(options: argparse.Namespace, given: dict[str, Any], key: str) -> int | None:
+    """Return how many were asked for: a profile's own limit is about its run."""
+    if options.limit is not None and key in given:
+        raise UsageError(f"both --limit and --set {key} say how many; give one of them")
+    return options.limit or given.get(key)
 
 
 def _model(
@@ -66,9 +73,8 @@ def _model(
 )
 def do_pairs(options: argparse.Namespace) -> None:
     config, given = _step_config(options)
-    # A profile's own limit is about its run; here only what was written counts.
-    limit = options.limit or given.get("questions.limit")
-    source = replace(config.questions, limit=limit)
+    check_pairs_config(config.pairs)
+    source = replace(config.questions, limit=_limit(options, given, "questions.limit"))
     rejects = options.out.with_name(f"{options.out.name.removesuffix('.jsonl')}.rejects.jsonl")
     for path in (options.out, rejects):
         loop.check_not_of_a_run(path)
@@ -139,6 +145,7 @@ def do_train(options: argparse.Namespace) -> None:
 )
 def do_evaluate(options: argparse.Namespace) -> None:
     config, given = _step_config(options)
+    limit = _limit(options, given, "evaluation.limit")
     find_benchmark(options.benchmark)
     loop.check_not_of_a_run(options.out)
     evaluation.check_out(options.out)
@@ -148,8 +155,7 @@ def do_evaluate(options: argparse.Namespace) -> None:
         policy,
         options.benchmark,
         protocol=options.protocol,
-        # A profile's own limit is about its run; here only what was written counts.
-        limit=options.limit or given.get("evaluation.limit"),
+        limit=limit,
         seed=config.seed,
         batch_tokens=config.evaluation.batch_tokens,
         bootstrap=config.evaluation.bootstrap,

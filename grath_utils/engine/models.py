@@ -28,7 +28,7 @@ from grath_utils.engine.stored import (
     load_stored,
     pinned,
 )
-from grath_utils.errors import ModelError, UsageError
+from grath_utils.errors import ModelError, UsageError, reason_of
 from grath_utils.files import fingerprint, fingerprint_folder, read_json
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def apply_adapters(
         except ModelError:
             raise
         except Exception as error:  # peft's own, torch's, safetensors', and of wrong types
-            raise ModelError(f"cannot load the adapter in {folder}: {error}") from error
+            raise ModelError(f"cannot load the adapter in {folder}: {reason_of(error)}") from error
     if hasattr(model, "peft_config"):
         activate_adapters(model, trainable=trainable)
     if not trainable:

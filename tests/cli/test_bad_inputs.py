@@ -24,7 +24,7 @@ from grath_utils.files import read_json, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run
 
 FOLDER, GONE = "a folder", "nothing"  # instead of a file
-TINY = "model.name=tiny model.dtype=float32 model.device=cpu"
+TINY = "model.name=./tiny model.dtype=float32 model.device=cpu"
 PAIR = '{"id": "q1", "question": "Why?", "correct": "So.", "incorrect": "No.", "iteration": 0}'
 TWO = {"p.jsonl": PAIR + "\n" + PAIR.replace("q1", "q2").replace("Why", "How")}
 
@@ -58,7 +58,7 @@ def run_file(name: str, file: str, content: object, message: str, command: str =
     return Bad(f"run: {name}", f"{command} --run-dir run", message, files, **more)
 
 
-PAIRS = "pairs --model tiny --questions q.jsonl --out out.jsonl"
+PAIRS = "pairs --model ./tiny --questions q.jsonl --out out.jsonl"
 EVALUATE = "evaluate --benchmark probe --limit 2 --out r.json --model"
 LINES = '{"question": "Why?"}\n{"question": "What?"}\n'
 GRID = "sweep grid.yaml --plan --out sweep"
@@ -87,9 +87,15 @@ ROWS = [
     Bad("no seed", "run --seed one", "\"seed\" is 'one'; expected a whole number"),
     Bad("seed of evaluate", "evaluate --benchmark probe --seed -1 --out r.json", '"seed" is -1'),
     Bad("limit 0", "evaluate --benchmark probe --limit 0 --out r.json", "--limit is 0"),
+    Bad("two limits", "evaluate --benchmark probe --limit 4 --set evaluation.limit=3 --out r.json",
+        "both --limit and --set evaluation.limit say how many"),
+    Bad("two limits of pairs", f"{PAIRS} --limit 4 --set questions.limit=3",
+        "both --limit and --set questions.limit say how many"),
+    Bad("no prompt file", f"{PAIRS} --mode paper --set pairs.prompt_file=absent.yaml",
+        "absent.yaml: no such file", {"tiny/model.safetensors": "not looked at"}),
     Bad("unknown benchmark", "evaluate --benchmark prob --out r.json", 'did you mean "probe"'),
     Bad("dry run of an unknown benchmark", "run --dry-run --set evaluation.benchmarks=prob",
-        '"evaluation.benchmarks" names "prob"; did you mean "probe"'),
+        '"evaluation.benchmarks": unknown benchmark "prob"; did you mean "probe"'),
     Bad("unknown tracker", "run --dry-run --set dpo.report_to=tensorbord",
         '"dpo.report_to" names "tensorbord"; did you mean "tensorboard"'),
     Bad("unknown mode", "run --run-dir new --set pairs.mode=defualt", 'did you mean "default"'),
@@ -134,16 +140,16 @@ ROWS = [
         {"q.csv": "question,question\na,b\nc,d\n"}),
     Bad("no questions", PAIRS, "q.jsonl: no question", {"q.jsonl": ""}),
     # --- outputs and inputs ----------------------------------------------------------------------
-    Bad("out is a folder", "evaluate --model tiny --benchmark probe --limit 2 --out d",
+    Bad("out is a folder", "evaluate --model ./tiny --benchmark probe --limit 2 --out d",
         "d is a folder", {"d/thesis.tex": "x"}),
-    Bad("out is here", "pairs --model tiny --questions good.jsonl --out .", "folder"),
-    Bad("out is the input", "pairs --model tiny --questions good.jsonl --out good.jsonl",
+    Bad("out is here", "pairs --model ./tiny --questions good.jsonl --out .", "folder"),
+    Bad("out is the input", "pairs --model ./tiny --questions good.jsonl --out good.jsonl",
         "good.jsonl is read by this command"),
-    Bad("out is another's", "evaluate --model tiny --benchmark probe --limit 2 --out notes.txt",
+    Bad("out is another's", "evaluate --model ./tiny --benchmark probe --limit 2 --out notes.txt",
         "was not written by this command", {"notes.txt": "mine"}),
-    Bad("out below a file", "pairs --model tiny --questions good.jsonl --out notes.txt/p.jsonl",
+    Bad("out below a file", "pairs --model ./tiny --questions good.jsonl --out notes.txt/p.jsonl",
         "notes.txt is a file", {"notes.txt": "mine"}),
-    Bad("train to a file", "train --model tiny --pairs p.jsonl --out notes.txt",
+    Bad("train to a file", "train --model ./tiny --pairs p.jsonl --out notes.txt",
         "notes.txt is a file; name a folder",
         {"p.jsonl": PAIR, "notes.txt": "mine"}),
     Bad("merge to a full folder", "merge --model run@0 --to d", "d is a folder that is not empty",
@@ -153,9 +159,9 @@ ROWS = [
     Bad("a run in a file", f"run --no-notebooks --run-dir notes.txt --set {TINY}", "notes.txt",
         {"notes.txt": "mine"}),
     Bad("no pairs", "train --pairs absent.jsonl --out t", "absent.jsonl: no such file"),
-    Bad("half a pair of answers", "train --model tiny --pairs p.jsonl --out t", "p.jsonl, pair 2",
+    Bad("half a pair of answers", "train --model ./tiny --pairs p.jsonl --out t", "p.jsonl, pair 2",
         {"p.jsonl": PAIR + "\n" + PAIR.replace('"So."', "null").replace("q1", "q2")}),
-    Bad("one pair", "train --model tiny --pairs p.jsonl --out t", "1 .* cannot be split into",
+    Bad("one pair", "train --model ./tiny --pairs p.jsonl --out t", "1 .* cannot be split into",
         {"p.jsonl": PAIR}),
     # --- models ----------------------------------------------------------------------------------
     Bad("unknown model", f"{EVALUATE} defualt",
@@ -163,7 +169,7 @@ ROWS = [
     Bad("a folder without model", f"{EVALUATE} d",
         "d is without config.json, so not a model", {"d/x": ""}),
     Bad("offline", f"{EVALUATE} org/x", "org/x", code=1),
-    Bad("damaged weights", f"{EVALUATE} tiny",
+    Bad("damaged weights", f"{EVALUATE} ./tiny",
         'cannot load the weights of ".*tiny"', {"tiny/model.safetensors": "damaged"}),
     Bad("damaged adapter", f"{EVALUATE} run@0",
         "cannot load the adapter in .*iter_0/adapter",
