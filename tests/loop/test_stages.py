@@ -267,6 +267,7 @@ def test_what_was_changed_by_hand_is_noticed(run: Run) -> None:
     assert start_run(run.path, run.config) == run
 
 
+@pytest.mark.slow
 def test_what_was_deleted_is_made_again_the_same(run: Run) -> None:
     write_pairs(run, 0)
     train_iteration(run, 0, progress=False)
@@ -276,6 +277,7 @@ def test_what_was_deleted_is_made_again_the_same(run: Run) -> None:
     assert run.manifest.read_bytes() == made
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_had_made_and_not_noted_is_noted(run: Run) -> None:
     short = with_loop(run, iterations=1)
     write_pairs(short, 0)

@@ -98,6 +98,7 @@ print(model_card(start_run(f"{folder}/run", load_config("smoke", overrides)), 0)
 """
 
 
+@pytest.mark.slow
 def test_the_page_on_adding_a_mode(tiny_llama, questions, tmp_path):
     follow_contributing("Add a pair mode", "pairs", '    "controls:RANDOM",\n', tmp_path)
 

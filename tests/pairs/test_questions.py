@@ -105,6 +105,7 @@ def test_a_mirror_without_the_file_says_so(small_mirror):
         load_questions(QuestionsConfig(source="arc_easy"), seed=0)
 
 
+@pytest.mark.slow
 def test_hub_without_network_says_what_to_do(monkeypatch):
     monkeypatch.delenv("GRATH_MIRROR", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
