@@ -30,9 +30,18 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     """Declare a field, its help, and what it may be: ``choices``, ``ge`` (>=), ``gt``, ``le``.
 
     A new option says ``added=True``, and its default does what was done before there was one: what
-    older versions wrote is then continued, see :func:`own_settings`.
+    older versions wrote is then continued, see :func:`own_settings`. ``was`` gives values the names
+    that these had there.
     """
     return field(default=default, metadata={"help": help, **limits})
+
+
+# Names that mean the same in every folder; a file of such a name is reached as ./NAME.
+BUILT_IN_MODELS = {"tiny": "SmolLM2-135M-Instruct", "small": "Qwen2.5-Coder-1.5B-Instruct"}
+# `default` named `tiny` once. Run directories and adapters that recorded it are read as ever, and
+# fingerprints go on with it.
+OLD_MODEL_NAMES = {"default": "tiny"}
+BUILT_IN_SOURCES = ("own", "arc_challenge", "arc_easy")
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,10 @@ class ModelConfig:
     """The policy's base model."""
 
     name: str = option(
-        "default", "`default` (SmolLM2-135M-Instruct), a Hub id, or a local model folder"
+        "tiny",
+        ", ".join(f"`{name}` ({title})" for name, title in BUILT_IN_MODELS.items())
+        + ", a Hub id, or a local model folder",
+        was={new: old for old, new in OLD_MODEL_NAMES.items()},
     )
     revision: str | None = option(None, "commit or tag of a Hub model; pin it for a real run")
     quantization: str = option(
@@ -53,13 +65,17 @@ class ModelConfig:
     )
     device: str = option("auto", "auto = CUDA, else CPU", choices=("auto", "cpu", "cuda", "mps"))
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", OLD_MODEL_NAMES.get(self.name, self.name))
+
 
 @dataclass(frozen=True)
 class QuestionsConfig:
     """The questions that the model answers to itself; never those of the test."""
 
     source: str = option(
-        "own", "`own`, `arc_challenge`, `arc_easy`, a JSONL/CSV file, or a Hub data set id"
+        BUILT_IN_SOURCES[0],
+        "`own`, `arc_challenge`, `arc_easy`, a JSONL/CSV file, or a Hub data set id",
     )
     column: str = option("question", "the column that holds the question")
     split: str = option("train", "split of a Hub data set")
@@ -125,6 +141,37 @@ class PairsConfig:
     )
     legacy: bool = option(
         False, "mode paper: the official parser with its quirks, and no filter (to compare with)"
+    )
+    judge: str = option(
+        "none",
+        "who decides which of the two answers is true: none, as published, or the model itself; "
+        "`python -m grath_utils options` lists the judges",
+        added=True,
+    )
+    judge_keep: float = option(
+        0.55,
+        "judge: a pair is kept from this probability on that its correct answer is the true one",
+        ge=0,
+        le=1,
+        added=True,
+    )
+    judge_swap: float = option(
+        0.45,
+        "judge: up to this probability the two answers are exchanged; between, the pair is dropped",
+        ge=0,
+        le=1,
+        added=True,
+    )
+    labels: str = option(
+        "own",
+        "what the same pairs are trained on as: the model's own labels; random (the placebo), "
+        "inverted; annotated: the sealed answers to our own questions in their place",
+        choices=("own", "random", "inverted", "annotated"),
+        added=True,
+    )
+    flipped: float = option(
+        0.0, "share of the labels that are then turned round, drawn by the seed", ge=0, le=1,
+        added=True,
     )
 
 
@@ -222,6 +269,12 @@ class LoopConfig:
         "measure every round on held-out pairs; only `keep=last` without early stopping can do "
         "without",
     )
+    placebo: bool = option(
+        False,
+        "train the same pairs with random labels beside, in RUN_DIR/arms/random: the difference "
+        "to it is the gain",
+        added=True,
+    )
     max_kl: float = option(
         1.0, "drift from the base, in nats a token on held-out pairs, that is an alarm", gt=0
     )
@@ -275,7 +328,7 @@ def own_settings(section: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             settings[each.name] = own_settings(value)
         elif "added" not in each.metadata or value != each.default:
-            settings[each.name] = value
+            settings[each.name] = each.metadata.get("was", {}).get(value, value)
     return settings
 
 
@@ -399,9 +452,12 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
 def absolute_name(name: str, is_one: Callable[[str], bool]) -> str:
     """Return the path of what a name finds here, so that it is found from other folders, too.
 
-    A name that finds nothing of the kind, such as that of a Hub model, is returned as it is.
+    A built-in name, and one that finds nothing of the kind (a Hub model), is returned as it is.
     """
-    path, built_in = os.path.expanduser(name), (ModelConfig().name, QuestionsConfig().source)
+    path, built_in = (
+        os.path.expanduser(name),
+        (*BUILT_IN_MODELS, *OLD_MODEL_NAMES, *BUILT_IN_SOURCES),
+    )
     return os.path.abspath(path) if name not in built_in and is_one(path) else name
 
 
@@ -508,6 +564,11 @@ def _check_together(config: Config, where: str) -> None:
         raise ConfigError(
             f'{where}: "loop.signals" is false, and "loop.{key}" goes by them; set '
             f"loop.{key}={value}, or leave the signals on"
+        )
+    if loop.placebo and config.pairs.labels != "own":
+        raise ConfigError(
+            f'{where}: "loop.placebo" compares the model\'s own labels with random ones, and '
+            f'"pairs.labels" is {config.pairs.labels}; leave one of them out'
         )
     if "all-linear" in targets and len(targets) > 1:
         raise ConfigError(

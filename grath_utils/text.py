@@ -35,6 +35,12 @@ def with_interval(
     return f"{scale * value:{spec}} {brackets(ci95, spec, scale)}"
 
 
+def in_percent(result: Mapping[str, Any], metric: str) -> tuple[float, list[float] | None]:
+    """Return a metric of an evaluation's result and its interval; None for a single item."""
+    found = result["metrics"][metric]
+    return 100 * found["value"], found["ci95"] and [100 * end for end in found["ci95"]]
+
+
 def metric_line(metric: Mapping[str, Any]) -> str:
     """Return ``25.1 % [21.0, 29.1], n = 419`` for a metric of an evaluation's result."""
     ends = brackets(metric["ci95"], scale=100)

@@ -10,16 +10,15 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from grath_utils.errors import DataError
 from grath_utils.evaluation.statistics import FRACTION, Bounds, summarize
-from grath_utils.figures.plots import in_percent
-from grath_utils.loop.choice import displacement, margins
+from grath_utils.loop.choice import MEASURE_AGAIN, displacement, margins
 from grath_utils.loop.run_dir import BASE, Run, model_label
-from grath_utils.loop.stages import run_questions
-from grath_utils.loop.state import results, run_state
+from grath_utils.loop.state import results, run_questions, run_state
 from grath_utils.pairs.audit import audit_pairs, wilson
 from grath_utils.pairs.generate import read_pairs
 from grath_utils.pairs.words import ngram_f1
-from grath_utils.text import with_interval
+from grath_utils.text import in_percent, with_interval
 
 ROUND_COLUMNS = (
     "model",
@@ -136,10 +135,18 @@ def sample_rows(run: Run, number: int) -> tuple[list[str], list[tuple[str, ...]]
     """Return the free answers of every measured model to the same questions, as a table.
 
     Its columns are question, base, round 1, ...; its rows the first ``number`` held-out questions.
+
+    Raises:
+        DataError: the signals are about other questions than the run's.
     """
     state = run_state(run)
     texts = {question.id: question.text for question in run_questions(run, "held_out")}
-    asked = [texts[i] for i in state.base.get("questions", [])][:number]
+    asked = state.base.get("questions") or []
+    if unknown := set(asked) - texts.keys():
+        raise DataError(
+            f"{run.signals(BASE)} has answers to {min(unknown)}, which is no held-out question of "
+            f"{run.questions}; {MEASURE_AGAIN}"
+        )
     columns = ["question", "base", *(f"round {t + 1}" for t in range(len(state.rounds)))]
     answers = [found["answers"] for found in (state.base, *state.rounds) if found]
-    return columns, [(q, *(a[i] for a in answers)) for i, q in enumerate(asked)]
+    return columns, [(texts[q], *(a[i] for a in answers)) for i, q in enumerate(asked[:number])]

@@ -8,19 +8,24 @@ from __future__ import annotations
 import base64
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 
 from grath_utils.course.dashboard import ROUND_COLUMNS, dashboard_panels, round_rows
-from grath_utils.figures.plots import plot_dashboard, plot_metrics, plot_training
-from grath_utils.files import atomic_path, read_jsonl, write_text
+from grath_utils.files import atomic_path, fingerprint, read_jsonl, sha256_file, write_text
 from grath_utils.loop.run_dir import LOG_ROW, Run, model_label
-from grath_utils.loop.stages import run_pairs
-from grath_utils.loop.state import choice_line, comparison_rows, results, run_state
+from grath_utils.loop.state import (
+    choice_line,
+    comparison_rows,
+    gain_line,
+    results,
+    run_pairs,
+    run_state,
+)
 from grath_utils.text import percent, table, with_interval
 
+PLOTS = Path(__file__).parents[1] / "figures" / "plots.py"
 TEMPLATES = Environment(
     loader=PackageLoader("grath_utils.course", "."),
     autoescape=True,
@@ -31,6 +36,7 @@ TEMPLATES = Environment(
 TEMPLATES.globals |= {
     "table": partial(table, form="html"),
     "choice_line": choice_line,
+    "gain_line": gain_line,
     "round_rows": round_rows,
     "ROUND_COLUMNS": ROUND_COLUMNS,
 }
@@ -56,13 +62,14 @@ def comparison_table(run: Run, form: str) -> str:
 
 
 def summary_table(run: Run) -> str:
-    """Return the before/after table as plain text, and which round was chosen."""
+    """Return the gain over the placebo, the before/after table, and which round was chosen."""
     text = comparison_table(run, "simple")
     if not text:
         return "No finished pair of evaluations yet."
     note = "percent, with 95 % bootstrap intervals; change: paired"
     note += "; [–]: a single item has none" if "[–]" in text else ""
-    return f"{text}\n\n{note}\n{choice_line(run)}"
+    first = f"{gain}\n\n" if (gain := gain_line(run)) else ""
+    return f"{first}{text}\n\n{note}\n{choice_line(run)}"
 
 
 def write_report(run: Run) -> Path:
@@ -71,14 +78,15 @@ def write_report(run: Run) -> Path:
     evaluated = results(run, state)
     comparison = comparison_table(run, "html")
     if comparison:
-        figures["before_after"] = plot_metrics(evaluated)
+        figures["before_after"] = _picture(run, "before_after", "plot_metrics", evaluated)
     if state.choice:
-        figures["dashboard"] = plot_dashboard(dashboard_panels(run))
+        figures["dashboard"] = _picture(run, "dashboard", "plot_dashboard", dashboard_panels(run))
     pairs = []
     for t in state.planned:
         if run.training_log(t).exists():
             log = read_jsonl(run.training_log(t), LOG_ROW)
-            figures[f"training_{t}"] = plot_training(log, f"Round {t + 1}")
+            name = f"training_{t}"
+            figures[name] = _picture(run, name, "plot_training", log, f"Round {t + 1}")
         if run.pairs(t).exists():
             train, held_out = run_pairs(run, t)
             rejects = read_jsonl(run.rejects(t)) if run.rejects(t).exists() else []
@@ -97,9 +105,7 @@ def write_report(run: Run) -> Path:
         info=run.info(),
         state=state,
         comparison=comparison,
-        figures={
-            name: _save(figure, run.figures / f"{name}.png") for name, figure in figures.items()
-        },
+        figures=figures,
         notes=notes,
         rules=rules,
         pairs=pairs,
@@ -109,9 +115,22 @@ def write_report(run: Run) -> Path:
     return run.report
 
 
-def _save(figure: Figure, path: Path) -> str:
-    """Save a figure as PNG and return it as base64."""
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
+def _picture(run: Run, name: str, plot: str, *shown: Any) -> str:
+    """Return a figure as base64: the PNG that is there, if it shows the same, or a new one.
+
+    A PNG holds a fingerprint of what it shows and of the code that drew it, so that a report is
+    written again without loading what draws.
+    """
+    path = run.figures / f"{name}.png"
+    mark = fingerprint([plot, sha256_file(PLOTS), shown])
+    if not path.is_file() or mark.encode() not in path.read_bytes():
+        from matplotlib import pyplot
+
+        from grath_utils.figures import plots
+
+        figure = getattr(plots, plot)(*shown)
+        how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
+        with atomic_path(path) as partial:
+            figure.savefig(partial, metadata={"Description": mark}, **how)
+        pyplot.close(figure)
     return base64.b64encode(path.read_bytes()).decode("ascii")

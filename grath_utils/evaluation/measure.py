@@ -31,12 +31,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
 from grath_utils.config import config_from_dict
 from grath_utils.engine import processes
-from grath_utils.engine.scoring import plan_requests, run_plan
 from grath_utils.errors import DataError, ScoringError, UsageError
 from grath_utils.evaluation import statistics
 from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
@@ -179,6 +177,9 @@ def _evaluate_choices(
     progress: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str], dict[str, Any]]:
     """Score every choice; return items, calibration, notes and cost."""
+    # Results are read and compared without loading what computes.
+    from grath_utils.engine.scoring import plan_requests, run_plan
+
     spec = BENCHMARKS[benchmark.name]
     requests = list(chain(*build_requests(benchmark, protocol, policy.tokenizer)))
     plan = plan_requests(policy, requests, batch_tokens=batch_tokens)
@@ -302,6 +303,8 @@ def not_above_rules(
 def _peak_memory_mib(policy: Policy) -> float | None:
     """Return the highest memory use so far: of the GPU, or of this process; None if unknown."""
     if policy.device.type == "cuda":
+        import torch
+
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
         import resource

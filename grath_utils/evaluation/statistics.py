@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from grath_utils.errors import StatisticsError
+from grath_utils.pairs.audit import wilson
 
 LEVEL = 0.95  # of every interval
 POWER = 0.8  # probability of finding an effect that is there
@@ -130,7 +132,7 @@ def _mean_interval(
     value = float(values[0])
     if bounds is None or not bounds[0] <= value <= bounds[1]:
         return None
-    share = stats.binomtest(0, len(values)).proportion_ci(LEVEL, method="wilson").high
+    share = wilson(0, len(values))[1]
     return [float(value + share * (end - value)) for end in bounds]
 
 
@@ -164,7 +166,7 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
     values = _numbers(values, least=0)
     if len(values) < 2 or _all_equal(values):
         return None
-    mean, reach = np.mean(values), t_quantile(len(values) - 1) * stats.sem(values)
+    mean, reach = np.mean(values), t_quantile(len(values) - 1) * scipy.stats.sem(values)
     return [float(mean - reach), float(mean + reach)]
 
 
@@ -172,7 +174,7 @@ def t_quantile(freedom: int) -> float:
     """Return the ``t`` with 95 % of Student's distribution between ``-t`` and ``t``."""
     if freedom < 1:
         raise StatisticsError(f"{freedom} degrees of freedom; at least 1 is needed")
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
+    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
@@ -192,7 +194,9 @@ def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
 def _mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     difference = second - first
     gained, changed = int((difference > 0).sum()), int((difference != 0).sum())
-    return float(stats.binomtest(gained, changed).pvalue) if changed else 1.0
+    fewer = min(gained, changed - gained)
+    tail = sum(math.comb(changed, count) for count in range(fewer + 1)) / 2**changed
+    return min(1.0, 2 * tail)
 
 
 def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> float:
@@ -291,7 +295,7 @@ def smallest_detectable_effect(n: int, spread: float) -> float:
     if not 0 <= spread < math.inf:
         raise StatisticsError(f"the spread is {spread}; it must be a finite number, 0 or more")
     both_tails = 1 - (1 - LEVEL) / 2
-    return float(stats.norm.ppf([both_tails, POWER]).sum()) * spread / math.sqrt(n)
+    return sum(map(NormalDist().inv_cdf, (both_tails, POWER))) * spread / math.sqrt(n)
 
 
 def items_needed(effect: float, spread: float) -> int:

@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 
 from grath_utils.errors import StatisticsError
 from grath_utils.evaluation.statistics import t_interval
+from grath_utils.text import in_percent
 
 Measured = Mapping[str, Any]
 Numbers = Sequence[float]
@@ -132,12 +133,6 @@ def _model_order(label: str) -> int:
 
 def _model_name(label: str) -> str:
     return f"round {_model_order(label)}" if _model_order(label) else "base"
-
-
-def in_percent(result: Measured, metric: str) -> tuple[float, list[float] | None]:
-    """Return a metric of a result and its interval; None for a single item."""
-    found = result["metrics"][metric]
-    return 100 * found["value"], found["ci95"] and [100 * end for end in found["ci95"]]
 
 
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:

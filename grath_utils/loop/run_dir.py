@@ -5,6 +5,7 @@
     RUN/ run.json · manifest.json · questions.jsonl
          iter_0/{pairs.jsonl, rejects.jsonl, training_log.jsonl, adapter/} · iter_1/…
          signals/MODEL.json · evaluation/MODEL/BENCHMARK.json
+         arms/random/ (the placebo: a run directory of its own, see :meth:`Run.placebo`)
          figures/ · notebooks/ (executed) · report.html
 
 ``run.json`` says what made it. A run directory is continued only by the configuration that made it.
@@ -63,6 +64,7 @@ PACKAGES = (
     "jupyterlab numpy"
 )
 BASE = "base"
+PLACEBO = "random"  # its labels, and the name of its folder
 
 # Change no result: a run may be continued with others.
 WITHOUT_EFFECT = ("dpo.report_to", "pairs.server_url")
@@ -111,6 +113,31 @@ class Run:
     def evaluation(self, model: str, benchmark: str) -> Path:
         """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
         return self.path / "evaluation" / model / f"{benchmark}.json"
+
+    def placebo(self, final: int) -> Run:
+        """Return the run that differs in its labels alone, as far as to round ``final``.
+
+        Its pairs are this run's, the correct answer drawn at random; steps and seeds are the same.
+        What this run's model has beyond the placebo's is due to *which* answer it was taught.
+        """
+        config = self.config
+        rounds = {"iterations": final + 1, "keep": "last", "early_stop": False, "signals": False}
+        return Run(
+            self.path / "arms" / PLACEBO,
+            replace(
+                config,
+                pairs=replace(config.pairs, labels=PLACEBO, flipped=0.0),
+                loop=replace(config.loop, placebo=False, **rounds),
+                evaluation=replace(config.evaluation, every_iteration=False),
+            ),
+        )
+
+    @property
+    def main(self) -> Path | None:
+        """The run directory that this one is an arm of, if it is one."""
+        folder = self.path.parent.parent
+        is_arm = self.path.parent.name == "arms" and (folder / "run.json").is_file()
+        return folder if is_arm else None
 
     def base_model(self) -> ModelConfig:
         """Return the base model; one of the Hub at the commit that the run was begun with."""

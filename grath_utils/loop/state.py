@@ -9,9 +9,28 @@ from typing import Any
 
 from grath_utils import evaluation
 from grath_utils.errors import DataError, UsageError
-from grath_utils.files import MAKE_AGAIN, read_json
+from grath_utils.files import MAKE_AGAIN, read_json, read_jsonl
 from grath_utils.loop.choice import SIGNALS, Choice, choose_round
 from grath_utils.loop.run_dir import BASE, Run, model_label
+from grath_utils.pairs.generate import Pair, read_pairs
+from grath_utils.pairs.questions import Question
+from grath_utils.text import with_interval
+
+
+def run_questions(run: Run, split: str | None = None) -> list[Question]:
+    """Return the run's questions: all, or those of one split (``train``, ``held_out``)."""
+    return [
+        Question.from_row(row, where=str(run.questions))
+        for row in read_jsonl(run.questions, {"split": str})
+        if split in (None, row["split"])
+    ]
+
+
+def run_pairs(run: Run, iteration: int) -> tuple[list[Pair], list[Pair]]:
+    """Return an iteration's pairs as (to train on, held out)."""
+    pairs = read_pairs(run.pairs(iteration))
+    ids = {q.id for q in run_questions(run, "train")}
+    return [p for p in pairs if p.id in ids], [p for p in pairs if p.id not in ids]
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,10 @@ class RunState:
     says so), and as long as not all rounds have been measured.
     """
     evaluated: tuple[int | None, ...]
-    """Which models are evaluated: base (None), chosen, last; every round if so configured."""
+    """Which models are evaluated: base (None), chosen, last; every round if so configured.
+
+    Of an arm no base: it has the same as the run beside which it stands.
+    """
 
 
 def run_state(run: Run) -> RunState:
@@ -52,7 +74,8 @@ def run_state(run: Run) -> RunState:
     if choice and choice.iteration is not None and len(rounds) == len(planned):
         final = choice.iteration
     shown = planned if run.config.evaluation.every_iteration else sorted({final, last})
-    return RunState(base, tuple(rounds), choice, planned, final, (None, *shown))
+    evaluated = (*shown,) if run.main else (None, *shown)
+    return RunState(base, tuple(rounds), choice, planned, final, evaluated)
 
 
 def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Choice:
@@ -104,6 +127,29 @@ def results(run: Run, state: RunState | None = None) -> dict[str, dict[str, dict
             except UsageError as error:
                 raise DataError(f"{run.evaluation(label, name)}: {error}{MAKE_AGAIN}") from error
     return {name: models for name, models in found.items() if models}
+
+
+def gain_line(run: Run) -> str:
+    """Return what the model has beyond its placebo, in points with intervals; '' without one.
+
+    The difference is paired, item by item, see :meth:`.run_dir.Run.placebo`.
+    """
+    if not run.config.loop.placebo:
+        return ""
+    how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
+    state, found = run_state(run), []
+    placebo, label = run.placebo(state.final), model_label(state.final)
+    for benchmark, models in results(run, state).items():
+        file = placebo.evaluation(label, benchmark)
+        if label in models and file.exists():
+            gains = evaluation.compare(read_json(file, evaluation.RESULT), models[label], **how)
+            values = [
+                f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
+                for metric, gain in gains["metrics"].items()
+            ]
+            found.append(f"{benchmark} {', '.join(values)}")
+    what = "Gain over the placebo (the same pairs with random labels)"
+    return f"{what}, in points: {'; '.join(found)}" if found else f"{what}: not measured yet"
 
 
 def comparison_rows(run: Run) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,12 +97,12 @@ def _gold_agreement(pairs: Sequence[Pair], by_id: Mapping[str, Question]) -> Gol
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share; (0, 1) without trials."""
-    from scipy.stats import binomtest
-
     if not trials:
         return 0.0, 1.0
-    low, high = binomtest(successes, trials).proportion_ci(method="wilson")
-    return float(low), float(high)
+    z2, share = NormalDist().inv_cdf(0.975) ** 2 / trials, successes / trials
+    middle, reach = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    low, high = ((middle + side * reach) / (1 + z2) for side in (-1, 1))
+    return low if successes else 0.0, high if successes < trials else 1.0
 
 
 def distinct_share(answers: Sequence[str]) -> float:
@@ -116,14 +117,14 @@ def word_divergence(left: Iterable[str], right: Iterable[str]) -> float:
     0 = the same words equally often; 1 = no word in common. Small sets have a larger divergence
     by chance, so compare only sets of like size.
     """
-    from scipy.stats import entropy
-
     p, q = (Counter(word for text in side for word in split_words(text)) for side in (left, right))
     if not p or not q:
         return 0.0 if p == q else 1.0
     counts = np.array([(p[word], q[word]) for word in p | q]).T
     shares = counts / counts.sum(1, keepdims=True)  # (2, words)
-    return float(np.clip(entropy(shares, shares.mean(0), base=2, axis=1).mean(), 0, 1))
+    ratios = shares / shares.mean(0)
+    apart = shares * np.log2(ratios, where=ratios > 0, out=np.zeros_like(ratios))
+    return float(np.clip(apart.sum(1).mean(), 0, 1))
 
 
 def embed(policy: Policy, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from grath_utils.config import load_config
-from grath_utils.loop.run_dir import open_run
+from grath_utils.files import read_jsonl, write_jsonl
+from grath_utils.loop.run_dir import Run, open_run
 
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "pandas"}
 CODE = """
@@ -27,6 +29,15 @@ except OSError:  # not on Linux
 print()
 print(json.dumps([code, [*sys.modules], int(held[1]) / 1024 if held else 0]))
 """
+
+
+def call(folder: Path, *arguments: str) -> tuple[int, set[str], float, str]:
+    """Run a command; return its exit code, what it has loaded, its memory in MiB, its errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments], cwd=folder, capture_output=True, text=True
+    )
+    ended, modules, peak = json.loads(done.stdout.splitlines()[-1])
+    return ended, set(modules), peak, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -47,11 +58,38 @@ def test_it_answers_without_torch(
 ) -> None:
     """``most`` is the memory that it may take, in MiB."""
     open_run(tmp_path / "run", load_config("smoke"))
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    ended, modules, peak = json.loads(done.stdout.splitlines()[-1])
-    assert ended == code, done.stderr
-    assert HEAVY & set(modules) == set()
+    ended, modules, peak, errors = call(tmp_path, *arguments)
+    assert ended == code, errors
+    assert HEAVY & modules == set()
     assert peak < most
-    assert ("holds no run" in done.stderr) == ("nothing" in arguments and "run" not in arguments)
+    assert ("holds no run" in errors) == ("nothing" in arguments and "run" not in arguments)
+
+
+def test_a_finished_run_is_shown_and_reported_without_torch(tmp_path: Path, small_run: Run) -> None:
+    run = Run(shutil.copytree(small_run.path, tmp_path / "run"), small_run.config)
+    for command in ("status", "report", "report"):
+        ended, modules, peak, errors = call(tmp_path, command, "--run-dir", "run")
+        assert ended == 0, errors
+        assert HEAVY & modules == set()
+    assert "matplotlib" not in modules  # the pictures are there, and show what the run holds
+    assert peak < 150
+    drawn = {path: path.read_bytes() for path in run.figures.iterdir()}
+    log = read_jsonl(run.training_log(1))
+    write_jsonl(run.training_log(1), [{**row, "loss": 0.5} for row in log])
+    run.manifest.unlink()
+    assert call(tmp_path, "report", "--run-dir", "run")[0] == 0
+    changed = [path.name for path, old in drawn.items() if path.read_bytes() != old]
+    assert changed == ["training_1.png"]
+
+
+def test_trl_is_loaded_for_training_alone(
+    tmp_path: Path, tiny_llama: Path, questions: Path
+) -> None:
+    model = ["--model", str(tiny_llama), "--set", "model.dtype=float32", "model.device=cpu"]
+    pairs = ["pairs", "--questions", str(questions), "--limit", "2", "--out", "pairs.jsonl"]
+    evaluate = ["evaluate", "--benchmark", "probe", "--limit", "2", "--out", "probe.json"]
+    for command in (pairs, evaluate):
+        ended, modules, _, errors = call(tmp_path, *command, *model)
+        assert ended == 0, errors
+        assert "torch" in modules
+        assert {"trl", "datasets"} & modules == set()
