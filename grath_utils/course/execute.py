@@ -3,8 +3,8 @@
 That is in the copy's metadata, under ``grath_execution``::
 
     seconds, date
-    peak_memory_gib   highest resident sizes of the kernel and what it started, together
-    stages, files     of the run: which stages were done, how many files it gained
+    peak_memory_gib   the most that the kernel and what it started held together
+    files             how many files the run gained: what there was to do
     earlier           the same facts of an earlier execution which had more to do
 """
 
@@ -13,13 +13,12 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,11 +28,10 @@ import psutil
 from grath_utils.course.notebooks import run_parameters
 from grath_utils.errors import GrathError, RunError, UsageError, did_you_mean
 from grath_utils.files import atomic_path, read_json
-from grath_utils.loop.plan import plan_stages
 from grath_utils.loop.run_dir import Run, lock_run
 from grath_utils.text import duration
 
-TOOK = {"stages": ([str], None), "files": (int, None), "date": (str, None)}
+TOOK = {"files": (int, None), "date": (str, None)}
 NOTEBOOK = {  # what is read of an executed notebook, as a form for files.read_json
     "metadata": {"grath_execution": ({**TOOK, "earlier": (TOOK, None)}, None)},
     "cells": [
@@ -70,9 +68,11 @@ def run_notebooks(
                 continue
             if sys.stdout.isatty():  # a passing line: a log file gets only what stays
                 print(f"{path.stem:24} running ...", end="\r", flush=True)
-            start = time.monotonic()
-            execute_notebook(path, target, run_parameters(run), cell_timeout=cell_timeout, run=run)
-            say(f"{path.stem:24} done in {duration(time.monotonic() - start)}")
+            took = execute_notebook(
+                path, target, run_parameters(run), cell_timeout=cell_timeout, run=run
+            )
+            time_taken, most = duration(took["seconds"]), took["peak_memory_gib"]
+            say(f"{path.stem:24} done in {time_taken}, at most {most:.1f} GiB of memory")
     return targets
 
 
@@ -91,15 +91,8 @@ def _code(notebook: Path) -> list[str]:
 
 
 def most_work(*took: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return what that execution took which had the most to do: later ones find the stages done.
-
-    What counts are stages of the run, then files that it left there.
-    """
-
-    def work(one: Mapping[str, Any]) -> tuple[int, int]:
-        return len(one.get("stages") or []), one.get("files") or 0
-
-    return max(filter(None, took), key=work, default=None)
+    """Return what that execution took which had the most to do: later ones find the files there."""
+    return max(filter(None, took), key=lambda one: one.get("files") or 0, default=None)
 
 
 def execute_notebook(
@@ -109,13 +102,11 @@ def execute_notebook(
     *,
     cell_timeout: int | None = None,
     run: Run | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Execute one notebook by papermill and keep the executed copy, whole, at ``target``.
 
-    Args:
-        parameters: values for its cell tagged ``parameters``.
-        cell_timeout: seconds that one cell may take; None for as long as it needs.
-        run: what it works on; the copy then says what the run gained.
+    Return what its execution took, as the copy has it: with a ``run``, also what that gained. A
+    cell may take ``cell_timeout`` seconds.
 
     Raises:
         UsageError: a parameter that the notebook does not have (papermill alone only warns).
@@ -137,7 +128,7 @@ def execute_notebook(
     # Kernels import the package also from a checkout that is not installed.
     places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     importable = patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, places)))
-    stages, files = _contents(run) if run else (set(), 0)
+    files = _count_files(run) if run else 0
     start = time.monotonic()
     with atomic_path(target) as partial, importable, _peak_memory() as peak:
         try:
@@ -162,22 +153,20 @@ def execute_notebook(
             "date": datetime.date.today().isoformat(),
         }
         if run:
-            stages_now, files_now = _contents(run)
-            took["stages"] = sorted(stages_now - stages)
-            took["files"] = max(files_now - files, 0)
+            took["files"] = max(_count_files(run) - files, 0)
             took["earlier"] = _earlier(target)
         # Progress bars would stay at 0 %, sliders be dead; what was drawn beside them stays.
         executed["metadata"].pop("widgets", None)
         for outputs in (cell["outputs"] for cell in executed["cells"] if "outputs" in cell):
             outputs[:] = [out for out in outputs if WIDGET not in out.get("data", {})]
         partial.write_text(json.dumps(executed, indent=1, ensure_ascii=False), encoding="utf-8")
+    return took
 
 
-def _contents(run: Run) -> tuple[set[str], int]:
-    """Return a run's finished stages, and its number of files: experiments show only in those."""
+def _count_files(run: Run) -> int:
+    """Return how many files a run holds beside its notebooks."""
     files = (path for path in run.path.rglob("[!.]*") if path.is_file())
-    beside = sum(run.executed_notebooks not in path.parents for path in files)
-    return {stage.id for stage in plan_stages(run) if stage.done}, beside
+    return sum(run.executed_notebooks not in path.parents for path in files)
 
 
 def _earlier(executed: Path) -> Mapping[str, Any] | None:
@@ -213,14 +202,16 @@ def _explained(error: Any, path: Path, failed: Path, cell_timeout: int | None) -
 
 @contextmanager
 def _peak_memory() -> Iterator[dict[str, int]]:
-    """Watch the processes that this one starts; ``bytes`` is the most that they ever held."""
+    """Watch the processes that this one starts; ``bytes`` is the most that they held together."""
     peak, over, ours = {"bytes": 0}, threading.Event(), psutil.Process()
     before = set(ours.children(recursive=True))
 
     def watch() -> None:
         while not over.wait(0.3):
-            started = set(ours.children(recursive=True)) - before
-            peak["bytes"] = max(peak["bytes"], sum(map(_highest_resident, started)))
+            with suppress(psutil.Error):  # one has just ended
+                started = set(ours.children(recursive=True)) - before
+                held = sum(process.memory_info().rss for process in started)
+                peak["bytes"] = max(peak["bytes"], held)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -229,16 +220,3 @@ def _peak_memory() -> Iterator[dict[str, int]]:
     finally:
         over.set()
         watcher.join()
-
-
-def _highest_resident(process: psutil.Process) -> int:
-    """Return the peak that Linux and Windows keep: nothing between two looks is missed."""
-    try:
-        status = Path(f"/proc/{process.pid}/status")
-        if status.is_file():
-            kept = re.search(r"VmHWM:\s*(\d+)", status.read_text())
-            return 1024 * int(kept[1]) if kept else 0
-        info = process.memory_info()
-        return getattr(info, "peak_wset", info.rss)
-    except (psutil.Error, OSError):  # it has ended
-        return 0

@@ -28,13 +28,9 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
     """Write a model with all of its adapters folded in as a plain model folder, with a card.
 
     The base is what the adapter was trained on: where that was quantized, its *rounded* weights,
-    as ordinary numbers; so the merged model is the one that was measured.
-
-    Args:
-        name: ``RUN_DIR@ITERATION``, or an adapter folder.
-        folder: to write; must not exist yet, or be empty.
-        dtype: of the written weights. 16 bits halve the file and round away part of what was
-            learned: an adapter's product is often smaller than the weights' last digit.
+    as ordinary numbers; so the merged model is the one that was measured. A ``dtype`` of 16 bits
+    halves the file and rounds away part of what was learned: an adapter's product is often smaller
+    than the weights' last digit.
 
     Returns:
         The largest difference of a logit between the model and what was written, on one prompt.
@@ -109,10 +105,9 @@ def model_card(run: Run, iteration: int) -> str:
 def ask_both(
     run: Run, questions: Iterable[str], *, max_new_tokens: int = 60
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield (question, the base model's answer, the trained model's), greedy.
+    """Yield (question, the base model's answer, the trained model's), greedy, one by one.
 
     The trained model is the chosen round's; before the rounds are measured, the last one trained.
-    Questions are taken one after another, so that they may come from a keyboard.
 
     Raises:
         UsageError: no round has been trained yet.

@@ -52,22 +52,17 @@ def numbered_notebooks() -> list[Path]:
 
 
 def main_line() -> list[Path]:
-    """Return the notebooks that make a whole run, pairs to evaluation, in order.
-
-    Those from 05 on stand on a run but add nothing to it: experiments, and larger machines.
-    """
+    """Return the notebooks that make a whole run, in order; those from 05 on add nothing to it."""
     return [path for path in numbered_notebooks() if path.name < "05"]
 
 
 def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> Run:
     """Open the run that a notebook's ``parameters`` cell names, and print what it stands on.
 
-    An empty ``run_dir`` means ``runs/PROFILE`` in the repository; ``overrides`` are such as
-    ``"dpo.beta=0.05 loop.iterations=3"``.
+    An empty ``run_dir`` means ``runs/PROFILE`` in the repository.
 
     Raises:
-        UsageError: papermill was given a parameter that the notebook does not have, or a value of
-            another type.
+        UsageError: papermill was given an unknown parameter, or a value of another type.
     """
     refuse_unknown_parameters()
     for name, value in zip(PARAMETERS, (profile, run_dir, seed, overrides), strict=True):
@@ -93,10 +88,7 @@ def open_notebook_run(profile: str, run_dir: str, seed: int, overrides: str) -> 
 def refuse_unknown_parameters() -> None:
     """Stop where papermill has set a parameter that does not exist: by itself it only warns.
 
-    Papermill puts its values into a cell of their own, which the kernel's history shows.
-
-    Raises:
-        UsageError: names the parameter, and the nearest one that there is.
+    It puts its values into a cell of their own, which the kernel's history shows.
     """
     from IPython import get_ipython
 

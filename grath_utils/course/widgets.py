@@ -1,20 +1,19 @@
 """Interactive touches: something to drag, to search, to ask.
 
 Each function *shows* a picture or a table first, all that a reader without a kernel needs, and
-*returns* the controls that redraw it in place, or None where ipywidgets is not installed. As the
-last line of a cell, the controls appear below.
+*returns* the controls that redraw it in place. As the last line of a cell, they appear below.
 """
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ipywidgets as kit
 import matplotlib.pyplot as plt
-from IPython.display import Image, display
+from IPython.display import DisplayHandle, Image
 
 from grath_utils.course.export import ask_both
 from grath_utils.course.notebooks import Table
@@ -26,17 +25,7 @@ from grath_utils.pairs.generate import Pair
 EXAMPLES = ("Do we use only ten percent of our brains?", "Do goldfish forget within seconds?")
 
 
-def _show(shown: Any) -> tuple[Callable[[Any], None], ModuleType | None]:
-    """Show something; return what shows another thing in its place, and ipywidgets if there."""
-    handle = display(shown, display_id=True)
-    try:
-        import ipywidgets as kit
-    except ImportError:
-        kit = None
-    return handle.update if handle is not None else lambda shown: None, kit  # None: no IPython
-
-
-def explore_dpo_loss(beta: float, contrast: float) -> Any:
+def explore_dpo_loss(beta: float, contrast: float) -> kit.Box:
     """Show the DPO loss of one pair, with sliders for beta and for the pair's contrast.
 
     They start at the given values: beta in 0.01 to 1, the contrast in -40 to 40 nats.
@@ -49,27 +38,22 @@ def explore_dpo_loss(beta: float, contrast: float) -> Any:
         plt.close(figure)  # pyplot would keep every one of them
         return Image(buffer.getvalue(), alt="The DPO loss against the contrast of a pair")
 
-    update, kit = _show(draw(beta, contrast))
-    if kit is None:
-        return None
+    shown = DisplayHandle()
+    shown.display(draw(beta, contrast))
     # A drag sends a value at its end only: each one costs a drawing.
-    look = {"style": {"description_width": "9em"}, "layout": kit.Layout(width="32em"),
-            "continuous_update": False}  # fmt: skip
-    betas = kit.FloatLogSlider(
-        value=beta, min=-2, max=0, step=0.05, description="beta", readout_format=".3g", **look
-    )
-    contrasts = kit.FloatSlider(
-        value=contrast, min=-40, max=40, step=0.5, description="contrast (nats)",
-        readout_format=".1f", **look,
-    )  # fmt: skip
+    look = {"layout": {"width": "32em"}, "style": {"description_width": "9em"}}
+    look |= {"continuous_update": False, "readout_format": ".3g"}
+    betas = kit.FloatLogSlider(beta, min=-2, max=0, step=0.05, description="beta", **look)
+    range_ = {"min": -40, "max": 40, "step": 0.5}
+    contrasts = kit.FloatSlider(contrast, description="contrast (nats)", **range_, **look)
     for slider in (betas, contrasts):
-        slider.observe(lambda _: update(draw(betas.value, contrasts.value)), "value")
+        slider.observe(lambda _: shown.update(draw(betas.value, contrasts.value)), "value")
     return kit.VBox([betas, contrasts])
 
 
 def browse_pairs(
     pairs: Sequence[Pair], rejects: Sequence[Mapping[str, Any]], *, rows: int = 10
-) -> Any:
+) -> kit.Box:
     """Show usable pairs, so many rows a page, with a choice of what to see and a search.
 
     ``rejects`` are the rows of ``rejects.jsonl``.
@@ -84,22 +68,21 @@ def browse_pairs(
             ["question", "completion"],
             [(row["question"], row["completion"]) for row in rejects if row["reason"] == reason],
         )
-    update, kit = _show(Table(usable.columns, usable.rows[:rows]))
-    if kit is None:
-        return None
+    shown = DisplayHandle()
+    shown.display(Table(usable.columns, usable.rows[:rows]))
     kind = kit.Dropdown(options=list(kinds), description="show")
     text = kit.Text(description="contains", placeholder="any", continuous_update=False)
     page = kit.BoundedIntText(value=1, min=1, description="page")
     count = kit.Label()
 
     def redraw(changed: Any = None) -> None:
-        shown, wanted = kinds[kind.value], text.value.casefold()
-        found = [row for row in shown.rows if wanted in " ".join(row).casefold()]
+        table, wanted = kinds[kind.value], text.value.casefold()
+        found = [row for row in table.rows if wanted in " ".join(row).casefold()]
         if changed is None or changed.owner is not page:
             page.max = max(-(-len(found) // rows), 1)
             page.value = 1
             count.value = f"{len(found)} found, {page.max} page{'s' if page.max > 1 else ''}"
-        update(Table(shown.columns, found[rows * (page.value - 1) : rows * page.value]))
+        shown.update(Table(table.columns, found[rows * (page.value - 1) : rows * page.value]))
 
     redraw()
     for control in (kind, text, page):
@@ -109,7 +92,7 @@ def browse_pairs(
 
 def ask_side_by_side(
     run: Run, questions: Sequence[str] = EXAMPLES, *, max_new_tokens: int = 40
-) -> Any:
+) -> kit.Box:
     """Show what the base model and the trained one answer, with a box to ask them more.
 
     Raises:
@@ -125,10 +108,9 @@ def ask_side_by_side(
             answered.insert(0, next(answers))  # the first one loads both models
         return Table(["question", "base model", "trained model"], list(answered))
 
-    update, kit = _show(ask(*reversed(questions)))
-    if kit is None:
-        return None
-    box = kit.Text(placeholder="Your question?", layout=kit.Layout(width="36em"))
+    shown = DisplayHandle()
+    shown.display(ask(*reversed(questions)))
+    box = kit.Text(placeholder="Your question?", layout={"width": "36em"})
     button = kit.Button(description="Ask both", button_style="primary")
     status = kit.Label()
 
@@ -139,7 +121,7 @@ def ask_side_by_side(
             return
         button.disabled, status.value = True, "answering ..."
         try:
-            update(ask(question))
+            shown.update(ask(question))
             status.value = ""
         except (GrathError, StopIteration, RuntimeError) as error:
             status.value = f"No answer: {error or 'run this cell again'}"

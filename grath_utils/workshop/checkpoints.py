@@ -34,11 +34,7 @@ def notebook_of(stage: Stage) -> str:
 
 
 def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
-    """Return the stages that must be done before a notebook can start, in order.
-
-    Raises:
-        UsageError: no such notebook; the nearest one is named.
-    """
+    """Return the stages that must be done before a notebook can start, in order."""
     check_notebook(at)
     plan = plan_stages(run, progress=progress)
     return [stage for stage in plan if at not in STAND_ALONE and notebook_of(stage) < at]
@@ -62,11 +58,7 @@ def make_state(
 
 
 def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
-    """Open the finished run in ``folder``: a run directory, or a classroom folder with some.
-
-    Args:
-        folder: what the user named.
-        profile: which of several; may be left out where there is one.
+    """Open the run in ``folder``: a run directory, or a classroom folder with one of a profile.
 
     Raises:
         DataError: there is no run, or none of that profile, or it is not clear which is meant.
@@ -100,6 +92,7 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
             what would be copied does not belong to.
         RunError: the finished run is not finished.
     """
+    here, there = run.info(), source.info()
     _check_same_origin(run, source)
     needed = needed_stages(source, at)
     if lacking := [stage.title for stage in needed if not stage.done]:
@@ -115,7 +108,6 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
                 copied += 1
             if target.exists():
                 record_made(run, target)
-        here, there = run.info(), source.info()
         if copied:
             origin = {key: there.get(key) for key in ("created", "resolved", "device")}
             record = {**here, "checkpoint": {"notebook": at, **origin}}
@@ -127,10 +119,10 @@ def copy_state(run: Run, at: str, source: Run, *, say: Callable[[str], None] = p
 
 
 def _check_same_origin(run: Run, source: Run) -> None:
-    lines = differing_keys(run.config, source.config)
+    lines, infos = differing_keys(run.config, source.config), (run.info(), source.info())
     same = (("model", "weights"), ("questions", "fingerprint"), ("prompt", "fingerprint"))
     for section, key in same:
-        here, there = (made.info().get(section, {}).get(key) for made in (run, source))
+        here, there = (info.get(section, {}).get(key) for info in infos)
         if here != there:
             lines.append(f"{section} ({key}): {here} here, {there} there")
     if lines:
@@ -142,13 +134,8 @@ def _check_same_origin(run: Run, source: Run) -> None:
 
 
 def _check_same_results(run: Run, needed: Sequence[Stage]) -> None:
-    """Refuse to put later results beside own ones that they were not made from.
-
-    What is measured is not compared: nothing is made from it.
-    """
-    for stage in needed:
-        if not stage.id.startswith(("pairs_", "train_")):
-            continue
+    """Refuse to put later results beside own pairs and adapters that they were not made from."""
+    for stage in (s for s in needed if s.id.startswith(("pairs_", "train_"))):
         own = run.iteration(stage.iteration) / stage.output.name
         content = adapter_fingerprint if stage.output.is_dir() else read_jsonl
         if own.exists() and content(own) != content(stage.output):

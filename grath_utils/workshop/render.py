@@ -7,8 +7,7 @@ outputs come from::
 
     source_sha256, code_sha256   of the cells, so that a test notices when the outputs are stale
     profile, versions, device    what it was run with; no profile for side trips
-    cost                         of the execution that had the most to do: one that found the
-                                 stages done shows the same outputs
+    cost                         of the execution that had the most to do
 """
 
 from __future__ import annotations
@@ -26,13 +25,7 @@ from typing import Any
 
 import nbformat
 
-from grath_utils.course.execute import (
-    WIDGET,
-    execute_notebook,
-    is_current,
-    most_work,
-    run_notebooks,
-)
+from grath_utils.course.execute import execute_notebook, is_current, most_work, run_notebooks
 from grath_utils.course.notebooks import numbered_notebooks
 from grath_utils.errors import DataError, GrathError, UsageError
 from grath_utils.files import cache_dir, notebooks_dir, user_path, write_text
@@ -43,11 +36,11 @@ LARGEST = 400_000
 """Bytes that a committed notebook may have: GitHub shows it at once, and a clone stays small."""
 FIGURE_COLOURS = 64  # few enough for a small file, more than a figure here uses
 STAMPED_PACKAGES = ("python", "torch", "transformers", "trl", "peft", "bitsandbytes")
-COST = ("seconds", "peak_memory_gib", "stages", "files", "date")
+COST = ("seconds", "peak_memory_gib", "files", "date")
 DEVICE = ("system", "cpu_count", "torch_threads", "memory_gib", "accelerator")
 
-_PROGRESS = re.compile(r"\d+%\|.*\| *\d[\d.,kM]*/\d|\d+it \[\d")
-_PATH = re.compile(
+PROGRESS = re.compile(r"\d+%\|.*\| *\d[\d.,kM]*/\d|\d+it \[\d")
+MACHINE_PATH = re.compile(
     r"(?<![\w.~:/-])(/(home|Users|root|work|tmp|var|mnt|opt|srv|private)/\w|[A-Z]:\\\w).{,36}"
 )
 _KERNEL_FILE = re.compile(r"\S*ipykernel_\d+[/\\]\d+\.py")
@@ -55,22 +48,15 @@ _ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 
 
 def rendered_notebooks() -> list[Path]:
-    """Return the notebooks that are committed with outputs: the course's and the side trips.
-
-    Raises:
-        UsageError: only the package is installed here, without the notebooks.
-    """
+    """Return the notebooks that are committed with outputs: the course's and the side trips."""
     course = numbered_notebooks()
     return [*course, *sorted((course[0].parent / "appendix").glob("*.ipynb"))]
 
 
 def source_digest(cells: Iterable[Mapping[str, Any]], *, code_only: bool = False) -> str:
     """Return the SHA-256 of the sources of cells; outputs depend on those of the code alone."""
-    sources = [
-        [cell["cell_type"], "".join(cell["source"])]
-        for cell in cells
-        if cell["cell_type"] == "code" or not code_only
-    ]
+    kinds = ("code",) if code_only else ("code", "markdown", "raw")
+    sources = [[c.cell_type, c.source] for c in cells if c.cell_type in kinds]
     return hashlib.sha256(json.dumps(sources, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
@@ -85,48 +71,6 @@ def _read(path: Path) -> nbformat.NotebookNode:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat's own, and of whatever it meets first
         raise DataError(f"{path}: not a notebook that can be read ({error})") from error
-
-
-# --- what is wrong -------------------------------------------------------------------------------
-
-
-def problems(path: Path) -> list[str]:
-    """Return what is wrong with a committed notebook's outputs; empty if nothing is."""
-    notebook = _read(path)
-    stamp = notebook.metadata.get(STAMP)
-    if not stamp:
-        return ["has no outputs yet (no stamp)"]
-    size, found = path.stat().st_size, []
-    if stamp["source_sha256"] != source_digest(notebook.cells):
-        found.append("its outputs are older than its source")
-    if size > LARGEST:
-        found.append(f"has {size:,} bytes, more than {LARGEST:,}")
-    if left := {"papermill", "widgets", "grath_execution"} & notebook.metadata.keys():
-        found.append(f"carries metadata of its execution: {', '.join(sorted(left))}")
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if code != _code_cells(notebook):
-        found.append("holds papermill's injected cell")
-    for cell in code:
-        if cell.source.strip() and cell.execution_count is None:
-            found.append(f"cell {cell.id} was not executed")
-        found += [f"cell {cell.id} {wrong}" for wrong in map(_wrong_output, cell.outputs) if wrong]
-    return found
-
-
-def _wrong_output(output: nbformat.NotebookNode) -> str | None:
-    data = output.get("data", {})
-    shown = [value for kind, value in data.items() if kind.startswith("text/")]
-    text = "\n".join([*shown, output.get("text", "")])
-    if output.output_type == "error":
-        return f"ended with {output.ename}"
-    if WIDGET in data:
-        return "shows a widget, which is nothing without its kernel"
-    if match := _PATH.search(text):
-        return f"shows a path of a machine: {match.group()!r}"
-    return "shows a progress bar" if _PROGRESS.search(text) else None
-
-
-# --- rendering -----------------------------------------------------------------------------------
 
 
 def render(
@@ -172,8 +116,6 @@ def render(
                 places = _places(run, folder.parent)
                 _write(path, take_over(source, executed, facts, profile, places))
                 say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")
-            for problem in problems(path):
-                say(f"  {problem}")
             written.append(path)
     return written
 
@@ -198,7 +140,7 @@ def _places(run: Run, root: Path) -> list[tuple[str, str]]:
 def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
     nbformat.validate(notebook)
     text = nbformat.writes(notebook) + "\n"
-    size = len(text.encode("utf-8"))
+    size, host = len(text.encode("utf-8")), socket.gethostname()
     if size > LARGEST:
         sizes = [(len(json.dumps(cell.get("outputs", []))), cell.id) for cell in notebook.cells]
         largest = ", ".join(f"{name} ({n:,})" for n, name in sorted(sizes, reverse=True)[:3])
@@ -206,7 +148,6 @@ def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
             f"{path.name} would have {size:,} bytes with its outputs, more than {LARGEST:,}; make "
             f"smaller what the cells {largest} show"
         )
-    host = socket.gethostname()
     if re.search(r"[\d-]", host) and re.search(rf"\b{re.escape(host)}\b", text):
         raise GrathError(f'{path.name} shows the name of this machine, "{host}"; do not print it')
     write_text(path, text)
@@ -221,12 +162,8 @@ def take_over(
 ) -> nbformat.NotebookNode:
     """Return a notebook with the cells of ``source`` and the cleaned outputs of ``executed``.
 
-    Args:
-        source: the notebook as committed; its prose may be newer than the executed copy's.
-        executed: what papermill left.
-        facts: ``versions`` and ``device``, as in ``run.json``.
-        profile: None for a side trip.
-        places: (path of this machine, what to show in its place), the most specific first.
+    The prose of the source may be newer than that of papermill's copy. ``facts`` are ``versions``
+    and ``device``, as in ``run.json``; there is no profile for a side trip.
 
     Raises:
         GrathError: the copy was made from other code, or holds an error.
@@ -272,13 +209,13 @@ def clean_outputs(
         if output.output_type == "stream":
             # A progress bar rewrites its line with carriage returns.
             lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
-            shown = "\n".join(line for line in lines if not _PROGRESS.search(line))
+            shown = "\n".join(line for line in lines if not PROGRESS.search(line))
             output.text = _neutral(shown, places)
             if cleaned and cleaned[-1].get("name") == output.name:
                 cleaned[-1].text += output.text
             elif output.text.strip():
                 cleaned.append(output)
-        elif len(data) != 1 or not _PROGRESS.search(data.get("text/plain", "")):
+        elif len(data) != 1 or not PROGRESS.search(data.get("text/plain", "")):
             for kind, value in data.items():
                 if kind.startswith("text/"):
                     data[kind] = _neutral(value, places)
@@ -295,6 +232,8 @@ def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
         if name == ".":
             text = text.replace(place + "/", "").replace(place + "\\", "")
         text = text.replace(place, name)
+    if found := MACHINE_PATH.search(text):
+        raise GrathError(f"an output shows a path of this machine: {found[0]!r}; do not print it")
     return text
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grath_utils.course.execute import NOTEBOOK
+from grath_utils.course.execute import NOTEBOOK, most_work
 from grath_utils.errors import DataError
 from grath_utils.files import read_json, read_text, write_text
 from grath_utils.loop.run_dir import Run
@@ -27,32 +27,24 @@ def section_times(notebook: dict[str, Any]) -> Counter[str]:
 
     Sections are the headings of the second level; cells before the first belong to ``Set-up``.
     """
-    times: Counter[str] = Counter()
-    section = "Set-up"
+    times, section = Counter(), "Set-up"
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             headings = re.findall(r"^## +(.+?) *$", "".join(cell["source"]), re.MULTILINE)
-            section = headings[-1] if headings else section
+            section = (headings or [section])[-1]
         times[section] += (cell["metadata"].get("papermill") or {}).get("duration") or 0.0
     return times
 
 
 def timings_table(run: Run, sources: Sequence[Path]) -> str:
-    """Return a Markdown table of the sections of a run's executed notebooks.
-
-    Raises:
-        DataError: no notebook of the run was executed.
-    """
+    """Return a Markdown table of the sections of a run's executed notebooks."""
     rows, dates = [], []
-    for source in sources:
-        path = run.executed_notebooks / source.name
-        if not path.is_file():
-            continue
+    paths = (run.executed_notebooks / source.name for source in sources)
+    for path in filter(Path.is_file, paths):
         notebook = read_json(path, NOTEBOOK)
         times, took = section_times(notebook), notebook["metadata"].get("grath_execution") or {}
         dates.append(took.get("date") or "")
-        earlier = took.get("earlier") or {}
-        before = len(earlier.get("stages") or []) > len(took.get("stages") or [])
+        before = most_work(took, took.get("earlier")) not in (took, None)
         note = " (most of its work was done before)" if before else ""
         rows.append((f"**{path.stem}**", note, f"**{duration(times.total())}**"))
         rows += [("", name, duration(time)) for name, time in times.items() if time >= SHORT]

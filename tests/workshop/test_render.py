@@ -14,15 +14,16 @@ import pytest
 from PIL import Image
 
 from grath_utils.config import load_config
-from grath_utils.course.execute import is_current
+from grath_utils.course.execute import WIDGET, is_current
 from grath_utils.errors import GrathError, UsageError
 from grath_utils.loop.run_dir import open_run
 from grath_utils.workshop import render as rendering
 from grath_utils.workshop.render import (
+    LARGEST,
+    MACHINE_PATH,
+    PROGRESS,
     STAMP,
-    WIDGET,
     clean_outputs,
-    problems,
     render,
     rendered_notebooks,
     source_digest,
@@ -37,6 +38,41 @@ PARAMETERS = 'PROFILE = "cpu"\nRUN_DIR = ""\nSEED = 0\nOVERRIDES = ""'
 
 
 # --- what is committed ---------------------------------------------------------------------------
+
+
+def problems(path: Path) -> list[str]:
+    """Return what is wrong with a committed notebook's outputs; empty if nothing is."""
+    notebook = nbformat.read(path, as_version=4)
+    stamp = notebook.metadata.get(STAMP)
+    if not stamp:
+        return ["has no outputs yet (no stamp)"]
+    size, found = path.stat().st_size, []
+    if stamp["source_sha256"] != source_digest(notebook.cells):
+        found.append("its outputs are older than its source")
+    if size > LARGEST:
+        found.append(f"has {size:,} bytes, more than {LARGEST:,}")
+    if left := {"papermill", "widgets", "grath_execution"} & notebook.metadata.keys():
+        found.append(f"carries metadata of its execution: {', '.join(sorted(left))}")
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            found.append("holds papermill's injected cell")
+        if cell.source.strip() and cell.execution_count is None:
+            found.append(f"cell {cell.id} was not executed")
+        found += [f"cell {cell.id} {wrong}" for wrong in map(wrong_output, cell.outputs) if wrong]
+    return found
+
+
+def wrong_output(output: nbformat.NotebookNode) -> str | None:
+    data = output.get("data", {})
+    shown = [value for kind, value in data.items() if kind.startswith("text/")]
+    text = "\n".join([*shown, output.get("text", "")])
+    if output.output_type == "error":
+        return f"ended with {output.ename}"
+    if WIDGET in data:
+        return "shows a widget, which is nothing without its kernel"
+    if match := MACHINE_PATH.search(text):
+        return f"shows a path of a machine: {match.group()!r}"
+    return "shows a progress bar" if PROGRESS.search(text) else None
 
 
 @pytest.mark.parametrize("path", rendered_notebooks(), ids=lambda path: path.stem)
@@ -117,19 +153,18 @@ def notebook_of(*sources: str, outputs: list | None = None) -> nbformat.Notebook
     return nbformat.v4.new_notebook(cells=cells)
 
 
-def executed(*sources: str, outputs: list, stages: list[str], seconds: float = 60.0):
+def executed(*sources: str, outputs: list, files: int = 0, seconds: float = 60.0):
     copy = notebook_of(*sources, outputs=outputs)
     copy.metadata["papermill"] = {"duration": 1.0}
     copy.metadata["grath_execution"] = {
-        "seconds": seconds, "peak_memory_gib": 1.5, "stages": stages, "files": len(stages),
-        "date": "2026-01-02",
+        "seconds": seconds, "peak_memory_gib": 1.5, "files": files, "date": "2026-01-02",
     }  # fmt: skip
     return copy
 
 
 def test_outputs_are_taken_over_without_a_trace_of_papermill(tmp_path: Path) -> None:
     source = notebook_of("SEED = 0", "print(SEED)")
-    done = executed("SEED = 0", "print(SEED)", outputs=[stream("3\n")], stages=["train"])
+    done = executed("SEED = 0", "print(SEED)", outputs=[stream("3\n")], files=1)
     result = take_over(source, done, FACTS, "cpu")
     assert [cell.id for cell in result.cells] == ["title", "c0", "c1"]
     assert [cell.execution_count for cell in result.cells[1:]] == [1, 2]
@@ -138,8 +173,7 @@ def test_outputs_are_taken_over_without_a_trace_of_papermill(tmp_path: Path) -> 
     stamp = result.metadata[STAMP]
     assert stamp["profile"] == "cpu"
     assert stamp["cost"] == {
-        "seconds": 60.0, "peak_memory_gib": 1.5, "stages": ["train"], "files": 1,
-        "date": "2026-01-02",
+        "seconds": 60.0, "peak_memory_gib": 1.5, "files": 1, "date": "2026-01-02",
     }  # fmt: skip
     path = tmp_path / "x.ipynb"
     nbformat.write(result, path)
@@ -147,23 +181,23 @@ def test_outputs_are_taken_over_without_a_trace_of_papermill(tmp_path: Path) -> 
 
 
 def test_the_cost_stays_that_of_the_execution_that_did_the_work() -> None:
-    first = executed("x = 1", outputs=[], stages=["pairs", "train"], seconds=200)
+    first = executed("x = 1", outputs=[], files=2, seconds=200)
     source = take_over(notebook_of("x = 1"), first, FACTS, "cpu")
-    quick = executed("x = 1", outputs=[], stages=[], seconds=5)
+    quick = executed("x = 1", outputs=[], seconds=5)
     assert take_over(source, quick, FACTS, "cpu").metadata[STAMP]["cost"]["seconds"] == 200
     assert take_over(source, quick, FACTS, "smoke").metadata[STAMP]["cost"]["seconds"] == 5
     # The run directory remembers, too, where nothing was committed in between.
     quick.metadata["grath_execution"]["earlier"] = first.metadata["grath_execution"]
     cost = take_over(notebook_of("x = 1"), quick, FACTS, "cpu").metadata[STAMP]["cost"]
-    assert (cost["seconds"], cost["stages"]) == (200, ["pairs", "train"])
+    assert (cost["seconds"], cost["files"]) == (200, 2)
 
 
 def test_outputs_of_other_code_and_errors_are_refused() -> None:
     with pytest.raises(GrathError, match="other code"):
-        take_over(notebook_of("x = 2"), executed("x = 1", outputs=[], stages=[]), FACTS, "cpu")
+        take_over(notebook_of("x = 2"), executed("x = 1", outputs=[]), FACTS, "cpu")
     failed = [{"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}]
     with pytest.raises(GrathError, match="c0 ended with ValueError"):
-        take_over(notebook_of("x = 1"), executed("x = 1", outputs=failed, stages=[]), FACTS, "cpu")
+        take_over(notebook_of("x = 1"), executed("x = 1", outputs=failed), FACTS, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +211,7 @@ def test_outputs_of_other_code_and_errors_are_refused() -> None:
     ],
 )
 def test_what_may_not_be_committed_is_named(tmp_path: Path, output: dict, message: str) -> None:
-    done = executed("x = 1", outputs=[], stages=[])
+    done = executed("x = 1", outputs=[])
     notebook = take_over(notebook_of("x = 1"), done, FACTS, "cpu")
     notebook.cells[1].outputs = [nbformat.from_dict(output)]
     nbformat.write(notebook, tmp_path / "x.ipynb")
@@ -186,7 +220,7 @@ def test_what_may_not_be_committed_is_named(tmp_path: Path, output: dict, messag
 
 
 def test_an_edited_source_is_noticed(tmp_path: Path) -> None:
-    done = executed("x = 1", outputs=[], stages=[])
+    done = executed("x = 1", outputs=[])
     notebook = take_over(notebook_of("x = 1"), done, FACTS, "cpu")
     notebook.cells[0].source = "# Another title"
     nbformat.write(notebook, tmp_path / "x.ipynb")
@@ -255,12 +289,19 @@ def test_render_executes_what_is_stale_and_nothing_else(course: Path, tmp_path: 
 
 
 def test_a_notebook_that_is_too_large_names_its_largest_cells(course: Path) -> None:
-    done = executed("x = 1", outputs=[stream("long " * 100_000)], stages=[])
+    done = executed("x = 1", outputs=[stream("long " * 100_000)])
     notebook = take_over(notebook_of("x = 1"), done, FACTS, "cpu")
     before = (course / "00_a.ipynb").read_bytes()
     with pytest.raises(GrathError, match=r"00_a.ipynb would have .* cells c0 \(500,"):
         rendering._write(course / "00_a.ipynb", notebook)
     assert (course / "00_a.ipynb").read_bytes() == before
+
+
+def test_a_path_of_this_machine_is_refused() -> None:
+    shown = "/home" + "/me/runs"
+    done = executed("x = 1", outputs=[stream(f"see {shown}")])
+    with pytest.raises(GrathError, match=f"a path of this machine: '{shown}'"):
+        take_over(notebook_of("x = 1"), done, FACTS, "cpu")
 
 
 def test_a_notebook_of_somewhere_else_is_refused(course: Path, tmp_path: Path) -> None:

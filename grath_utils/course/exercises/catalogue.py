@@ -27,16 +27,10 @@ EXERCISES: dict[str, Exercise] = {
 
 
 def check(run: Run, name: str, answer: Any, policy: Policy | None = None) -> Verdict:
-    """Judge an answer to an exercise.
+    """Judge an answer, computed from a run, to an exercise such as ``"02.easy"``.
 
-    Args:
-        run: the run that the answer was computed from.
-        name: such as ``"02.easy"``: notebook and level.
-        answer: ``...`` where there is none yet; else of the form that the exercise asks for.
-        policy: the run's base model, where the notebook has it loaded already.
-
-    Raises:
-        UsageError: there is no exercise of that name.
+    The answer is ``...`` where there is none yet; ``policy`` is the run's base model, where the
+    notebook has it loaded already.
     """
     if name not in EXERCISES:
         raise UsageError(f'there is no exercise "{name}"{did_you_mean(name, EXERCISES)}')
