@@ -26,7 +26,8 @@ FIELDS = {
     "demonstrations": {"set": str, "question": str, "correct": str, "incorrect": str},
 }
 ID_PREFIX = {"questions": "own", "retention": "retention"}
-MINIMUM = {"questions": 240, "retention": 160, "demonstrations": 12}
+MINIMUM = {"questions": 700, "retention": 160, "demonstrations": 12}
+SCHOOL = 400  # so many questions of school science come first; everyday knowledge follows
 
 NEAR = 0.6  # content-word Jaccard from which two questions count as the same one
 NGRAM = 8  # words in a row that betray copied wording
@@ -139,8 +140,15 @@ def test_question_length():
         assert 6 <= count <= 25, f"{where}: {count} words, 6 to 25 are allowed"
 
 
-def test_topics_are_evenly_spread():
-    rows = load("questions")
+def part(name: str) -> tuple[dict, ...]:
+    """Return the rows of a file, or of one of the two parts of the questions."""
+    rows = load("questions" if name in ("school", "everyday") else name)
+    return {"school": rows[:SCHOOL], "everyday": rows[SCHOOL:]}.get(name, rows)
+
+
+@pytest.mark.parametrize("name", ["school", "everyday"])
+def test_topics_are_evenly_spread(name):
+    rows = part(name)
     topics = Counter(row["topic"] for row in rows)
     assert 10 <= len(topics) <= 15, f"{len(topics)} topics"
     for topic, count in topics.items():
@@ -148,11 +156,18 @@ def test_topics_are_evenly_spread():
         assert abs(count - share) <= 2, f"{topic}: {count} questions, about {share:.0f} expected"
 
 
-@pytest.mark.parametrize(("name", "field"), [("questions", "topic"), ("retention", "category")])
+def test_the_two_parts_of_the_questions_have_their_own_topics():
+    school, everyday = ({row["topic"] for row in part(name)} for name in ("school", "everyday"))
+    assert not school & everyday
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("school", "topic"), ("everyday", "topic"), ("retention", "category")]
+)
 @pytest.mark.parametrize("size", [40, 60, 120])
 def test_every_prefix_is_evenly_spread(name, field, size):
-    kinds = {row[field] for row in load(name)}
-    counts = Counter(row[field] for row in load(name)[:size])
+    kinds = {row[field] for row in part(name)}
+    counts = Counter(row[field] for row in part(name)[:size])
     low, high = math.floor(size / len(kinds)), math.ceil(size / len(kinds))
     for kind in kinds:
         assert low <= counts[kind] <= high, f"first {size} of {name}: {counts[kind]} of {kind}"
