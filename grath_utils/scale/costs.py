@@ -33,8 +33,7 @@ GIB = 2**30
 
 QUESTIONS = {("arc_challenge", "train"): 1119, ("arc_easy", "train"): 2251}
 """Sizes of the Hub's question sets (their dataset cards), so that no network is needed."""
-QUESTION_TOKENS = {"own": 15, "arc_challenge": 25, "arc_easy": 22}  # means; arc_easy's is assumed
-OTHER_QUESTION_TOKENS = 25
+OWN_QUESTION_TOKENS, QUESTION_TOKENS = 15, 25  # means: of our own, and of ARC's and all others
 TEMPLATE_TOKENS = 25  # instruction and markers around a question, in a prompt for pairs
 SHOT_TOKENS = 115  # a demonstration: six are a prompt of 689 tokens
 TYPICAL_ANSWER_TOKENS = 17  # an answer as the default model writes it
@@ -46,21 +45,16 @@ SIGNAL_ANSWERS, SIGNAL_TOKENS = 32, 48  # free answers behind the signals of a r
 
 
 def question_count(config: Config) -> int:
-    """Return how many questions a run asks, without network access.
-
-    Raises:
-        DataError: the size of a Hub data set is not known; with ``questions.limit`` it is.
-    """
+    """Return how many questions a run asks, or a DataError where only the Hub knows."""
     settings, source, limit = config.questions, config.questions.source, config.questions.limit
     if source == "own" or names_file(source):
         return len(load_questions(settings, config.seed).questions)
-    found = QUESTIONS.get((source, settings.split), limit)
-    if found is None:
-        raise DataError(
-            f'how many questions "{source}" ({settings.split}) holds is not known without loading '
-            "it; set questions.limit"
-        )
-    return min(found, limit or found)
+    if found := QUESTIONS.get((source, settings.split), limit):
+        return min(found, limit or found)
+    raise DataError(
+        f'how many questions "{source}" ({settings.split}) holds is not known without loading it; '
+        "set questions.limit"
+    )
 
 
 def workload(config: Config) -> dict[str, int]:
@@ -86,6 +80,7 @@ def workload(config: Config) -> dict[str, int]:
 CPU_COSTS = {"write": (0.88, 2.3e-12), "train": (1.2, 4.5e-12), "score": (1.6, 1.3e-12)}
 CPU_KEPT = 2 * GIB  # freed blocks that the allocator may keep (machine.keep_freed_memory)
 CPU_ROW_TOKENS = 512  # a row of scoring; on a GPU it is evaluation.batch_tokens
+LIBRARIES = 0.6e9  # bytes; on a GPU the CUDA context
 # Assumed: no GPU run was long enough to be limited by its arithmetic.
 GPU_REACHED = (("write", 0.3), ("train", 0.4), ("score", 0.4))
 GPU_BANDWIDTH_REACHED = 0.8  # assumed
@@ -146,32 +141,27 @@ def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
     """Return the machine at hand, its rate measured for ``seconds`` with matrix products."""
     import psutil
     import torch
+    from torch.utils.benchmark import Timer
 
     from grath_utils.engine.models import resolve
 
-    resolved, memory = resolve(model), float(psutil.virtual_memory().total)
-    if resolved.device == "cuda":
+    here, memory = resolve(model), float(psutil.virtual_memory().total)
+    if here.device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         memory = float(gpu.total_memory)
         for key, known in DEVICES.items():
             if key in gpu.name:
                 return replace(known, memory=memory)
-    peak = _matmul_rate(getattr(torch, resolved.dtype), resolved.device, seconds)
-    if resolved.device == "cpu":
-        return cpu_device(peak, memory, dtype=resolved.dtype)
-    here = {"name": resolved.device, "dtype": resolved.dtype, "source": ""}
-    return Device(peak=peak, memory=memory, bandwidth=300e9, **here)
-
-
-def _matmul_rate(dtype: Any, device: str, seconds: float) -> float:
-    """Return the rate of products such as a row of tokens makes: of the fastest tenth of them."""
-    import torch
-    from torch.utils.benchmark import Timer
-
-    a, b = (torch.randn(rows, 1024, device=device).to(dtype) for rows in (512, 1024))
+    # Products such as a row of tokens makes; the rate of the fastest tenth of them.
+    kind = {"device": here.device, "dtype": getattr(torch, here.dtype)}
+    a, b = torch.randn(512, 1024, **kind), torch.randn(1024, 1024, **kind)
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    times = timer.blocked_autorange(min_run_time=seconds).times
-    return 2 * 512 * 1024 * 1024 / sorted(times)[len(times) // 10]
+    times = sorted(timer.blocked_autorange(min_run_time=seconds).times)
+    peak = 2 * 512 * 1024 * 1024 / times[len(times) // 10]
+    if here.device == "cpu":
+        return cpu_device(peak, memory, dtype=here.dtype)
+    name, dtype = here.device, here.dtype
+    return Device(name=name, peak=peak, memory=memory, bandwidth=300e9, dtype=dtype, source="")
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -187,26 +177,18 @@ def pairs_at_once(config: Config, device: Device) -> int:
     return min(config.dpo.micro_batch_size, max(1, config.dpo.batch_size // device.count))
 
 
-SAME_INPUT = {"q_proj": "x", "k_proj": "x", "v_proj": "x", "gate_proj": "y", "up_proj": "y"}
-
-
 def activation_bytes(shape: Shape, lora: LoraConfig, dtype: str, *, checkpointing: bool) -> int:
     """Return what one token leaves in one layer for the backward pass, in bytes.
 
     Queries, keys, values (repeated for all query heads) and attention's output; three tensors of
-    the MLP; two norms in float32, and a number for each norm and for each head's softmax; for each
-    adapted matrix its input in float32 (the adapter's type) and the rank-r product. Checkpointing
-    leaves the layer's input.
+    the MLP; two norms in float32; for each adapted matrix its input and the rank-r product in
+    float32, the adapter's type. Checkpointing leaves the layer's input.
     """
     size, targets = BYTES[dtype], shape.lora_targets(lora)
     if checkpointing:
         return round(shape.hidden * size)
-    kept = size * (4 * shape.heads * shape.head_dim + 3 * shape.intermediate)
-    kept += 8 * shape.hidden + 8 + 4 * shape.heads
-    inputs = {name: shape.linears[name][0] for name in targets}
-    if dtype == "float32":  # no copy is made: one input serves several matrices, o_proj's is kept
-        inputs = {SAME_INPUT.get(name, name): n for name, n in inputs.items() if name != "o_proj"}
-    return round(kept + 4 * sum(inputs.values()) + 4 * lora.r * len(targets))
+    kept = size * (4 * shape.heads * shape.head_dim + 3 * shape.intermediate) + 8 * shape.hidden
+    return round(kept + 4 * sum(shape.linears[name][0] + lora.r for name in targets))
 
 
 def training_memory(
@@ -214,18 +196,16 @@ def training_memory(
 ) -> dict[str, float]:
     """Return the bytes of training an adapter on one device, by part.
 
-    AdamW holds two float32 moments for each trained weight, and its gradient is float32. The
-    logits of a micro-batch count 8 bytes each: in float32 for the loss, and twice in 16 bits (the
-    head's output and its gradient).
+    AdamW holds two float32 moments for each trained weight, and its gradient is float32. Logits
+    count 8 bytes each: in float32 for the loss, in 16 bits the head's output and its gradient.
     """
     shape = shape or shape_of(config.model)
-    lora, dtype, stored = config.lora, device.dtype, stored_quantization(config, device)
-    pairs = pairs_at_once(config, device)
+    dtype, stored = device.dtype, stored_quantization(config, device)
+    pairs, adapter = pairs_at_once(config, device), shape.lora_parameters(config.lora)
     one_layer, each = (
-        pairs * pair_tokens * activation_bytes(shape, lora, dtype, checkpointing=kept)
+        pairs * pair_tokens * activation_bytes(shape, config.lora, dtype, checkpointing=kept)
         for kept in (False, config.dpo.gradient_checkpointing)
     )
-    adapter = shape.lora_parameters(lora)
     largest = max(a * b for a, b in shape.linears.values())
     return {
         "weights": shape.weight_bytes(dtype, stored),
@@ -233,19 +213,16 @@ def training_memory(
         "gradient and optimiser": 12 * adapter,
         "activations": each * shape.layers + one_layer,
         "logits": 8 * pairs * PAIR_PREDICTED * shape.vocabulary,
-        # One unpacked matrix; libraries, on a GPU the CUDA context.
-        "working space": largest * BYTES[dtype] * (stored != "none") + 0.6e9,
+        "working space": largest * BYTES[dtype] * (stored != "none") + LIBRARIES,  # one unpacked
     }
 
 
 def full_training_memory(shape: Shape) -> dict[str, float]:
     """Return the bytes of training all weights in 16 bits with AdamW, activations left out.
 
-    16 bytes a parameter: weight and gradient in 16 bits; in float32 a master copy and two moments
-    (ZeRO, arXiv 1910.02054, section 3.1).
+    Weight and gradient in 16 bits, a master copy and two moments in float32 (arXiv 1910.02054).
     """
-    n = shape.parameters
-    return {"weights": 2.0 * n, "gradient and optimiser": 14.0 * n}
+    return {"weights": 2 * shape.parameters, "gradient and optimiser": 14 * shape.parameters}
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -255,7 +232,7 @@ def full_training_memory(shape: Shape) -> dict[str, float]:
 class StageCost:
     """What one stage of a run takes; ``memory`` is the highest on one device, in bytes."""
 
-    id: str  # that of the stage
+    id: str
     title: str
     memory: float
     seconds: float
@@ -269,66 +246,63 @@ class CostModel:
         self.shape = shape or shape_of(config.model)
         self.quantization = stored_quantization(config, device)
         self.questions = question_count(config)
-        self.question_tokens = QUESTION_TOKENS.get(config.questions.source, OTHER_QUESTION_TOKENS)
+        own = config.questions.source == "own"
+        self.question_tokens = OWN_QUESTION_TOKENS if own else QUESTION_TOKENS
         gpu = device.kind == "gpu"
         self.row_tokens = config.evaluation.batch_tokens if gpu else CPU_ROW_TOKENS
 
-    def pass_flops(self, tokens: float, predicted: float, context: float) -> float:
-        """Operations of a forward pass (attention: 2 for each query-key and weight-value pair)."""
-        s = self.shape
-        attention = 4 * s.layers * s.heads * s.head_dim * context
-        head = 2 * s.vocabulary * s.hidden
-        return tokens * (2 * s.linear_parameters + attention) + predicted * head
+    def seconds(
+        self, kind: str, tokens: float, predicted: float, context: float, passes: float
+    ) -> float:
+        """Return the time of reading ``tokens`` in so many passes: the longest of three times.
 
-    def seconds(self, kind: str, flops: float, passes: float) -> float:
-        """Return the time of work in ``passes`` forward passes: the longest of three."""
-        device, shape = self.device, self.shape
+        A token attends to ``context`` others (2 operations for each query-key and weight-value
+        pair); those that are ``predicted`` go through the head.
+        """
+        device, s = self.device, self.shape
+        attention = 4 * s.layers * s.heads * s.head_dim * context
+        flops = tokens * (2 * s.linear_parameters + attention)
+        flops += predicted * 2 * s.vocabulary * s.hidden
         moved = BYTES[device.dtype] if self.quantization == "none" else NF4_MOVED
         bandwidth = device.bandwidth * (GPU_BANDWIDTH_REACHED if device.kind == "gpu" else 1.0)
         computing = flops / (device.peak * dict(device.reached)[kind])
-        reading = passes * shape.linear_parameters * moved / bandwidth
-        launching = passes * shape.layers * device.launch
+        reading = passes * s.linear_parameters * moved / bandwidth
+        launching = passes * s.layers * device.launch
         return max(computing, reading, launching) / device.count
 
     def writing(self, completions: float, prompt: float, new: float, prefix: float) -> float:
         """Seconds of writing: prompts after a shared prefix, then ``new`` tokens each."""
-        if not completions:
-            return 0.0
-        tokens = prefix + completions * (prompt + new)
-        flops = self.pass_flops(tokens, completions * (new + 1), prefix + (prompt + new) / 2)
+        tokens, predicted = completions * (prompt + new), completions * (new + 1)
         batches = completions / self.config.pairs.batch_size
-        passes = math.ceil(batches / self.device.count) * self.device.count
-        return self.seconds("write", flops, passes * (new + 1))
+        passes = math.ceil(batches / self.device.count) * self.device.count * (new + 1)
+        return self.seconds("write", tokens, predicted, prefix + (prompt + new) / 2, passes)
 
     def scoring(self, items: float, tokens: float, predicted: float, context: float) -> float:
         """Seconds of scoring: each item has tokens to read, some of which are predicted."""
-        flops = self.pass_flops(items * tokens, items * predicted, context)
-        return self.seconds("score", flops, math.ceil(items * tokens / self.row_tokens))
+        passes = math.ceil(items * tokens / self.row_tokens)
+        return self.seconds("score", items * tokens, items * predicted, context, passes)
 
-    def training(self, pairs: float, tokens: float, predicted: float, adapter: float = 0) -> float:
-        """Seconds of DPO on pairs of ``tokens`` each, with the adapter's weights if given.
+    def training(self, pairs: float, tokens: float, predicted: float) -> float:
+        """Seconds of DPO on pairs of ``tokens`` each.
 
         A backward pass launches twice what a forward pass does, and moves the weights once.
         """
         forwards = 3 if self.config.dpo.gradient_checkpointing else 2
-        flops = forwards * self.pass_flops(pairs * tokens, pairs * predicted, tokens)
         passes = pairs / pairs_at_once(self.config, self.device) * (forwards + 1)
-        return self.seconds("train", flops + 6 * pairs * tokens * adapter, passes)
+        computed = forwards * pairs
+        return self.seconds("train", computed * tokens, computed * predicted, tokens, passes)
 
-    def inference_memory(self, *, write: bool) -> dict[str, float]:
-        """Return the bytes of writing pairs (``write``) or of scoring, by part."""
+    def inference_memory(self, *, write: bool) -> float:
+        """Return the bytes of writing pairs (``write``) or of scoring."""
         pairs, dtype, shape = self.config.pairs, self.device.dtype, self.shape
-        rows = pairs.batch_size if write else self.row_tokens
+        rows, cached = self.row_tokens, self.row_tokens + 2048  # and the beginning that rows share
         if write:
+            rows = pairs.batch_size
             cached = rows * (3 * TEMPLATE_TOKENS + pairs.max_new_tokens) + pairs.shots * SHOT_TOKENS
-        else:
-            cached = rows + 2 * 1024  # one row and the long beginning that it shares
-        return {
-            "weights": shape.weight_bytes(dtype, self.quantization),
-            "keys and values": shape.kv_cache_bytes(cached, dtype),
-            "logits": rows * shape.vocabulary * (BYTES[dtype] + (4 if write else 0)),
-            "working space": rows * shape.intermediate * BYTES[dtype] * 3 + 0.6e9,
-        }
+        logits = rows * shape.vocabulary * (BYTES[dtype] + 4 * write)
+        working = rows * shape.intermediate * BYTES[dtype] * 3 + LIBRARIES
+        weights = shape.weight_bytes(dtype, self.quantization)
+        return weights + shape.kv_cache_bytes(cached, dtype) + logits + working
 
     def stage(self, stage: Stage) -> StageCost:
         """Return what a stage takes, with loading at an assumed 1 GB a second."""
@@ -348,12 +322,12 @@ class CostModel:
                     self.scoring(scored, *CANDIDATE, prefix / 2),
                 ]
             case "train":
-                memory = training_memory(config, self.device, shape=self.shape, pair_tokens=pair)
-                seen, adapter = config.dpo.steps * config.dpo.batch_size, config.lora
+                parts = training_memory(config, self.device, shape=self.shape, pair_tokens=pair)
+                memory, seen = sum(parts.values()), config.dpo.steps * config.dpo.batch_size
                 # By the reference, once; held-out pairs by the policy, now and then.
                 scored = n + held_out * (config.dpo.steps // config.dpo.evaluate_every + 1)
                 seconds = [
-                    self.training(seen, pair, PAIR_PREDICTED, self.shape.lora_parameters(adapter)),
+                    self.training(seen, pair, PAIR_PREDICTED),
                     self.scoring(scored, pair, PAIR_PREDICTED, pair),
                 ]
             case "measure":  # the signals of a round: free answers, and held-out pairs
@@ -372,14 +346,11 @@ class CostModel:
                     seconds = [self.scoring(items, size.tokens, new, size.context)]
         kept = CPU_KEPT if self.device.kind == "cpu" else 0
         loading = 4 + self.shape.weight_bytes("bfloat16") / 1e9
-        most = sum(memory.values()) + kept
-        return StageCost(stage.id, stage.title, most, loading + sum(seconds))
+        return StageCost(stage.id, stage.title, memory + kept, loading + sum(seconds))
 
 
 def estimate(config: Config, device: Device, *, shape: Shape | None = None) -> list[StageCost]:
     """Return the cost of every stage of a run with all its rounds, in the order of the plan.
-
-    ``shape`` is that of the model: None for the configured one's.
 
     Raises:
         ModelError, DataError: the model's shape, or the number of questions, is not known.

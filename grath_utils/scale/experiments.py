@@ -22,8 +22,8 @@ from grath_utils.files import read_json, write_text
 from grath_utils.loop.run_dir import BASE, Run, load_run, model_label
 from grath_utils.loop.state import run_state
 from grath_utils.pairs.questions import load_questions
-from grath_utils.scale.grids import ROW, label, read_grid
-from grath_utils.scale.sweep_results import PointOutcome
+from grath_utils.scale.grids import cell_of, label, read_grid
+from grath_utils.scale.sweep_results import PointOutcome, find_row
 from grath_utils.scale.sweeps import run_here
 from grath_utils.text import with_interval
 
@@ -49,10 +49,7 @@ Difference = tuple[str, dict[str, Any]]
 
 
 def size_of(run: Run) -> dict[str, Any]:
-    """Return what the experiments of this run change in its profile: its size, then its overrides.
-
-    What the user has set for the run holds for its experiments, so ``OVERRIDES`` makes them larger.
-    """
+    """Return what experiments change in the profile of a run: its size, then its overrides."""
     return {**SIZES.get(run.config.profile, {}), **changed_settings(run.config)}
 
 
@@ -68,15 +65,11 @@ def cut_grid(
     *,
     common: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a shipped grid, cut to a run's size, beside the run; return the file.
+    """Write a shipped grid, cut to the size of a run, beside the run; return the file.
 
-    Args:
-        name: a shipped grid.
-        run: gives the profile, the seed and the size.
-        axes: the values to try, for keys that the grid varies; keys that are not named stay at the
-            profile's value, and the seed is the run's.
-        common: for all points; takes precedence over what the shipped grid sets for all, that over
-            what the user has set, and that over the size.
+    ``axes`` are the values to try, of keys that the grid varies; the others stay at the profile's
+    value, and the seed is the run's. What is ``common`` to all points takes precedence over what
+    the grid sets for all, that over what the user has set, and that over the size.
 
     Raises:
         UsageError: no such grid, or it does not vary such a key.
@@ -123,31 +116,21 @@ def run_experiment(
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
     if len(failed) == len(outcomes):
         raise GrathError(f"no point of {grid.name} ended well. First: {failed[0].error}")
-    several = len({outcome.values["seed"] for outcome in outcomes}) > 1
-    trials = []
+    several, trials = len({outcome.values["seed"] for outcome in outcomes}) > 1, []
     for outcome in outcomes:
-        if outcome.status == "done":
-            shown = {k: v for k, v in outcome.values.items() if several or k != "seed"}
-            made = read_json(out / "rows" / f"{outcome.name}.json", ROW)["run"]
-            trials.append(Trial(label(shown), outcome.values, load_run(out / "runs" / made)))
+        if row := find_row(out, outcome.name):
+            name = label(outcome.values if several else cell_of(outcome.values))
+            trials.append(Trial(name, outcome.values, load_run(out / "runs" / row["run"])))
     return trials, failed
 
 
 def why_not(run: Run, source: str) -> str | None:
-    """Return why the questions of a source cannot be had here, or None where they can.
-
-    Without network the Hub is tried several times, about half a minute; ``HF_HUB_OFFLINE=1`` spares
-    that.
-    """
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)  # not a warning for each try: the answer says what is the matter
+    """Return why the questions of a source cannot be had here, or None where they can."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each of its tries
     try:
         load_questions(replace(run.config.questions, source=source), run.config.seed)
     except (DataError, FetchError) as error:
         return str(error)
-    finally:
-        hub.setLevel(level)
     return None
 
 
@@ -161,13 +144,10 @@ def changes(trials: Sequence[Trial]) -> list[Difference]:
 
 
 def contrasts(trials: Sequence[Trial]) -> list[Difference]:
-    """Return how the last model of every other trial differs from that of the first.
-
-    This is the experiment's own question. Both models answered the same items, so items that are
-    hard for both fall out; only trials of one seed measure the same items.
+    """Return how the last model of every other trial differs from that of the first, item by item.
 
     Raises:
-        UsageError: two trials were measured on different items.
+        UsageError: two trials were measured on different items, as those of different seeds are.
     """
     first, *others = trials
     return [

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,6 @@ SHARED_SECTIONS = {
 }
 """What a stage that comes before any training depends on: the pairs of iteration 0, the base's
 evaluation."""
-LONGEST_NAME = 72
-
-_NUMBER = {"value": float, "ci95": ([float, float], None)}
-ROW = {  # what rows/POINT.json holds, as a form for files.read_json
-    "run": Path,
-    "metrics": [
-        {
-            "benchmark": str,
-            "metric": str,
-            "n": int,
-            "base": _NUMBER,
-            "last": _NUMBER,
-            "change": {**_NUMBER, "p_value": (float, None)},
-        }
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -87,16 +71,15 @@ class Point:
     def name(self) -> str:
         """The name of its run directory: readable, and different for every configuration."""
         slug = re.sub(r"[^\w.=+-]+", "-", label(self.values, between="_"))
-        return f"{slug[:LONGEST_NAME].rstrip('-._=')}-{fingerprint(own_settings(self.config))[:8]}"
+        return f"{slug[:72].rstrip('-._=')}-{fingerprint(own_settings(self.config))[:8]}"
 
     def shared(self, kind: str) -> Shared:
         """Return the shared stage of a kind that this point uses."""
-        default = Config()
         kept = {name: getattr(self.config, name) for name in SHARED_SECTIONS[kind]}
         if kind == BASE:  # which iterations are evaluated does not matter to the base model
-            every = default.evaluation.every_iteration
+            every = Config().evaluation.every_iteration
             kept["evaluation"] = replace(kept["evaluation"], every_iteration=every)
-        return Shared(kind, replace(default, **kept))
+        return Shared(kind, Config(**kept))
 
 
 def cell_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,10 +88,7 @@ def cell_of(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label(values: Mapping[str, Any], *, between: str = ", ") -> str:
-    """Return ``beta=0.05, chain=fresh`` for a cell, ``all settings`` for one without a key.
-
-    A key is its last part where that is clear.
-    """
+    """Return ``beta=0.05, chain=fresh``: of each key the last part, where that is clear."""
     leaves = [key.rpartition(".")[2] for key in values]
     shown = (
         f"{leaf if leaves.count(leaf) == 1 else key}={_shown_value(value)}"
@@ -157,36 +137,32 @@ def grid_from_dict(tree: Any, *, where: str = "grid") -> Grid:
         ConfigError: names ``where``, the key and the nearest valid one.
     """
 
-    def refuse(problem: str) -> None:
-        raise ConfigError(f"{where}: {problem}")
+    def hold(good: Any, problem: str) -> None:
+        if not good:
+            raise ConfigError(f"{where}: {problem}")
 
-    if not isinstance(tree, Mapping):
-        refuse(f"expected `profile:` and `grid:`, found {tree!r}")
-    top = ("profile", "set", "grid")
-    for key in tree:
-        if key not in top:
-            refuse(f'unknown key "{key}"{did_you_mean(str(key), top)}')
-    profiles, common, axes = tree.get("profile"), tree.get("set") or {}, tree.get("grid")
-    names = [profiles] if isinstance(profiles, str) else profiles
-    if not _is_list(names) or not all(name and isinstance(name, str) for name in names):
-        refuse(f'"profile" is {profiles!r}; expected the name of a profile, or a list of names')
-    if not isinstance(axes, Mapping) or not axes:
-        refuse(f'"grid" is {axes!r}; expected lines such as `seed: [0, 1]`')
-    if not isinstance(common, Mapping):
-        refuse(f'"set" is {common!r}; expected lines such as `dpo.beta: 0.1`')
+    def hold_keys(keys: Mapping[str, Any], valid: Collection[str], inside: str = "") -> None:
+        for key in keys:
+            hold(key in valid, f'unknown key "{key}"{inside}{did_you_mean(str(key), valid)}')
+
+    hold(isinstance(tree, Mapping), f"expected `profile:` and `grid:`, found {tree!r}")
+    hold_keys(tree, ("profile", "set", "grid"))
+    profile, common, axes = tree.get("profile"), tree.get("set") or {}, tree.get("grid")
+    names = [profile] if isinstance(profile, str) else profile
+    named = _is_list(names) and all(name and isinstance(name, str) for name in names)
+    hold(named, f'"profile" is {profile!r}; expected the name of a profile, or a list of names')
+    some = isinstance(axes, Mapping) and axes
+    hold(some, f'"grid" is {axes!r}; expected lines such as `seed: [0, 1]`')
+    hold(isinstance(common, Mapping), f'"set" is {common!r}; expected lines such as `seed: 0`')
     known = Config().flat().keys() - {"profile"}
     for section, keys in (("set", common), ("grid", axes)):
-        for key in keys:
-            if key == "profile":
-                refuse(f'"profile" stands beside "grid", not in "{section}"')
-            if key not in known:
-                refuse(f'unknown key "{key}" in "{section}"{did_you_mean(str(key), known)}')
+        hold("profile" not in keys, f'"profile" stands beside "grid", not in "{section}"')
+        hold_keys(keys, known, f' in "{section}"')
     for key, values in axes.items():
-        if key in common:
-            refuse(f'"{key}" stands in "set" and in "grid"; remove one')
-        if not _is_list(values):
-            such = f"`{key}: [{'...' if values in (None, []) else values}]`"
-            refuse(f'"{key}" is {values!r}; expected a list of values, such as {such}')
+        hold(key not in common, f'"{key}" stands in "set" and in "grid"; remove one')
+        such = "..." if values in (None, []) else values
+        expected = f"expected a list of values, such as `{key}: [{such}]`"
+        hold(_is_list(values), f'"{key}" is {values!r}; {expected}')
     return Grid(where, tuple(names), dict(common), {k: tuple(v) for k, v in axes.items()})
 
 
@@ -204,10 +180,8 @@ def expand(grid: Grid) -> list[Point]:
             two points that are the same.
     """
     axes = dict(sorted(grid.axes.items(), key=lambda axis: axis[0] == "seed"))
-    profile_too = ["profile"] if len(grid.profiles) > 1 else []
-    keys = list(dict.fromkeys([*profile_too, *axes, "seed"]))
-    points: list[Point] = []
-    seen: dict[Config, str] = {}
+    keys = dict.fromkeys(["profile"] * (len(grid.profiles) > 1) + [*axes, "seed"])
+    points: dict[Config, Point] = {}
     for profile, *chosen in itertools.product(grid.profiles, *axes.values()):
         overrides = dict(zip(axes, chosen, strict=True))
         what = ", ".join([f"profile {profile}", *(f"{k}={v!r}" for k, v in overrides.items())])
@@ -215,15 +189,13 @@ def expand(grid: Grid) -> list[Point]:
             config = load_config(profile, {**grid.common, **overrides})
         except ConfigError as error:
             raise ConfigError(f"{grid.where}, point {what}: {error}") from error
-        if config in seen:
+        if config in points:
             raise ConfigError(
-                f"{grid.where}: the same point twice: {what} and {seen[config]}; remove the "
-                "doubled value"
+                f"{grid.where}: the same point twice: {what}; remove the doubled value"
             )
-        seen[config] = what
         flat = config.flat()
-        points.append(Point({key: flat[key] for key in keys}, config))
-    return points
+        points[config] = Point({key: flat[key] for key in keys}, config)
+    return [*points.values()]
 
 
 def plan_of(points: list[Point], grid: Grid, made_in: str) -> dict[str, Any]:
@@ -236,7 +208,6 @@ def plan_of(points: list[Point], grid: Grid, made_in: str) -> dict[str, Any]:
         "schema_version": 1,
         "grid": grid.where,
         "made_in": made_in,
-        "keys": list(points[0].values),
         "shared": {s.name: {"kind": s.kind, "config": s.config.to_dict()} for s in stages},
         "points": [
             {

@@ -1,6 +1,6 @@
 """The two kinds of jobs in a sweep: a shared stage, and a point. Run by its Snakefile::
 
-    python -m grath_utils.scale.sweep_jobs {shared,point} SWEEP NAME
+    python -m grath_utils.scale.sweep_jobs SWEEP NAME
 
 Both work on ordinary run directories (``SWEEP/shared/NAME``, ``SWEEP/runs/NAME``). A point first
 takes over what is shared, as files that its own stages would have left, and so finds them done.
@@ -8,11 +8,9 @@ takes over what is shared, as files that its own stages would have left, and so 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import traceback
-from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -23,55 +21,52 @@ from grath_utils.files import atomic_path, read_json, write_json
 from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
 from grath_utils.loop.state import comparison_rows
-from grath_utils.scale.grids import BASE, PAIRS, ROW, planned_config
+from grath_utils.scale.grids import BASE, PAIRS, planned_config
+from grath_utils.scale.sweep_results import find_row
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(sweep: str, name: str) -> int:
     """Do one job and return the exit code; an error is a line that starts with "error:"."""
-    parser = argparse.ArgumentParser(prog="python -m grath_utils.scale.sweep_jobs")
-    parser.add_argument("job", choices=("shared", "point"))
-    parser.add_argument("sweep", type=Path, help="the sweep's folder, with points.json")
-    parser.add_argument("name", help="of the shared stage or the point")
-    options = parser.parse_args(arguments)
     try:
-        work = make_shared if options.job == "shared" else make_point
-        work(options.sweep, options.name)
+        do_job(Path(sweep), name)
     except (GrathError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     return 0
 
 
-def do_logged(job: str, sweep: Path, name: str) -> bool:
+def do_logged(sweep: Path, name: str) -> bool:
     """Do one job, its words in its log as under Snakemake; return whether it ended well."""
     path = sweep / "logs" / f"{name}.log"
     path.parent.mkdir(exist_ok=True)
     with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            return main([job, str(sweep), name]) == 0
+            return main(str(sweep), name) == 0
         except Exception:  # a job may fail in any way, and the others are still done
             traceback.print_exc()
             return False
 
 
-def make_shared(sweep: Path, name: str) -> None:
-    """Make the pairs of iteration 0, or evaluate the base model, in ``shared/NAME``."""
+def do_job(sweep: Path, name: str) -> None:
+    """Make what is shared in ``shared/NAME``, or a whole run in ``runs/NAME``.
+
+    A run's numbers are left in ``rows/NAME.json``; those of a point that was done under another
+    name are taken over.
+    """
     plan = read_json(sweep / "points.json")
-    run = start_run(sweep / "shared" / name, planned_config(plan, name))
-    if plan["shared"][name]["kind"] == PAIRS:
-        make_pairs(run, 0, progress=False)
+    config, shared = planned_config(plan, name), plan["shared"].get(name)
+    if shared:
+        run = start_run(sweep / "shared" / name, config)
+        if shared["kind"] == PAIRS:
+            make_pairs(run, 0, progress=False)
+            return
+        for benchmark in config.evaluation.benchmarks:
+            print(f"evaluate base on {benchmark}", flush=True)
+            evaluate_model(run, None, benchmark, progress=False)
         return
-    for benchmark in run.config.evaluation.benchmarks:
-        print(f"evaluate base on {benchmark}", flush=True)
-        evaluate_model(run, None, benchmark, progress=False)
-
-
-def make_point(sweep: Path, name: str) -> None:
-    """Do a whole run in ``runs/NAME``, and leave its numbers in ``rows/NAME.json``."""
-    plan = read_json(sweep / "points.json")
-    row = row_of_twin(sweep, plan, name)
+    row = find_row(sweep, name)
     if row is None:
-        run = start_run(sweep / "runs" / name, planned_config(plan, name))
+        run = start_run(sweep / "runs" / name, config)
         point = next(point for point in plan["points"] if point["name"] == name)
         with lock_run(run):
             take_pairs(run, sweep / "shared" / point[PAIRS])
@@ -83,27 +78,13 @@ def make_point(sweep: Path, name: str) -> None:
     write_json(sweep / "rows" / f"{name}.json", row)
 
 
-def row_of_twin(sweep: Path, plan: Mapping[str, Any], name: str) -> dict[str, Any] | None:
-    """Return the numbers of a finished point with the very same configuration, or None.
-
-    A name says what its grid varies, so the same point has another name in a grid with other keys;
-    the address at its end stays. The row's ``run`` tells where the run is.
-    """
-    config, address = planned_config(plan, name), name.rpartition("-")[2]
-    paths = sorted((sweep / "rows").glob(f"*-{address}.json"))
-    rows = (read_json(path, ROW) for path in paths)
-    same = (row for row in rows if load_run(sweep / "runs" / row["run"]).config == config)
-    return next(same, None)
-
-
 def take_pairs(run: Run, folder: Path) -> None:
     """Take over the pairs of iteration 0, unless they are there; see :func:`_same_ground`."""
-    if run.pairs(0).exists():
-        return
-    shared = _same_ground(run, folder, "questions")
-    for path in (Run.rejects, Run.pairs):  # the pairs last: they say that the stage is done
-        with atomic_path(path(run, 0)) as partial:
-            shutil.copyfile(path(shared, 0), partial)
+    if not run.pairs(0).exists():
+        shared = _same_ground(run, folder, "questions")
+        for path in (Run.rejects, Run.pairs):  # the pairs last: they say that the stage is done
+            with atomic_path(path(run, 0)) as partial:
+                shutil.copyfile(path(shared, 0), partial)
 
 
 def take_base(run: Run, folder: Path) -> None:
@@ -153,4 +134,4 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

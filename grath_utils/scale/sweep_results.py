@@ -7,10 +7,11 @@ figure over the seeds (the same setting, trained again).
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice, product
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,26 @@ import pandas as pd
 from tabulate import tabulate
 
 from grath_utils.evaluation.statistics import t_interval
-from grath_utils.figures.plots import plot_sweep, plt
 from grath_utils.files import atomic_path, read_json, write_text
-from grath_utils.scale.grids import ROW, SHARED_SECTIONS, cell_of, label
+from grath_utils.scale.grids import SHARED_SECTIONS, cell_of, label
 from grath_utils.text import with_interval
 
-PANELS_OF_A_BENCHMARK = 2  # metrics of each benchmark in the figure; the headline stands first
-LONGEST_ERROR = 300
+_NUMBER = {"value": float, "ci95": ([float, float], None)}
+ROW = {  # what rows/POINT.json holds, as a form for files.read_json
+    "run": Path,
+    "metrics": [
+        {
+            "benchmark": str,
+            "metric": str,
+            "n": int,
+            "base": _NUMBER,
+            "last": _NUMBER,
+            "change": {**_NUMBER, "p_value": (float, None)},
+        }
+    ],
+}
 PARTS = ("base", "last", "change")  # of what is known about a metric
+PANELS_OF_A_BENCHMARK = 2  # metrics of each benchmark in the figure; the headline stands first
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,16 @@ class PointOutcome:
     metrics: Sequence[Mapping[str, Any]] = ()
     error: str = ""
     log: str = ""  # where to read more, from the sweep's folder
+
+
+def find_row(out: Path, name: str) -> dict[str, Any] | None:
+    """Return the numbers of a finished point with the configuration of this one, or None.
+
+    A name says what its grid varies, so the same point has another name in a grid with other keys;
+    the address at its end stays. The row's ``run`` tells where the run is.
+    """
+    found = sorted((out / "rows").glob(f"*-{name.rpartition('-')[2]}.json"))
+    return read_json(found[0], ROW) if found else None
 
 
 def outcome_of(out: Path, point: Mapping[str, Any]) -> PointOutcome:
@@ -61,12 +84,11 @@ def last_word(log: str) -> tuple[str, str]:
     last = lines[-1] if lines else "(the log is empty)"
     errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
     if errors:  # a message may have several lines
-        status, text = "failed", " ".join(lines[errors[-1] :]).removeprefix("error: ")
-    elif any(line.startswith("Traceback ") for line in lines):
-        status, text = "failed", last
-    else:
-        status, text = "unfinished", f"stopped without an error (killed?) after: {last}"
-    return status, text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"
+        told = " ".join(lines[errors[-1] :]).removeprefix("error: ")
+        return "failed", textwrap.shorten(told, 300, placeholder=" …")
+    if any(line.startswith("Traceback ") for line in lines):
+        return "failed", last
+    return "unfinished", f"stopped without an error (killed?) after: {last}"
 
 
 def counts(outcomes: Sequence[PointOutcome]) -> str:
@@ -82,11 +104,13 @@ def collect(out: Path) -> list[PointOutcome]:
     Raises:
         DataError: there is no sweep there.
     """
+    from grath_utils.figures.plots import plot_sweep, plt
+
     plan = read_json(out / "points.json")
     outcomes = [outcome_of(out, point) for point in plan["points"]]
     cells = summarize_cells([outcome for outcome in outcomes if outcome.status == "done"])
-    write_text(out / "table.csv", _csv(map(table_row, outcomes)))
-    write_text(out / "summary.csv", _csv(map(summary_row, cells)))
+    _write_csv(out / "table.csv", map(table_row, outcomes))
+    _write_csv(out / "summary.csv", map(summary_row, cells))
     if cells:
         figure = plot_sweep(panels(cells))
         with atomic_path(out / "figure.png") as partial:
@@ -99,10 +123,7 @@ def collect(out: Path) -> list[PointOutcome]:
 
 
 def table_row(outcome: PointOutcome) -> dict[str, Any]:
-    """Return a point as one row: its keys, then base, last and change of every metric.
-
-    Metrics are fractions; ``_low`` and ``_high`` bound the 95 % interval over the questions.
-    """
+    """Return a point as one row: its keys, then base, last and change of every metric."""
     row = {"point": outcome.name, "status": outcome.status, **outcome.values}
     for metric in outcome.metrics:
         name = f"{metric['benchmark']}.{metric['metric']}"
@@ -112,7 +133,7 @@ def table_row(outcome: PointOutcome) -> dict[str, Any]:
     return row
 
 
-def summarize_cells(done: Sequence[PointOutcome]) -> list[dict[str, Any]]:
+def summarize_cells(done: Iterable[PointOutcome]) -> list[dict[str, Any]]:
     """Return each cell with the mean and the 95 % interval over its seeds.
 
     Args:
@@ -125,8 +146,9 @@ def summarize_cells(done: Sequence[PointOutcome]) -> list[dict[str, Any]]:
     cells = []
     for values, group in groupby(done, key=lambda outcome: cell_of(outcome.values)):
         points, seeds = list(group), defaultdict(list)
-        for row, part in product((row for point in points for row in point.metrics), PARTS):
-            seeds[f"{row['benchmark']}.{row['metric']}.{part}"].append(row[part]["value"])
+        for row in (row for point in points for row in point.metrics):
+            for part in PARTS:
+                seeds[f"{row['benchmark']}.{row['metric']}.{part}"].append(row[part]["value"])
         metrics = {
             name: {"mean": sum(found) / len(found), "ci95": t_interval(found), "seeds": found}
             for name, found in seeds.items()
@@ -148,9 +170,10 @@ def _with_bounds(name: str, value: float, ci95: Sequence[float] | None) -> dict[
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     plain = [{k: "+".join(v) if isinstance(v, list) else v for k, v in r.items()} for r in rows]
-    return pd.DataFrame(plain, dtype=object).to_csv(index=False, lineterminator="\n")
+    frame = pd.DataFrame(plain, dtype=object)
+    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
 
 
 def _changes(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -196,11 +219,10 @@ def report_text(
             "every cell: [summary.csv](summary.csv).",
         ]
     bad = [
-        f"- `{outcome.name}`: {outcome.status}"
-        + (f": {outcome.error}" if outcome.error else "")
-        + (f" (log: [{outcome.log}]({outcome.log}))" if outcome.log else "")
-        for outcome in outcomes
-        if outcome.status != "done"
+        f"- `{each.name}`: {each.status}"
+        + (f": {each.error} (log: [{each.log}]({each.log}))" if each.log else "")
+        for each in outcomes
+        if each.status != "done"
     ]
     if bad:
         parts += ["## Points that did not end well", "\n".join(bad)]

@@ -25,7 +25,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from grath_utils.errors import ConfigError, GrathError, RunError, UsageError
-from grath_utils.files import check_output, read_json, write_json, write_text
+from grath_utils.files import (
+    check_output,
+    explained_write_errors,
+    read_json,
+    write_json,
+    write_text,
+)
 from grath_utils.loop.plan import check_settings
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import (
@@ -37,7 +43,13 @@ from grath_utils.scale.grids import (
     read_grid,
     sweep_dir,
 )
-from grath_utils.scale.sweep_results import PointOutcome, collect, counts, outcome_of
+from grath_utils.scale.sweep_results import (
+    PointOutcome,
+    collect,
+    counts,
+    find_row,
+    outcome_of,
+)
 
 OWN_SCHEDULING = ("-c", "--cores", "-j", "--jobs", "-e", "--executor", "--profile")
 """Arguments for Snakemake with which the user decides how many jobs run at a time, and where."""
@@ -51,7 +63,6 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the grid is refused, or the folder holds something else than a sweep.
         DataError: the questions of a point cannot be had.
-        RunError: see :func:`lock_sweep`.
     """
     grid = read_grid(name)
     points = expand(grid)
@@ -74,28 +85,22 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
 
 
 def lock_sweep(out: Path) -> AbstractContextManager:
-    """Hold a sweep's folder for one process.
-
-    Raises:
-        RunError: another process holds it, or it cannot be made.
-    """
-    try:
+    """Hold a sweep's folder for one process; a RunError says that another one holds it."""
+    with explained_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
+    try:
         return FileLock(out / ".lock", timeout=0).acquire()
     except Timeout:
         raise RunError(f"{out} is in use by another sweep; wait for it to end") from None
-    except OSError as error:
-        raise RunError(f"cannot make {out}: {error.strerror}") from error
 
 
 def sweep(
     name: str, out: Path, *, here: bool = False, jobs: int = 1, extra: Sequence[str] = ()
 ) -> list[PointOutcome]:
-    """Run a grid, or resume it, and collect; return how every point ended.
+    """Run a grid, or resume it, and collect in the folder ``out``; return how every point ended.
 
     Args:
         name: a grid's file, or the name of an example.
-        out: the sweep's folder.
         here: without Snakemake, see :func:`run_here`.
         jobs: points at a time on this machine; they divide its cores among them.
         extra: arguments for Snakemake, which may say instead of ``jobs`` how many run, and where.
@@ -105,13 +110,12 @@ def sweep(
         GrathError: some points did not end well; the table holds the others.
     """
     if here:
-        code = int(any(outcome.status != "done" for outcome in run_here(name, out)))
-    else:
-        code = _run_snakemake(name, out, jobs, extra)
+        run_here(name, out)
+    code = None if here else _run_snakemake(name, out, jobs, extra)
     outcomes = collect(out)
-    if code == 0:  # all is done, or all that the user's own arguments ask for (a dry run, say)
-        return outcomes
     bad = [outcome for outcome in outcomes if outcome.status != "done"]
+    if not bad or code == 0:  # a dry run, say, leaves points out
+        return outcomes
     if all(outcome.status == "not begun" for outcome in bad):
         raise GrathError(
             f"Snakemake ended with exit code {code} before it had begun "
@@ -170,18 +174,15 @@ def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> lis
 
     Either way resumes what the other began. Grids with other keys may use the same folder: a point
     that has been done under another name is taken over. ``say`` gets one line for each point.
-
-    Raises:
-        ConfigError, DataError, RunError: see :func:`plan_sweep`; nothing has run.
     """
-    from grath_utils.scale.sweep_jobs import do_logged, row_of_twin
+    from grath_utils.scale.sweep_jobs import do_logged
 
     plan, outcomes = plan_sweep(name, out), []
 
     @cache  # a stage that has failed is not tried again for each point
     def share(stage: str) -> bool:
         done = out / "shared" / f"{stage}.done"
-        if not done.exists() and do_logged("shared", out, stage):
+        if not done.exists() and do_logged(out, stage):
             write_text(done, "")
         return done.exists()
 
@@ -191,9 +192,10 @@ def run_here(name: str, out: Path, *, say: Callable[[str], None] = print) -> lis
             if not (out / "rows" / f"{name}.json").exists():
                 (out / "logs" / f"{name}.log").unlink(missing_ok=True)  # of an earlier try
                 stages = (point[kind] for kind in SHARED_SECTIONS)
-                if row_of_twin(out, plan, name) or all(map(share, stages)):
-                    do_logged("point", out, name)
-            outcomes.append(outcome_of(out, point))
-            reason = f": {outcomes[-1].error}" if outcomes[-1].error else ""
-            say(f"{outcomes[-1].status:10} {label(point['values'])}{reason}")
+                if find_row(out, name) or all(map(share, stages)):
+                    do_logged(out, name)
+            outcome = outcome_of(out, point)
+            reason = f": {outcome.error}" if outcome.error else ""
+            say(f"{outcome.status:10} {label(point['values'])}{reason}")
+            outcomes.append(outcome)
     return outcomes

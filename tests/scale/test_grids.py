@@ -78,7 +78,7 @@ def test_a_malformed_grid_is_refused_by_name(tmp_path: Path, text: str, message:
         ({"dpo.chain": ["mrege"]}, 'cannot be "mrege"; did you mean "merge"?'),
         ({"dpo.batch_size": [6]}, "must be a multiple of"),
         ({"dpo.beta": [0.1, "1e-1"]}, "the same point twice"),
-        ({"seed": [0, 1, 0]}, "the same point twice: profile smoke, seed=0 and"),
+        ({"seed": [0, 1, 0]}, "the same point twice: profile smoke, seed=0; remove"),
     ],
 )
 def test_an_impossible_or_doubled_point_is_refused(grid, message: str) -> None:

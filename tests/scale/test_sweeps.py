@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +40,10 @@ FULL = {"dpo.beta": [0.05], "lora.targets": [["q_proj"], ["q_proj", "v_proj"]], 
 # Only the model itself can tell that it has no such layer.
 ONE_FAILS = {"dpo.beta": [0.05], "lora.targets": [["absent_proj"], ["q_proj"]], "seed": [0]}
 
-needs_processes = pytest.mark.skipif(os.name == "nt", reason="the Snakefile's jobs need bash")
+
+def needs_processes(test: Callable) -> Callable:
+    """Mark a test of Snakemake's own jobs: slow, and only where there is bash."""
+    return pytest.mark.slow(pytest.mark.skipif(os.name == "nt", reason="needs bash")(test))
 
 
 def write_grid(path: Path, common: dict[str, object], grid: dict[str, object]) -> Path:
