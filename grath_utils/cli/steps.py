@@ -21,6 +21,7 @@ from grath_utils.config import (
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from grath_utils.files import user_path
+from grath_utils.pairs.judge import JUDGES, describe_judges
 from grath_utils.pairs.modes import MODES, check_pairs_config, describe_modes
 from grath_utils.text import metric_line, quantization_line
 
@@ -195,8 +196,9 @@ def do_merge(options: argparse.Namespace) -> None:
 )
 def do_chat(options: argparse.Namespace) -> None:
     run = loop.load_run(options.run_dir)
-    asked, limit = options.ask or iter(_read_question, ""), options.max_new_tokens
-    for question, before, after in course.ask_both(run, asked, max_new_tokens=limit):
+    answer = course.ask_both(run, max_new_tokens=options.max_new_tokens)
+    for question in options.ask or iter(_read_question, ""):
+        before, after = answer(question)
         print(f"\n? {question}\n  base     {before}\n  trained  {after}\n")
 
 
@@ -228,4 +230,6 @@ def do_options(options: argparse.Namespace) -> None:
     for key, _, text in describe_options():
         if key == "pairs.mode":
             text = f"{describe_modes()} [{' | '.join(MODES)}]"
+        if key == "pairs.judge":
+            text = f"{describe_judges()} [{' | '.join(['none', *JUDGES])}]"
         print(f"{key} = {values[key]}\n    {text}")

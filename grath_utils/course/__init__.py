@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "sample_rows",
         ],
         "execute": ["run_notebooks"],
-        "exercises.catalogue": ["check"],
+        "exercises": ["check"],
         "export": ["ask_both", "merge_model", "model_card"],
         "notebooks": [
             "Table",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,10 +102,8 @@ def model_card(run: Run, iteration: int) -> str:
     return str(card)
 
 
-def ask_both(
-    run: Run, questions: Iterable[str], *, max_new_tokens: int = 60
-) -> Iterator[tuple[str, str, str]]:
-    """Yield (question, the base model's answer, the trained model's), greedy, one by one.
+def ask_both(run: Run, *, max_new_tokens: int = 60) -> Callable[[str], tuple[str, str]]:
+    """Return a function: from a question to the base model's answer and the trained one's, greedy.
 
     The trained model is the chosen round's; before the rounds are measured, the last one trained.
 
@@ -117,10 +115,13 @@ def ask_both(
         raise UsageError(f"{run.path}: no round has been trained yet, so there is one model only")
     final = run_state(run).final
     models = [load_model(run, None), load_model(run, final if final in trained else trained[-1])]
-    for question in questions:
-        answers = []
-        for policy in models:
-            prompt = render_chat(policy.tokenizer, question_messages(question))
-            answers += generate(policy, [prompt], max_new_tokens=max_new_tokens)
-        before, after = (answer.text.strip() for answer in answers)
-        yield question, before, after
+
+    def answer(question: str) -> tuple[str, str]:
+        prompts = [render_chat(model.tokenizer, question_messages(question)) for model in models]
+        before, after = (
+            generate(model, [prompt], max_new_tokens=max_new_tokens)[0].text.strip()
+            for model, prompt in zip(models, prompts, strict=True)
+        )
+        return before, after
+
+    return answer

@@ -98,14 +98,12 @@ def ask_side_by_side(
     Raises:
         UsageError: no round has been trained yet.
     """
-    waiting: list[str] = []
     answered: list[tuple[str, str, str]] = []
-    answers = ask_both(run, iter(waiting.pop, None), max_new_tokens=max_new_tokens)
+    answer = ask_both(run, max_new_tokens=max_new_tokens)
 
     def ask(*questions: str) -> Table:
         for question in questions:
-            waiting.append(question)
-            answered.insert(0, next(answers))  # the first one loads both models
+            answered.insert(0, (question, *answer(question)))
         return Table(["question", "base model", "trained model"], list(answered))
 
     shown = DisplayHandle()
@@ -123,8 +121,8 @@ def ask_side_by_side(
         try:
             shown.update(ask(question))
             status.value = ""
-        except (GrathError, StopIteration, RuntimeError) as error:
-            status.value = f"No answer: {error or 'run this cell again'}"
+        except (GrathError, RuntimeError) as error:
+            status.value = f"No answer: {error}"
         finally:
             button.disabled = False
 

@@ -138,8 +138,7 @@ def test_the_card_says_what_the_model_was_shown(run: Run) -> None:
 
 
 def test_both_models_answer_the_same_question(run: Run, capsys) -> None:
-    ((question, before, after),) = ask_both(run, ["What is the sun?"], max_new_tokens=8)
-    assert question == "What is the sun?"
+    before, after = ask_both(run, max_new_tokens=8)("What is the sun?")
     assert before != after
     arguments = ["chat", "--run-dir", str(run.path), "--ask", "What is the sun?"]
     assert main([*arguments, "--max-new-tokens", "8"]) == 0
@@ -154,4 +153,4 @@ def test_without_a_trained_round_there_is_nothing_to_compare(
     config = load_config("smoke", {"model.name": str(tiny_llama), "model.device": "cpu"})
     run = start_run(tmp_path / "new", config)
     with pytest.raises(UsageError, match="no round has been trained yet"):
-        list(ask_both(run, ["Why?"]))
+        ask_both(run)

@@ -5,34 +5,32 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import config_for, write_pairs
+from helpers import write_pairs
 
 from grath_utils.config import Config
 from grath_utils.course.notebooks import changed_parameters, default_run_dir, numbered_notebooks
 from grath_utils.errors import ConfigError, DataError, RunError, UsageError
 from grath_utils.files import read_json, sha256_file, write_json
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import check_ready, plan_stages, start_run, train_iteration
+from grath_utils.loop.stages import check_ready, plan_stages, start_run
 from grath_utils.workshop import checkpoints
 
 
 @pytest.fixture
-def config(tiny_llama: Path, questions: Path) -> Config:
-    return config_for(tiny_llama, questions)
+def config(small_run: Run) -> Config:
+    return small_run.config
 
 
 @pytest.fixture
-def finished(tmp_path: Path, config: Config) -> Run:
+def finished(tmp_path: Path, small_run: Run) -> Run:
     """A run with both rounds; its pairs are written by hand, the rest is real."""
-    run = start_run(tmp_path / "finished", config)
-    for t in range(config.loop.iterations):
-        write_pairs(run, t)
+    run = Run(shutil.copytree(small_run.path, tmp_path / "finished"), small_run.config)
+    for t in range(run.config.loop.iterations):
         run.rejects(t).write_text("", encoding="utf-8")
-        train_iteration(run, t, progress=False)
-    checkpoints.make_state(run, "04", progress=False, say=lambda line: None)
     return run
 
 
@@ -108,9 +106,10 @@ def test_a_checkpoint_is_copied_up_to_the_notebook(
 
 
 def test_other_settings_questions_and_weights_are_refused(
-    tmp_path: Path, config: Config, finished: Run, tiny_llama: Path, questions: Path
-) -> None:  # fmt: skip
-    other = start_run(tmp_path / "a", config_for(tiny_llama, questions, **{"dpo.beta": 0.5}))
+    tmp_path: Path, config: Config, finished: Run
+) -> None:
+    changed = replace(config, dpo=replace(config.dpo, beta=0.5))
+    other = start_run(tmp_path / "a", changed)
     with pytest.raises(ConfigError, match=r"dpo.beta: 0.5 here, 0.1 there"):
         checkpoints.copy_state(other, "02", finished)
     run = start_run(tmp_path / "b", config)

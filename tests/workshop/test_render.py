@@ -192,14 +192,6 @@ def test_the_cost_stays_that_of_the_execution_that_did_the_work() -> None:
     assert (cost["seconds"], cost["files"]) == (200, 2)
 
 
-def test_outputs_of_other_code_and_errors_are_refused() -> None:
-    with pytest.raises(GrathError, match="other code"):
-        take_over(notebook_of("x = 2"), executed("x = 1", outputs=[]), FACTS, "cpu")
-    failed = [{"output_type": "error", "ename": "ValueError", "evalue": "no", "traceback": []}]
-    with pytest.raises(GrathError, match="c0 ended with ValueError"):
-        take_over(notebook_of("x = 1"), executed("x = 1", outputs=failed), FACTS, "cpu")
-
-
 @pytest.mark.parametrize(
     ("output", "message"),
     [

@@ -18,6 +18,7 @@ import numpy as np
 from grath_utils.engine.encoding import Request
 from grath_utils.engine.models import Policy
 from grath_utils.engine.scoring import score_completions
+from grath_utils.errors import UsageError, did_you_mean
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import load_model
 from grath_utils.pairs.prompts import question_messages, render_chat
@@ -57,20 +58,33 @@ Judge = Callable[[Run, Any, Policy | None], str]
 
 ``policy`` is the run's base model, or None: then the judge loads it if it needs it.
 """
+EXERCISES: dict[str, tuple[str, Judge]] = {}
+"""Name (notebook and level) -> the form of an answer, and what judges it."""
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """One exercise: its name (notebook and level), the form of an answer, and what judges it."""
-
-    name: str
-    wanted: str
-    judge: Judge
+def exercise(name: str, wanted: str) -> Callable[[Judge], Judge]:
+    """Make an exercise of the function that judges it."""
+    return lambda judge: EXERCISES.setdefault(name, (wanted, judge))[1]
 
 
-def exercise(name: str, wanted: str) -> Callable[[Judge], Exercise]:
-    """Make an :class:`Exercise` of the function that judges it."""
-    return lambda judge: Exercise(name, wanted, judge)
+def check(run: Run, name: str, answer: Any, policy: Policy | None = None) -> Verdict:
+    """Judge an answer, computed from a run, to an exercise such as ``"02.easy"``.
+
+    The answer is ``...`` where there is none yet; ``policy`` is the run's base model, where the
+    notebook has it loaded already.
+    """
+    if name not in EXERCISES:
+        raise UsageError(f'there is no exercise "{name}"{did_you_mean(name, EXERCISES)}')
+    wanted, judge = EXERCISES[name]
+    if answer is ...:
+        return Verdict(NONE_YET, f"replace the dots by {wanted}.")
+    try:
+        return Verdict(RIGHT, judge(run, answer, policy))
+    except NotYetError as nudge:
+        return Verdict(NOT_YET, str(nudge))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        return Verdict(NOT_YET, f"the answer could not be used ({problem}). Wanted: {wanted}.")
 
 
 def hold(condition: bool, nudge: str) -> None:
