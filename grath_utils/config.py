@@ -170,7 +170,10 @@ class PairsConfig:
         added=True,
     )
     flipped: float = option(
-        0.0, "share of the labels that are then turned round, drawn by the seed", ge=0, le=1,
+        0.0,
+        "share of the labels that are then turned round, drawn by the seed",
+        ge=0,
+        le=1,
         added=True,
     )
 

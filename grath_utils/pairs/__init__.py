@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
         "generate": ["Pair", "check_outputs", "generate_pairs", "read_pairs"],
+        "judge": ["JUDGES", "Case", "find_judge", "letters_question"],
+        "labels": ["answers_for", "read_sealed", "relabelled"],
         "modes": ["demonstrations", "find_mode"],
         "overlap": ["overlap_with_benchmarks"],
         "parsing": ["check_pair", "pair_is_complete", "parse_pair"],

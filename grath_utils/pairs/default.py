@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.config import PairsConfig
+from grath_utils.pairs.judge import prompts_a_pair
 from grath_utils.pairs.parsing import Parsed, Reason, check_answer, check_pair, first_line
 from grath_utils.pairs.prompts import NEUTRAL_QUESTION, training_completion
 from grath_utils.pairs.questions import Question
@@ -219,7 +220,7 @@ def standardized(values: Sequence[float]) -> np.ndarray:
 
 def _asked(config: PairsConfig, iteration: int) -> Asked:
     answers = config.candidates * (1 if iteration else 2)  # later rounds write one answer again
-    return Asked(pairs=1, answers=answers, scored=1 + answers)
+    return Asked(pairs=1, answers=answers, scored=1 + answers + prompts_a_pair(config))
 
 
 MODE = PairMode(
@@ -229,5 +230,5 @@ MODE = PairMode(
     asked=_asked,
     origin="written by the model",
     card=SELF_MADE,
-    options=("annotated", "self_check"),
+    options=("annotated", "self_check", "judge"),
 )

@@ -21,6 +21,8 @@ from grath_utils.config import PairsConfig, own_settings
 from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError
 from grath_utils.files import Journal, check_output, fingerprint, read_jsonl, write_jsonl
+from grath_utils.pairs.judge import find_judge, judged
+from grath_utils.pairs.labels import answers_for, relabelled, sealed_answer
 from grath_utils.pairs.modes import find_mode, make_writer
 from grath_utils.pairs.parsing import Reason, unusable
 from grath_utils.pairs.questions import Question
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 # Part of the journal's fingerprint: raise it when the same inputs would give other pairs.
 VERSION = 1
+NUMBER = (int, float), "a number"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Pair:
     iteration: int = 0  # that wrote the correct answer; the incorrect one is always the first
     contrast: float | None = None
     """How far apart the model itself places the two answers, in the modes that ask it."""
+    truth: float | None = None
+    """The judge's probability that the correct answer is the true one of those it was shown."""
+    swapped: bool | None = None
+    """The judge has exchanged the two answers; None where there is no judge."""
 
     @property
     def text(self) -> str:
@@ -72,12 +79,15 @@ def read_pairs(path: Path) -> list[Pair]:
         for name, text in texts.items():
             if not isinstance(text, str) or is_blank(text):
                 raise DataError(f'{where}: "{name}" is missing or no text; found {text!r}')
-        iteration, contrast = row.get("iteration", 0), row.get("contrast")
+        iteration = row.get("iteration", 0)
         if type(iteration) is not int or iteration < 0:
             raise DataError(f'{where}: "iteration" holds {iteration!r}, expected 0, 1, 2, ...')
-        if type(contrast) not in (int, float, type(None)):
-            raise DataError(f'{where}: "contrast" holds {contrast!r}, expected a number')
-        pair = Pair(**texts, iteration=iteration, contrast=contrast)
+        said = {name: row.get(name) for name in ("contrast", "truth", "swapped")}
+        for name, value in said.items():
+            kinds, expected = ((bool,), "true or false") if name == "swapped" else NUMBER
+            if type(value) not in (*kinds, type(None)):
+                raise DataError(f'{where}: "{name}" holds {value!r}, expected {expected}')
+        pair = Pair(**texts, iteration=iteration, **said)
         if pair.id in pairs:
             first = [*pairs].index(pair.id) + 1
             raise DataError(f'{where}: id "{pair.id}" is that of pair {first}')
@@ -96,15 +106,17 @@ class PairReport:
     questions: int
     pairs: int  # pairs in the file, new and kept
     kept: int  # pairs of the iteration before, kept because the new correct answer failed
+    swapped: int  # new pairs whose two answers the judge has exchanged
     rejected: Mapping[str, int]  # reason -> number of rejected completions
     completions: int
     seconds: float  # of this call, without what an interrupted one had done
     resumed: int  # questions that an interrupted call had done
 
     def __str__(self) -> str:
-        kept = f" ({self.kept} kept from before)" if self.kept else ""
+        notes = {"kept from before": self.kept, "exchanged by the judge": self.swapped}
+        noted = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
         return (
-            f"{self.pairs} pairs{kept} from {self.questions} questions; "
+            f"{self.pairs} pairs{noted and f' ({noted})'} from {self.questions} questions; "
             f"{self.completions} completions in {self.seconds:.0f} s, "
             f"rejected: {_listed(self.rejected) or 'none'}"
         )
@@ -140,14 +152,17 @@ def generate_pairs(
     refinement): the incorrect answers stay, and where a new correct answer fails, so does the old
     pair. Questions without a pair are tried again if ``config.retry_failed``, both answers.
 
+    A judge (:mod:`.judge`) has its say on what was written, and last of all come the labels
+    (:mod:`.labels`): the file holds what is trained on.
+
     Args:
         policy, questions: who answers what; the ids of the questions are distinct.
         config: mode, demonstrations, filters and the rest.
-        seed: of the sampled candidates.
+        seed: of the sampled candidates, and of labels.
         out: ``pairs.jsonl``; rows of :class:`Pair`, in the order of the questions.
         rejects: ``rejects.jsonl``; every rejected completion with its :class:`Reason`.
         iteration: recorded with every new correct answer.
-        previous: the pairs of the iteration before.
+        previous: the pairs of the iteration before, with their labels.
         progress: show a bar.
         skip_long: count questions that do not fit into the context instead of stopping.
 
@@ -161,6 +176,10 @@ def generate_pairs(
 
     started = time.perf_counter()
     processes.on_main(lambda: check_outputs(out, rejects))
+    sealed = answers_for(config.labels)
+    # As they were before they were given their labels. Sealed answers stay: these come again.
+    turned = config.labels if sealed is None else "own"
+    previous = relabelled(previous, turned, config.flipped, seed)
     old = {pair.id: pair for pair in previous}
     if old and iteration < 1:
         raise DataError(f"refinement is for iterations from 1 on, not {iteration}")
@@ -178,6 +197,8 @@ def generate_pairs(
     # What a journal must agree on to be continued. The rendered prompts stand for instruction,
     # demonstrations and chat template.
     prompts = [writer.prompt(tasks[0].question, kind) for kind in writer.kinds]
+    if judge := find_judge(config):
+        prompts.append(judge.ask("Which?", ("This.", "That.")))
     asked = [[task.question.to_row(), task.incorrect] for task in tasks]
     # Another address is the same server.
     settings = [own_settings(dataclasses.replace(config, server_url=None)), iteration, seed, size]
@@ -188,7 +209,11 @@ def generate_pairs(
     todo = [number for number in range(len(chunks)) if number not in done]
 
     def write(number: int) -> list[dict[str, Any]]:
-        return list(map(dataclasses.asdict, writer.write([tasks[i] for i in chunks[number]])))
+        chunk = [tasks[i] for i in chunks[number]]
+        found = writer.write(chunk)
+        if writer.kinds:  # a mode that has nothing written asks the judge itself
+            found = judged(policy, config, chunk, found)
+        return list(map(dataclasses.asdict, found))
 
     bar = {"desc": "pairs", "unit": "question", "file": sys.stderr}
     hidden = not (progress and processes.is_main())
@@ -205,20 +230,31 @@ def generate_pairs(
     pairs, rejected = [], []
     for task, new in zip(tasks, written, strict=True):
         asked = {"id": task.question.id, "question": task.question.text, "iteration": iteration}
-        rejected += [
-            {**asked, "prompt": r.prompt, "reason": str(r.reason), "completion": r.completion}
-            for r in new.rejected
-        ]
+        rejected += [_rejects_row(asked, each) for each in new.rejected]
         if new.correct is not None:
-            sides = {"correct": new.correct, "incorrect": new.incorrect}
-            pairs.append(Pair(**asked, **sides, contrast=new.contrast))
+            names = ("correct", "incorrect", "contrast", "truth", "swapped")
+            pairs.append(Pair(**asked, **{name: getattr(new, name) for name in names}))
         elif task.question.id in old:
             pairs.append(old[task.question.id])
+    kept = sum(pair is old.get(pair.id) for pair in pairs)
+    swapped = sum(pair.iteration == iteration and bool(pair.swapped) for pair in pairs)
+    if sealed is not None:
+        for pair in pairs:
+            if not sealed_answer(pair, sealed):
+                asked = {"id": pair.id, "question": pair.question, "iteration": iteration}
+                dropped = f"{pair.correct}\n{pair.incorrect}"
+                lost = Rejected("labels", dropped, Reason.NO_SEALED_ANSWER)
+                rejected.append(_rejects_row(asked, lost))
+    pairs = relabelled(pairs, config.labels, config.flipped, seed, sealed)
     counts = dict(Counter(row["reason"] for row in rejected).most_common())
     if not pairs:
         advice = "this model does not follow the prompt; try more questions or a stronger model"
-        if not writer.kinds:
+        if Reason.NO_SEALED_ANSWER in counts:
+            advice = "pairs.labels=annotated is for questions.source=own"
+        elif not writer.kinds:
             advice = "look at the options that the source gives"
+        elif Reason.UNDECIDED in list(counts)[:1]:  # of all reasons the most frequent
+            advice = "the judge can hardly tell them apart; try a stronger model or no pairs.judge"
         elif config.mode != "default":
             advice = advice.replace("try", "try pairs.mode=default,")
         raise RunError(
@@ -231,12 +267,19 @@ def generate_pairs(
     return PairReport(
         questions=len(tasks),
         pairs=len(pairs),
-        kept=sum(pair is old.get(pair.id) for pair in pairs),
+        kept=kept,
+        swapped=swapped,
         rejected=counts,
         completions=sum(each.completions for each in written),
         seconds=round(time.perf_counter() - started, 2),
         resumed=resumed,
     )
+
+
+def _rejects_row(asked: Mapping[str, Any], rejected: Rejected) -> dict[str, Any]:
+    """Return one row of ``rejects.jsonl``."""
+    row = {"prompt": rejected.prompt, "reason": str(rejected.reason)}
+    return {**asked, **row, "completion": rejected.completion}
 
 
 def _check_questions(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, did_you_mean
+from grath_utils.pairs.judge import find_judge
 from grath_utils.pairs.parsing import FILTERS
 from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.prompts import CORRECT_LABEL, INCORRECT_LABEL, Demonstration
@@ -22,7 +23,7 @@ _ROWS = (  # module:name
     "controls:GOLD",
     "controls:RANDOM",
 )
-SWITCHES = ("legacy", "annotated", "ground_truth", "prompt_file", "self_check")
+SWITCHES = ("legacy", "annotated", "ground_truth", "prompt_file", "self_check", "judge")
 MODES: dict[str, PairMode] = {
     mode.name: mode for mode in (resolve_name(f"{__package__}.{row}") for row in _ROWS)
 }
@@ -43,7 +44,7 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
         if name not in valid or (name == "none" and len(config.filters) > 1):
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     for key in SWITCHES:
-        if getattr(config, key) and key not in mode.options:
+        if getattr(config, key) != getattr(PairsConfig, key) and key not in mode.options:
             heeding = " or ".join(row.name for row in MODES.values() if key in row.options)
             raise ConfigError(
                 f'"pairs.{key}" belongs to pairs.mode={heeding}; with {config.mode} leave it out'
@@ -57,6 +58,7 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
             '"pairs.backend=server" and "pairs.server_url" (such as http://localhost:8000/v1) '
             "belong together: give both or neither"
         )
+    find_judge(config)
     labels = read_wording(config).labels
     if config.legacy and (labels.correct, labels.incorrect) != (CORRECT_LABEL, INCORRECT_LABEL):
         raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from grath_utils import engine
+from grath_utils.pairs.judge import prompts_a_pair
 from grath_utils.pairs.parsing import Parsed, Reason, check_pair, parse_legacy
 from grath_utils.pairs.prompts import Demonstration, training_request
 from grath_utils.pairs.questions import Question
@@ -109,9 +110,9 @@ MODE = PairMode(
     name="paper",
     summary="both answers in one greedy completion, the official prompt reworded",
     writer=PaperWriter,
-    asked=lambda config, iteration: Asked(pairs=1),
+    asked=lambda config, iteration: Asked(pairs=1, scored=prompts_a_pair(config)),
     origin="written by the model",
     card=SELF_MADE,
-    options=("legacy", "annotated", "ground_truth", "prompt_file", "self_check"),
+    options=("legacy", "annotated", "ground_truth", "prompt_file", "self_check", "judge"),
     prompt_overlap="TruthfulQA: the six questions and right answers of its QA primer",
 )

@@ -39,6 +39,9 @@ class Reason(StrEnum):
     NON_ANSWER = "non_answer"  # an answer refuses, talks about the task, or is broken text
     REPETITION = "repetition"  # an answer turns in circles: the same words three times in a row
     SELF_CHECK = "self_check"  # the model itself finds the incorrect answer more probable
+    UNDECIDED = "undecided"  # the judge cannot tell which of the two is true
+    JUDGED_FALSE = "judged_false"  # refinement: the judge finds the incorrect answer to be the true
+    NO_SEALED_ANSWER = "no_sealed_answer"  # labels `annotated`: of this question none is known
     TOO_LONG = "too_long"  # the question does not fit into the context; nothing was generated
 
 

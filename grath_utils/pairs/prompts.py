@@ -165,8 +165,13 @@ def training_completion(
 
     The end token makes the policy learn to stop.
     """
-    lead = " " if prompt_format == "qa" else answer_form(tokenizer).lead
-    return f"{lead}{answer}{end_of_answer(tokenizer)}"
+    said = f" {answer}" if prompt_format == "qa" else bare_answer(tokenizer, answer)
+    return f"{said}{end_of_answer(tokenizer)}"
+
+
+def bare_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """Return how an answer begins that follows :func:`.render_chat`; it may go on."""
+    return f"{answer_form(tokenizer).lead}{answer}"
 
 
 def training_request(

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from grath_utils import engine
 from grath_utils.config import PairsConfig
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from grath_utils.engine.generation import Completion, Prefix
     from grath_utils.engine.models import Policy
     from grath_utils.engine.server import Server
+    from grath_utils.pairs.generate import Pair
+
+    Either = TypeVar("Either", "WrittenPair", Pair)
 
 MAX_ANSWER_TOKENS = 48  # longest single answer; one that has not ended by then is no short sentence
 TOP_P = 0.95  # of sampled candidates
@@ -52,7 +55,7 @@ class Task:
 class Rejected:
     """A completion that was not used, and why."""
 
-    prompt: str  # the kind that it answers, or `options` or the mode if nothing was asked
+    prompt: str  # the kind that it answers; `judge`, or `options` or the mode if none was asked
     completion: str
     reason: Reason
 
@@ -65,6 +68,8 @@ class WrittenPair:
     incorrect: str | None = None
     rejected: tuple[Rejected, ...] = ()
     contrast: float | None = None  # how far apart the model itself places the two answers
+    truth: float | None = None  # see :class:`.Pair`
+    swapped: bool | None = None  # see :class:`.Pair`
     completions: int = 0
     tokens: int = 0  # tokens generated
 
@@ -81,6 +86,17 @@ class WrittenPair:
     def from_row(cls, row: Mapping[str, Any]) -> WrittenPair:
         """Read what :func:`dataclasses.asdict` made of one."""
         return cls(**{**row, "rejected": tuple(Rejected(**each) for each in row["rejected"])})
+
+
+def exchanged(pair: Either) -> Either:
+    """Return a pair the other way round, and so what the model thinks of it."""
+    return replace(
+        pair,
+        correct=pair.incorrect,
+        incorrect=pair.correct,
+        contrast=None if pair.contrast is None else -pair.contrast,
+        truth=None if pair.truth is None else round(1 - pair.truth, 4),
+    )
 
 
 class Writer:
@@ -218,7 +234,8 @@ class Asked(NamedTuple):
 
     pairs: int = 0  # completions that hold both answers
     answers: int = 0  # completions that hold one answer
-    scored: int = 0  # answers whose probability is computed, with the question and without
+    scored: int = 0
+    """Answers whose probability is computed, with the question and without; a judge's prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,179 @@
+"""Judges: the model says which of several answers is true; a row each in :data:`JUDGES`.
+
+What a model writes as the correct answer is often no truer than what it writes as the incorrect
+one, and it may tell them apart all the same: a pair is then kept, turned round or dropped.
+CONTRIBUTING.md shows how to add a judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, NamedTuple
+
+from grath_utils import engine
+from grath_utils.config import PairsConfig
+from grath_utils.errors import ConfigError, DataError, did_you_mean
+from grath_utils.pairs.parsing import Reason
+from grath_utils.pairs.prompts import bare_answer, training_prompt
+from grath_utils.pairs.writers import Rejected, Task, WrittenPair, exchanged
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from grath_utils.engine.models import Policy
+
+
+class Case(NamedTuple):
+    """A question with the answers to judge."""
+
+    item: str  # id of the question, for messages
+    question: str
+    options: Sequence[str]
+
+
+Ask = Callable[[str, Sequence[str]], str]
+"""From a question and its options, in the order in which they are shown, to the user's turn."""
+
+
+def letters_question(question: str, options: Sequence[str]) -> str:
+    """Return what the judge ``letters`` is asked."""
+    *names, last = ascii_uppercase[: len(options)]
+    listed = "\n".join(map("{}: {}".format, ascii_uppercase, options))
+    which = f"{', '.join(names)} or {last}"
+    return f"Question: {question}\n{listed}\nWhich answer is true? Reply with {which} only."
+
+
+def by_letters(ask: Ask, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
+    """Return the probability of each case's options, by the letter that the model would reply.
+
+    Models prefer a letter whatever stands behind it. So the options are shown in every rotation
+    (two of them: in both orders), and the probability of an option is the mean over these of that
+    of its letter, among the letters that are shown.
+
+    Returns:
+        (options,) for each case, with the sum 1.
+
+    Raises:
+        DataError: a case has more options than there are letters.
+    """
+    import numpy as np
+
+    tokenizer, requests = policy.tokenizer, []
+    for item, question, options in cases:
+        if len(options) > len(ascii_uppercase):
+            raise DataError(f"{item}: {len(options)} answers are more than there are letters")
+        for shift in range(len(options)):
+            shown = [*options[shift:], *options[:shift]]
+            prompt = training_prompt(tokenizer, ask(question, shown))
+            requests += [
+                engine.Request(prompt, bare_answer(tokenizer, letter), item)
+                for letter in ascii_uppercase[: len(options)]
+            ]
+    scores = iter(engine.score_completions(policy, requests) if requests else [])
+    found = []
+    for case in cases:
+        n = len(case.options)
+        logprobs = np.array([[next(scores).logprob for _ in range(n)] for _ in range(n)])
+        shares = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))  # (rotations, letters)
+        shares /= shares.sum(axis=1, keepdims=True)
+        # The letter in place p of rotation r stands for option p + r.
+        found.append(np.mean([np.roll(row, shift) for shift, row in enumerate(shares)], axis=0))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """All that the package knows about one way of judging: a row of :data:`JUDGES`."""
+
+    name: str
+    summary: str  # what it does, in the list of options
+    ask: Ask  # what it is asked
+    by: Callable[[Ask, Policy, Sequence[Case]], list[np.ndarray]] = by_letters
+    scored: int = 2  # prompts that are scored for one pair, see :class:`.Asked`
+
+    def weigh(self, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
+        """Return the probability of each case's options that it is the true one."""
+        return self.by(self.ask, policy, cases)
+
+
+_ROWS = (
+    Judge(
+        name="letters",
+        summary="the model replies with the letter of the true one; every order, averaged",
+        ask=letters_question,
+    ),
+)
+JUDGES: dict[str, Judge] = {judge.name: judge for judge in _ROWS}
+
+
+def find_judge(config: PairsConfig) -> Judge | None:
+    """Return the row of the configured judge, None if there is to be none.
+
+    Raises:
+        ConfigError: an unknown name, or thresholds that exclude each other.
+    """
+    if config.judge == "none":
+        return None
+    if config.judge not in JUDGES:
+        near = did_you_mean(config.judge, ["none", *JUDGES])
+        raise ConfigError(f'"pairs.judge" cannot be "{config.judge}"{near}')
+    if config.judge_swap > config.judge_keep:
+        raise ConfigError(
+            f'"pairs.judge_swap" ({config.judge_swap}) is above "pairs.judge_keep" '
+            f"({config.judge_keep}): a pair cannot be both kept and exchanged"
+        )
+    return JUDGES[config.judge]
+
+
+def prompts_a_pair(config: PairsConfig) -> int:
+    """Return how many prompts the configured judge scores for one pair."""
+    judge = find_judge(config)
+    return judge.scored if judge else 0
+
+
+def describe_judges() -> str:
+    """Return what each judge does, in a sentence."""
+    rows = (f"`{judge.name}`: {judge.summary}" for judge in JUDGES.values())
+    return "; ".join(["`none`: every pair stays as it was written, as published", *rows])
+
+
+def judged(
+    policy: Policy, config: PairsConfig, tasks: Sequence[Task], written: Sequence[WrittenPair]
+) -> list[WrittenPair]:
+    """Return what the configured judge leaves of the pairs that were written to some tasks."""
+    judge = find_judge(config)
+    if judge is None:
+        return list(written)
+    cases = [
+        Case(task.question.id, task.question.text, (pair.correct, pair.incorrect))
+        for task, pair in zip(tasks, written, strict=True)
+        if pair.correct is not None
+    ]
+    truths = iter(judge.weigh(policy, cases))
+    return [
+        pair if pair.correct is None else verdict(task, pair, float(next(truths)[0]), config)
+        for task, pair in zip(tasks, written, strict=True)
+    ]
+
+
+def verdict(task: Task, pair: WrittenPair, truth: float, config: PairsConfig) -> WrittenPair:
+    """Return a pair as it was written, the other way round, or as rejected.
+
+    In refinement the incorrect answer stays what it is, so that nothing can be exchanged.
+
+    Args:
+        truth: probability that its correct answer is the true one of the two.
+    """
+    if truth >= config.judge_keep:
+        return replace(pair, truth=round(truth, 4), swapped=False)
+    if truth > config.judge_swap:
+        reason = Reason.UNDECIDED
+    elif task.incorrect is not None:
+        reason = Reason.JUDGED_FALSE
+    else:
+        return replace(exchanged(replace(pair, truth=round(truth, 4))), swapped=True)
+    dropped = Rejected("judge", f"{pair.correct}\n{pair.incorrect}", reason)
+    nothing = {"correct": None, "incorrect": None, "contrast": None}
+    return replace(pair, **nothing, rejected=(*pair.rejected, dropped))

@@ -1,0 +1,100 @@
+"""Which of a pair's two answers is called the correct one: the model's word, a coin's, or a book's.
+
+Arms of an experiment are trained on the *same* pairs with other labels; what the model's own labels
+gain over random ones is what the truth in them gains.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from grath_utils.errors import DataError
+from grath_utils.files import data_dir, read_jsonl
+from grath_utils.pairs.parsing import unusable
+from grath_utils.pairs.words import same_text
+from grath_utils.pairs.writers import exchanged
+
+if TYPE_CHECKING:
+    from grath_utils.pairs.generate import Pair
+
+SEALED = "sealed_answers.jsonl"
+
+
+class Sealed(NamedTuple):
+    """What the project knows about one of its own questions, and no stage reads."""
+
+    question: str
+    correct: str
+    incorrect: str
+
+
+def relabelled(
+    pairs: Sequence[Pair],
+    labels: str,
+    flipped: float,
+    seed: int,
+    sealed: Mapping[str, Sealed] | None = None,
+) -> list[Pair]:
+    """Return the same pairs with other labels.
+
+    Whether a pair is turned round is drawn from the seed and its question's id alone: later rounds
+    keep its label, and doing the same twice undoes it, but for ``annotated``.
+
+    Args:
+        labels: ``own``, as they are; ``random``, a fair coin for each; ``inverted``; ``annotated``,
+            the sealed answers in place of the pair's. Pairs that have none are left out.
+        flipped: share of the labels that are then turned round.
+        seed: of the coins.
+        sealed: by the question's id, from :func:`answers_for`; for ``annotated`` only.
+    """
+    if labels == "annotated":
+        known = [(pair, sealed_answer(pair, sealed)) for pair in pairs]
+        nothing = {"contrast": None, "truth": None, "swapped": None}  # what was said of the others
+        pairs = [
+            replace(pair, correct=answer.correct, incorrect=answer.incorrect, **nothing)
+            for pair, answer in known
+            if answer
+        ]
+    return [exchanged(p) if _turned(p.id, labels, flipped, seed) else p for p in pairs]
+
+
+def _turned(name: str, labels: str, flipped: float, seed: int) -> bool:
+    coin, flip = (random.Random(f"{what} {seed} {name}").random() for what in ("label", "flip"))
+    turned = labels == "inverted" or (labels == "random" and coin < 0.5)
+    return turned != (flip < flipped)
+
+
+def sealed_answer(pair: Pair, sealed: Mapping[str, Sealed]) -> Sealed | None:
+    """Return the sealed answers to a pair's question; another question may have the same id."""
+    answer = sealed.get(pair.id)
+    return answer if answer and same_text(answer.question) == same_text(pair.question) else None
+
+
+def answers_for(labels: str) -> dict[str, Sealed] | None:
+    """Return the sealed answers where labels need them, see :func:`read_sealed`."""
+    return read_sealed() if labels == "annotated" else None
+
+
+def read_sealed() -> dict[str, Sealed]:
+    """Return the sealed answers to the project's own questions, by id.
+
+    This is the only place that opens their file.
+
+    Raises:
+        DataError: a row without a question, or not of two different answers.
+    """
+    path = data_dir() / SEALED
+    asked = {row["id"]: row["question"] for row in read_jsonl(data_dir() / "questions.jsonl")}
+    found: dict[str, Sealed] = {}
+    form = {"id": str, "correct": str, "incorrect": str}
+    for number, row in enumerate(read_jsonl(path, form), start=1):
+        name, *sides = (row[key] for key in form)
+        fault = unusable(*sides)
+        if name not in asked or name in found or fault:
+            what = fault or ("doubled" if name in found else "none of our questions")
+            raise DataError(f'{path}, row {number} ("{name}"): {what}')
+        found[name] = Sealed(asked[name], *sides)
+    return found
