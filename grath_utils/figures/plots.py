@@ -12,7 +12,6 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -63,18 +62,8 @@ def new_axes(
     rows: int = 1, columns: int = 1, *, width: float = 7.2, height: float = 3.4, **options: Any
 ) -> tuple[Figure, Any]:
     """Return ``plt.subplots`` in the course's style; sizes in inches."""
-    _load_backend()
-    with plt.rc_context(STYLE):
-        return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
-
-
-@cache
-def _load_backend() -> None:
-    """Load the backend, whose switch to interactive mode ``rc_context`` would undo.
-
-    A notebook would then show its first figure only.
-    """
-    plt.switch_backend(plt.get_backend())
+    use_style()
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
 
 
 def _panels(n: int, columns: int, height: float, **options: float) -> tuple[Figure, list[Axes]]:
