@@ -196,8 +196,9 @@ def do_merge(options: argparse.Namespace) -> None:
 )
 def do_chat(options: argparse.Namespace) -> None:
     run = loop.load_run(options.run_dir)
-    asked, limit = options.ask or iter(_read_question, ""), options.max_new_tokens
-    for question, before, after in course.ask_both(run, asked, max_new_tokens=limit):
+    answer = course.ask_both(run, max_new_tokens=options.max_new_tokens)
+    for question in options.ask or iter(_read_question, ""):
+        before, after = answer(question)
         print(f"\n? {question}\n  base     {before}\n  trained  {after}\n")
 
 
