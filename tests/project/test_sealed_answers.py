@@ -1,9 +1,9 @@
 """The sealed answers: one pair for each of our questions, whose truth cannot be seen from its form.
 
-A judge, or the model after training, is measured on them: what rules that read no question find out
-there is no knowledge. So every such rule must be right on about half of the pairs, on those where a
-popular belief is false as on plain facts. The bound of 5 points is 2.0 standard errors of a share of
-one half of 400 pairs, and 2.9 of all 840.
+A judge is measured on them: what rules that read no question find out there is no knowledge. So
+every such rule must be right on about half of the pairs, on those where a popular belief is false
+as on plain facts. The bound of 5 points is 2.0 standard errors of a share of one half of 400 pairs,
+and 2.9 of all 840.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def test_schema() -> None:
         assert list(row) == FIELDS, row["id"]
         assert row["kind"] in KINDS, row["id"]
         work, _, title = row["source"].partition(", ")
-        assert work and title.strip('"'), f"{row['id']} names no article of a work"
+        assert work, f"{row['id']} names no work"
+        assert title.strip('"'), f"{row['id']} names no article of {work}"
         for side in SIDES:
             text = row[side]
             assert text == " ".join(text.split()), row["id"]
@@ -76,7 +77,7 @@ def test_about_half_are_misconceptions() -> None:
     assert 0.45 <= share <= 0.55, f"{share:.1%}"
 
 
-@pytest.mark.parametrize("name", [n for n in (*RULES, *MORE_RULES, *HELD_OUT_RULES)])
+@pytest.mark.parametrize("name", [*RULES, *MORE_RULES, *HELD_OUT_RULES])
 def test_rules_that_read_no_question_are_right_on_half_of_the_pairs(name, rows) -> None:
     rule = {**RULES, **MORE_RULES, **HELD_OUT_RULES}[name]
     accuracy = np.mean(rule_accuracy(rule, [([r[s] for s in SIDES], [1, 0]) for r in rows]))
