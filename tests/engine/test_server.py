@@ -1,7 +1,7 @@
 """Pairs written by a server: a small one in this process for the faults, llama.cpp's for the rest.
 
 The second is not installed with the course. The environment variable GRATH_LLAMA_CPP names a Python
-that has it (one command builds it, in minutes: `pip install "llama-cpp-python[server]==0.3.36"`):
+that has it (`pip install "llama-cpp-python[server]==0.3.36"` builds it, in minutes):
 
     GRATH_LLAMA_CPP=PYTHON python -m pytest tests/engine/test_server.py -s -k llama
 """
@@ -9,29 +9,34 @@ that has it (one command builds it, in minutes: `pip install "llama-cpp-python[s
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-from grath_utils.config import ModelConfig, PairsConfig
+from grath_utils.config import LoraConfig, ModelConfig, PairsConfig, QuestionsConfig
+from grath_utils.dpo.adapters import add_adapter
 from grath_utils.engine import server
 from grath_utils.engine.encoding import token_ids
 from grath_utils.engine.generation import Stop, generate
-from grath_utils.engine.models import Policy, load_base
+from grath_utils.engine.models import Policy, adapter_fingerprint, apply_adapters, load_base
 from grath_utils.errors import ConfigError, GrathError, ModelError, UsageError
 from grath_utils.files import read_jsonl
 from grath_utils.pairs.generate import generate_pairs
-from grath_utils.pairs.modes import check_pairs_config
-from grath_utils.pairs.questions import Question
+from grath_utils.pairs.modes import check_pairs_config, make_writer
+from grath_utils.pairs.questions import Question, load_questions
 
 QUESTIONS = [Question(f"q{i}", f"Why does thing number {i} fall down?") for i in range(12)]
 PAPER = PairsConfig(mode="paper", shots=1, batch_size=1, backend="server")  # chunks of four
@@ -71,7 +76,7 @@ class Fake:
             self.names.append(body["lora_name"])
             return 200, {"loaded": body["lora_path"]}
         if not self.takes_ids and not isinstance(body["prompt"], str):
-            return 422, {"detail": "prompt must be a string"}
+            return 500, {"detail": "prompt must be a string"}  # as llama-cpp-python does
         if body["model"] not in self.names:
             return 404, {"message": "no such model"}
         self.bodies.append(body)
@@ -349,3 +354,128 @@ def test_a_server_that_dies_costs_nothing_that_is_finished(fake, tiny_policy, tm
 def test_backend_and_address_belong_together(settings):
     with pytest.raises(ConfigError, match="pairs.server_url"):
         check_pairs_config(replace(PAPER, **settings))
+
+
+# --- llama.cpp's own server ----------------------------------------------------------------------
+
+# Rows of v are in one order everywhere; a GGUF has those of q and k in another.
+LORA = LoraConfig(r=4, alpha=8, targets=("v_proj",))
+
+
+@dataclass
+class Llama:
+    """llama-cpp-python's server with the default model, and an adapter under its name."""
+
+    url: str
+    adapter: Path
+    process: subprocess.Popen
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, default_policy) -> Iterator[Llama]:
+    python = os.environ.get("GRATH_LLAMA_CPP")
+    if not python:
+        pytest.skip("GRATH_LLAMA_CPP names no Python with llama-cpp-python")
+    from grath_utils.engine.course_models import COURSE_MODELS
+
+    folder = tmp_path_factory.mktemp("llama")
+    file, course = folder / "q4_1.gguf", COURSE_MODELS["tiny"]
+    course.sources[0].fetch(file, course.size)
+    for kind in ("BF16", "F32"):  # the very weights that we have, then in a dtype without rounding
+        source, file = file, folder / f"{kind}.gguf"
+        script = ROOT / "tests" / "benchmarks" / "llama.py"
+        subprocess.run([python, script, "quantize", source, file, kind], check=True)
+    adapter = make_adapter(default_policy, folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"n_ctx": 2048, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+    name = f"f32-{adapter_fingerprint(adapter)[:8]}"
+    models = [
+        {"model": str(folder / "F32.gguf"), "model_alias": "f32"},
+        {"model": str(folder / "q4_1.gguf"), "model_alias": "q4_1"},
+        {"model": str(folder / "F32.gguf"), "model_alias": name, "lora_path": str(folder / "lora")},
+        {"model": str(folder / "F32.gguf"), "model_alias": f"q4_1{name[3:]}"},  # without it: wrong
+    ]
+    settings = {"host": "127.0.0.1", "port": port, "models": [each | common for each in models]}
+    (folder / "server.json").write_text(json.dumps(settings))
+    command = [python, "-m", "llama_cpp.server", "--config_file", folder / "server.json"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield Llama(f"http://127.0.0.1:{port}", adapter, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def make_adapter(policy: Policy, folder: Path) -> Path:
+    """Write an adapter that changes every answer, for us and (as ``lora``) for llama.cpp."""
+    from gguf import GGUFWriter
+    from safetensors.torch import load_file, save_file
+
+    adapted = add_adapter(load_base(policy.config), LORA, seed=0)
+    adapted.model.save_pretrained(folder / "adapter")
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    matrices = load_file(weights)
+    generator = torch.Generator().manual_seed(0)
+    for name, matrix in matrices.items():
+        if "lora_B" in name:
+            matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
+    save_file(matrices, weights)
+    writer = GGUFWriter(folder / "lora", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", LORA.alpha)
+    for name, matrix in matrices.items():
+        layer, which = re.search(r"layers\.(\d+)\..*lora_([AB])", name).groups()
+        writer.add_tensor(f"blk.{layer}.attn_v.weight.lora_{which.lower()}", matrix.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "adapter"
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "same", "far"), [("f32", 0.9, 0.01), ("q4_1", 0.3, 0.5)])
+def test_llama_writes_what_our_decoder_writes(llama, default_policy, model, same, far):
+    questions = load_questions(QuestionsConfig(limit=12), 0).questions
+    config = PairsConfig(mode="paper", backend="server", server_url=llama.url, server_model=model)
+    ours = make_writer(default_policy, PairsConfig(mode="paper"), 0).complete("pair", questions)
+    writer = make_writer(default_policy, config, 0)
+    theirs = writer.complete("pair", questions)
+    prompts = [writer.prompt(question, "pair") for question in questions]
+    nats = server.partings(default_policy, prompts, ours, theirs)
+    equal = sum(a.text == b.text for a, b in zip(ours, theirs, strict=True))
+    print(f"\n{model}: {equal} of {len(questions)} completions are the same")
+    for a, b, each in zip(ours, theirs, nats, strict=True):
+        if a.text != b.text:
+            at = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(a.text, b.text)))  # noqa: B905
+            rest = " or ".join(repr(text[at : at + 30]) for text in (a.text, b.text))
+            print(f"  {each:.3f} nats after {a.text[:at][-30:]!r}: {rest}")
+    assert equal >= same * len(questions)
+    assert max(nats) <= far
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_llama_serves_an_adapter_by_its_name(llama, default_policy):
+    adapted = apply_adapters(load_base(default_policy.config), [llama.adapter])
+    found = server.connect(adapted, llama.url, "f32")
+    assert found.model == f"f32-{adapter_fingerprint(llama.adapter)[:8]}"
+    with pytest.raises(ModelError, match="does not write as"):  # the name is right, the model not
+        server.connect(adapted, llama.url, "q4_1")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_llama_of_another_model_or_killed_is_named(llama, tiny_policy, monkeypatch):
+    """Last, for it ends the server; a policy of another kind is refused before."""
+    with pytest.raises(ModelError, match="reads a prompt as .* tokens"):
+        server.connect(tiny_policy, llama.url, "f32")
+    monkeypatch.setattr(server, "PAUSES", (0.1, 0.1))
+    llama.process.kill()
+    with pytest.raises(GrathError, match="does not answer .*refused"):
+        server.connect(tiny_policy, llama.url, "f32")
