@@ -311,7 +311,10 @@ def mirror() -> dict[str, list[str]]:
     return mirror_questions(root)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "questions")) for name in FIELDS],
+)
 def test_no_benchmark_question_is_near(name, mirror):
     benchmark = [(kind, q, content_words(q)) for kind, qs in mirror.items() for q in qs]
     copied = {gram: q for _, q, _ in benchmark for gram in ngrams(q, NGRAM)}
