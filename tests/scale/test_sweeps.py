@@ -344,7 +344,10 @@ def test_arguments_after_two_dashes_go_to_snakemake(capsys, tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("extra", "code", "message"),
-    [(["--dry-run"], 0, "0 of 8 points done"), (["--no-such-option"], 1, "ended with exit code 2")],
+    [
+        pytest.param(["--dry-run"], 0, "0 of 8 points done", marks=pytest.mark.slow),
+        (["--no-such-option"], 1, "ended with exit code 2"),
+    ],
 )
 def test_what_snakemake_itself_refuses_is_no_point_s_failure(
     capsys, tmp_path: Path, extra: list[str], code: int, message: str
