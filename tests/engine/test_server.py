@@ -421,7 +421,7 @@ def make_adapter(policy: Policy, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name, matrix in matrices.items():
         if "lora_B" in name:
-            matrix.copy_(0.1 * torch.randn(matrix.shape, generator=generator))
+            matrix.copy_(0.4 * torch.randn(matrix.shape, generator=generator))
     save_file(matrices, weights)
     writer = GGUFWriter(folder / "lora", "llama")
     writer.add_type("adapter")
@@ -465,6 +465,10 @@ def test_llama_serves_an_adapter_by_its_name(llama, default_policy):
     adapted = apply_adapters(load_base(default_policy.config), [llama.adapter])
     found = server.connect(adapted, llama.url, "f32")
     assert found.model == f"f32-{adapter_fingerprint(llama.adapter)[:8]}"
+    prompts = ["The capital of France is", "Once upon a time", "Water boils at"]
+    theirs = [done.text for done in found.complete(prompts, max_new_tokens=12)]
+    assert theirs == [done.text for done in generate(adapted, prompts, max_new_tokens=12)]
+    assert theirs != [done.text for done in generate(default_policy, prompts, max_new_tokens=12)]
     with pytest.raises(ModelError, match="does not write as"):  # the name is right, the model not
         server.connect(adapted, llama.url, "q4_1")
 
