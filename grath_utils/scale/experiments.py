@@ -126,12 +126,16 @@ def run_experiment(
 
 def why_not(run: Run, source: str) -> str | None:
     """Return why the questions of a source cannot be had here, or None where they can."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of each of its tries
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # it warns of each of its tries
     try:
         load_questions(replace(run.config.questions, source=source), run.config.seed)
+        return None
     except (DataError, FetchError) as error:
         return str(error)
-    return None
+    finally:
+        hub.setLevel(level)
 
 
 def changes(trials: Sequence[Trial]) -> list[Difference]:
