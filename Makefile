@@ -4,6 +4,7 @@ PROFILE ?= cpu
 RUN_DIR ?= runs/$(PROFILE)
 CLASSROOM ?= classroom
 TRIES   ?= 1000
+MODEL   ?= default
 
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := .venv/Scripts/python.exe
@@ -66,10 +67,8 @@ lock:  ## pin every package, for every system and Python, in requirements.lock
 classroom: setup  ## the course with a finished run in one folder that needs no network: CLASSROOM=DIR
 	@$(VENV_PYTHON) -m grath_utils classroom --to $(CLASSROOM) --profile $(PROFILE) --run-dir $(RUN_DIR)
 
-bench: setup-dev  ## side by side with lm-eval, plain generation and TRL (slow)
-	@$(VENV_PYTHON) tests/benchmarks/bench_scoring.py
-	@$(VENV_PYTHON) tests/benchmarks/bench_generation.py
-	@$(VENV_PYTHON) tests/benchmarks/bench_dpo.py
+bench: setup-dev  ## side by side with lm-eval, transformers, llama.cpp and TRL: MODEL=default (slow)
+	@$(VENV_PYTHON) tests/benchmarks/bench.py --model $(MODEL)
 
 clean:  ## remove .venv and what tools left (run directories and the model cache stay)
 	@$(PYTHON) -c "import shutil, pathlib; [shutil.rmtree(p, ignore_errors=True) for p in map(pathlib.Path, ['.venv', 'build', '.pytest_cache', '.ruff_cache', '.hypothesis', 'grath_tutorial.egg-info'])]"
