@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "default_model": ["CONVERSION"],
         "encoding": ["Request", "token_ids"],
-        "generation": ["Stop", "generate", "shared_beginning"],
+        "generation": ["Order", "Stop", "generate", "generate_together", "shared_beginning"],
         "machine": ["quiet_transformers"],
         "models": ["Policy", "load_base", "pinned", "resolve"],
         "packing": ["pack"],

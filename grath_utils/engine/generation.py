@@ -1,10 +1,11 @@
 """Batched decoding: many completions at once, of prompts that mostly begin alike.
 
-What the prompts have in common (the demonstrations) is computed once and shared
+What prompts have in common (the demonstrations) is computed once and shared
 (:mod:`.shared_prefix`). The rest runs with continuous batching: a finished sequence leaves its slot
-at once and the next prompt takes it, so no step is spent on padding. Greedy decoding gives what
-``model.generate`` gives, up to floating-point ties. A model that cannot share a prefix is run by
-transformers' own ``generate``: slower, the same completions; a warning says so.
+at once and the next prompt takes it, so no step is spent on padding. Prompts of several kinds wait
+in one queue: the last of one kind run together with the first of the next. Greedy decoding gives
+what ``model.generate`` gives, up to floating-point ties. A model that cannot share a prefix is run
+by transformers' own ``generate``: slower, the same completions; a warning says so.
 """
 
 from __future__ import annotations
@@ -80,33 +81,65 @@ class Prefix:
     layers: Layers = field(repr=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Prompts that begin alike, and how they are to be completed."""
+
+    prompts: Prompts
+    prefix: Prefix | None = None
+    """Their computed beginning, to use in several calls; None finds it."""
+    max_new_tokens: int = 100
+    stop: Stop | None = None
+    temperature: float = 0.0  # this and the next two as in sample_tokens: 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 50
+    seed: int = 0
+    keys: Sequence[str] | None = None
+    """Each sequence draws from its own stream, named by the seed and its key (its position if none
+    is given): who else is in the batch does not matter."""
+    drafts: Prompts | None = None
+    """Greedy only: for each prompt, how its completion may well begin. A right guess is computed at
+    once, like a prompt; a wrong one changes nothing but the time."""
+
+    @property
+    def sampling(self) -> tuple[float, float, int]:
+        return self.temperature, self.top_p, self.top_k
+
+
 def generate(
     policy: Policy,
     prompts: Prompts,
     *,
-    prefix: Prefix | None = None,
-    max_new_tokens: int = 100,
-    stop: Stop | None = None,
-    batch_size: int = 64,
     do_sample: bool = False,
     temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 50,
-    seed: int = 0,
-    keys: Sequence[str] | None = None,
-    drafts: Prompts | None = None,
+    batch_size: int = 64,
     method: str = "auto",
     progress: bool = False,
+    **options: Any,
 ) -> list[Completion]:
-    """Return one completion for each prompt, in the order of the prompts.
+    """Return one completion for each prompt, in the order of the prompts; greedy by default.
+
+    The other options are the fields of an :class:`Order`; see :func:`generate_together`.
+    """
+    order = Order(prompts=prompts, temperature=temperature if do_sample else 0.0, **options)
+    (done,) = generate_together(
+        policy, [order], batch_size=batch_size, method=method, progress=progress
+    )
+    return done
+
+
+def generate_together(
+    policy: Policy,
+    orders: Sequence[Order],
+    *,
+    batch_size: int = 64,
+    method: str = "auto",
+    progress: bool = False,
+) -> list[list[Completion]]:
+    """Return for each order one completion for each prompt, in the order of the prompts.
 
     Args:
-        prefix: the computed beginning of all prompts, to use in several calls; None finds it.
-        do_sample, temperature, top_p, top_k: as in :func:`sample_tokens`; greedy by default.
-        seed, keys: each sequence draws from its own stream, named by the seed and its key (its
-            position if none is given): who else is in the batch does not matter.
-        drafts: greedy only: for each prompt, how its completion may well begin. A right guess is
-            computed at once, like a prompt; a wrong one changes nothing but the time.
+        batch_size: how many sequences are decoded at once, of whatever order.
         method: ``shared``, ``plain``, or ``auto`` (shared where the model can).
 
     Raises:
@@ -115,22 +148,16 @@ def generate(
     """
     if method not in ("auto", "shared", "plain"):
         raise UsageError(f'unknown method "{method}"; there are auto, shared and plain')
-    if drafts is not None and do_sample:
-        raise UsageError("drafts are for greedy decoding")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise UsageError(f"impossible sampling options: {temperature=}, {top_p=}, {top_k=}")
-    encoded = _encode(policy, prompts)
-    for number, ids in enumerate(encoded):
-        if not ids:
-            raise UsageError(f"prompt {number} is empty")
-        if len(ids) + max_new_tokens > policy.max_length:
-            raise UsageError(
-                f"prompt {number} has {len(ids)} tokens; with {max_new_tokens} new ones it would "
-                f"not fit into the context of {policy.max_length} tokens"
-            )
-    if not encoded:
-        return []
-    longest = max(map(len, encoded)) + max_new_tokens
+    encoded = [_encode(policy, order.prompts) for order in orders]
+    for order, prompts in zip(orders, encoded, strict=True):
+        _check(policy, order, prompts)
+    if not any(encoded):
+        return [[] for _ in orders]
+    longest = max(
+        len(ids) + order.max_new_tokens
+        for order, prompts in zip(orders, encoded, strict=True)
+        for ids in prompts
+    )
     reason = "" if method == "plain" else why_not_shared(policy.model, longest)
     if reason and method == "shared":
         raise UsageError(f"{policy.name} cannot share a prefix: {reason}")
@@ -143,28 +170,69 @@ def generate(
             f"{policy.name} cannot share the prompt's beginning ({reason}), so it writes "
             f"{PLAIN_WAYS[way]}: slower, and right",
         )
-    prefix = Prefix((), []) if plain else prefix or shared_beginning(policy, encoded)
+
+    ends = end_ids(policy.tokenizer, policy.model.generation_config.eos_token_id)
+    count = sum(map(len, encoded))
+    bar = tqdm(total=count, disable=not progress, unit="completion", file=sys.stderr)
+    job = _Job(policy, batch_size, ends, bar)
+    prefixes: list[Prefix] = []
+    sequences: list[list[_Sequence]] = []
+    for order, prompts in zip(orders, encoded, strict=True):
+        if not prompts:
+            sequences.append([])
+            continue
+        none = Prefix((), [])
+        prefix = none if plain else order.prefix or shared_beginning(policy, prompts)
+        if not any(each is prefix for each in prefixes):
+            prefixes.append(prefix)
+        group = next(i for i, each in enumerate(prefixes) if each is prefix)
+        sequences.append(_sequences(job, order, prompts, prefix, group))
+    everything = [sequence for each in sequences for sequence in each]
+    with torch.inference_mode(), bar:
+        _run_plain(job, everything, way) if plain else _run(job, everything, prefixes)
+    return [
+        [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in each]
+        for each in sequences
+    ]
+
+
+def _check(policy: Policy, order: Order, prompts: Sequence[Sequence[int]]) -> None:
+    temperature, top_p, top_k = order.sampling
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise UsageError(f"impossible sampling options: {temperature=}, {top_p=}, {top_k=}")
+    if order.drafts is not None and temperature:
+        raise UsageError("drafts are for greedy decoding")
+    for number, ids in enumerate(prompts):
+        if not ids:
+            raise UsageError(f"prompt {number} is empty")
+        if len(ids) + order.max_new_tokens > policy.max_length:
+            raise UsageError(
+                f"prompt {number} has {len(ids)} tokens; with {order.max_new_tokens} new ones it "
+                f"would not fit into the context of {policy.max_length} tokens"
+            )
+
+
+def _sequences(
+    job: _Job, order: Order, prompts: list[list[int]], prefix: Prefix, group: int
+) -> list[_Sequence]:
+    """Return what is to be written for an order."""
     shared = len(prefix.token_ids)
-    for number, ids in enumerate(encoded):
+    for number, ids in enumerate(prompts):
         if len(ids) <= shared or tuple(ids[:shared]) != prefix.token_ids:
             raise UsageError(f"prompt {number} does not begin with the prefix that was given")
-
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
-    ends = end_ids(policy.tokenizer, policy.model.generation_config.eos_token_id)
-    bar = tqdm(total=len(encoded), disable=not progress, unit="completion", file=sys.stderr)
-    job = _Job(policy, max_new_tokens, stop, sampling, batch_size, ends, bar)
-    guesses = _encode(policy, drafts, encode_apart) if drafts is not None else [[]] * len(encoded)
+    guesses = [[]] * len(prompts)
+    if order.drafts is not None:
+        guesses = _encode(job.policy, order.drafts, encode_apart)
     sequences = [
-        _Sequence(job, ids[shared:], guess[: max_new_tokens - 1])
-        for ids, guess in zip(encoded, guesses, strict=True)
+        _Sequence(job, order, group, ids[shared:], guess[: order.max_new_tokens - 1])
+        for ids, guess in zip(prompts, guesses, strict=True)
     ]
-    if do_sample:
-        for sequence, key in zip(sequences, keys or map(str, range(len(sequences))), strict=True):
-            stream = np.random.default_rng(int(fingerprint([seed, key]), 16))
-            sequence.draws = stream.random(max_new_tokens + 1).tolist()
-    with torch.inference_mode(), bar:
-        _run_plain(job, sequences, way) if plain else _run(job, sequences, prefix)
-    return [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in sequences]
+    if order.temperature:
+        keys = order.keys or map(str, range(len(sequences)))
+        for sequence, key in zip(sequences, keys, strict=True):
+            stream = np.random.default_rng(int(fingerprint([order.seed, key]), 16))
+            sequence.draws = stream.random(order.max_new_tokens + 1).tolist()
+    return sequences
 
 
 def shared_beginning(policy: Policy, prompts: Prompts) -> Prefix:
@@ -198,29 +266,35 @@ class _Job:
     """What all sequences of a call have in common."""
 
     policy: Policy
-    max_new_tokens: int
-    stop: Stop | None
-    sampling: dict[str, float]  # of sample_tokens; empty where decoding is greedy
     batch_size: int
     ends: set[int]  # every token that ends a completion, by the tokenizer and the model
     bar: tqdm
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.policy.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def stops(self, written: Sequence[int]) -> bool:
-        """Return True if the stop condition holds after the last token."""
-        if self.stop is None or self.stop.trigger not in self.decode(written[-1:]):
-            return False
-        return self.stop.reached(self.decode(written))
+        """Return the text of tokens; an id without one (a padded vocabulary's) adds nothing."""
+        tokenizer = self.policy.tokenizer
+        if not tokenizer.is_fast:  # a fast one leaves them out itself
+            ids = [i for i in ids if i < len(tokenizer)]
+        return tokenizer.decode(ids, skip_special_tokens=True)
 
     def push_all(self, logits: torch.Tensor, sequences: Sequence[_Sequence]) -> None:
         """Give every sequence that is not finished its next token."""
-        draws = [s.draws[len(s.written)] for s in sequences] if self.sampling else []
-        tokens = sample_tokens(logits, draws, **self.sampling)
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if not sequence.finished:
-                sequence.push(token)
+        places: dict[tuple[float, float, int], list[int]] = {}
+        for place, sequence in enumerate(sequences):
+            places.setdefault(sequence.order.sampling, []).append(place)
+        for (temperature, top_p, top_k), own in places.items():
+            some = [sequences[place] for place in own]
+            draws = [s.draws[len(s.written)] for s in some] if temperature else []
+            tokens = sample_tokens(
+                logits[own] if len(places) > 1 else logits,
+                draws,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+            )
+            for sequence, token in zip(some, tokens, strict=True):
+                if not sequence.finished:
+                    sequence.push(token)
 
 
 @dataclass
@@ -228,11 +302,18 @@ class _Sequence:
     """A prompt and what has been written after it so far."""
 
     job: _Job
+    order: Order
+    group: int  # the number of the prefix that it follows
     prompt: list[int]  # without what is shared; never empty
     draft: list[int]
     draws: list[float] = field(default_factory=list)  # uniform in [0, 1), one for each token
     written: list[int] = field(default_factory=list)
     finished: str = ""
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """Sequences of one kind are prefilled together."""
+        return self.group, self.order.drafts is None
 
     @property
     def last(self) -> int:
@@ -245,17 +326,23 @@ class _Sequence:
 
     def push(self, token: int) -> None:
         """Take the next token."""
-        job = self.job
-        if token in job.ends:
+        if token in self.job.ends:
             self.finished = "eos"
         else:
             self.written.append(token)
-            if job.stops(self.written):
+            if self._stops():
                 self.finished = "stop"
-            elif len(self.written) == job.max_new_tokens:
+            elif len(self.written) == self.order.max_new_tokens:
                 self.finished = "length"
         if self.finished:
-            job.bar.update()
+            self.job.bar.update()
+
+    def _stops(self) -> bool:
+        """Return True if the stop condition holds after the last token."""
+        stop, decode = self.order.stop, self.job.decode
+        if stop is None or stop.trigger not in decode(self.written[-1:]):
+            return False
+        return stop.reached(decode(self.written))
 
     def accept(self, predicted: Sequence[int]) -> None:
         """Take the model's own tokens for as long as the draft had guessed the one before."""
@@ -286,8 +373,8 @@ def sample_tokens(
         raise GrathError("the model's logits are not finite: its weights have diverged")
     if temperature > 0:
         count = min(top_k or logits.shape[-1], logits.shape[-1])
-        top, ids = torch.topk(logits.float(), count, dim=-1)  # most probable first
-        probabilities = torch.softmax(top / temperature, dim=-1)
+        top, ids = torch.topk(logits, count, dim=-1)  # most probable first
+        probabilities = torch.softmax(top.float() / temperature, dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
         bounds = probabilities.cumsum(dim=-1)
@@ -298,13 +385,16 @@ def sample_tokens(
     return tokens.tolist()
 
 
-def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> None:
+def _run(job: _Job, sequences: Sequence[_Sequence], prefixes: Sequence[Prefix]) -> None:
     """Write all completions; a freed slot goes to the next prompt."""
-    # Neighbours in the queue are prefilled together: by length, so that little is padding.
-    queue = sorted(sequences, key=lambda s: (-len(s.prompt) - len(s.draft), s.prompt))
-    room = max(len(s.prompt) for s in queue) + job.max_new_tokens
+    # Neighbours in the queue are prefilled together: of one prefix, all with drafts or none, and by
+    # length, so that little is padding.
+    queue = sorted(
+        sequences, key=lambda s: (*s.kind, -len(s.prompt) - len(s.draft), s.prompt, s.draft)
+    )
+    room = max(len(s.prompt) + s.order.max_new_tokens for s in queue)
     slots = min(job.batch_size, len(queue))
-    cache = SharedPrefixCache(prefix.layers, slots, room)
+    cache = SharedPrefixCache([prefix.layers for prefix in prefixes], slots, room)
     active: list[_Sequence] = []  # a sequence's place in the list is its slot
     # One pass for a few newcomers costs as much as for one, so wait until some slots are free.
     enough = max(1, slots // 8)
@@ -313,8 +403,10 @@ def _run(job: _Job, sequences: Sequence[_Sequence], prefix: Prefix) -> None:
             free = slots - len(active)
             if queue and (free >= min(enough, len(queue)) or not active):
                 new, queue = queue[:free], queue[free:]
-                _prefill(job, cache, new, len(active))
-                active += new
+                for _, alike in groupby(new, key=lambda s: s.kind):
+                    some = list(alike)
+                    _prefill(job, cache, some, len(active))
+                    active += some
                 _retire(cache, active)  # a draft can hold the whole answer
                 if not active:
                     continue
@@ -344,6 +436,7 @@ def _prefill(job: _Job, cache: SharedPrefixCache, new: Sequence[_Sequence], star
     draft, arXiv 2211.17192, in the greedy case: the completion is the same).
     """
     cache.lengths[start : start + len(new)] = 0
+    cache.owners[start : start + len(new)] = [s.group for s in new]
     # One row serves all copies of a prompt with the same draft.
     copies = [list(group) for _, group in groupby(new, key=lambda s: (s.prompt, s.draft))]
     while copies:
@@ -473,5 +566,5 @@ def _run_plain(job: _Job, sequences: Sequence[_Sequence], way: str) -> None:
             job.push_all(logits, batch)
             return None if all(s.finished for s in batch) else [s.last for s in batch]
 
-        prompts = [s.prompt for s in batch]
-        _decode(job.policy.model, prompts, choose, way=way, limit=job.max_new_tokens)
+        prompts, limit = [s.prompt for s in batch], max(s.order.max_new_tokens for s in batch)
+        _decode(job.policy.model, prompts, choose, way=way, limit=limit)

@@ -1,6 +1,6 @@
-"""Attention over a prefix that many sequences share, without a copy of it for any of them.
+"""Attention over prefixes that many sequences share, without a copy of one for any of them.
 
-The keys and values of the prefix are kept once. For the prefix part of attention the batch is
+The keys and values of a prefix are kept once. For the prefix part of attention the batch is
 folded into the query length, so that one large product serves all sequences; each sequence's own
 tokens lie in a preallocated cache. The two parts are merged exactly, by their log-sum-exp (as
 FlashAttention merges blocks, arXiv 2205.14135, section 3.1; for shared prefixes: Hydragen,
@@ -32,21 +32,23 @@ Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class SharedPrefixCache(Cache):
-    """Keys and values: of the prefix once, and of ``slots`` sequences with ``room`` tokens each.
+    """Keys and values: of each prefix once, and of ``slots`` sequences with ``room`` tokens each.
 
-    Slot ``s`` holds ``lengths[s]`` tokens after the prefix. A forward pass works on neighbouring
-    slots, which are views: nothing is gathered.
+    Slot ``s`` holds ``lengths[s]`` tokens after the prefix number ``owners[s]``. A forward pass
+    works on neighbouring slots, which are views: no keys or values are gathered.
     """
 
-    def __init__(self, prefix: Layers, slots: int, room: int):
+    def __init__(self, prefixes: Sequence[Layers], slots: int, room: int):
         super().__init__(layers=[])
-        self.prefix = [(keys[0], values[0]) for keys, values in prefix]
-        keys = self.prefix[0][0]
-        self.prefix_length, self.dtype, self.device = keys.shape[1], keys.dtype, keys.device
+        self.prefixes = [[(keys[0], values[0]) for keys, values in each] for each in prefixes]
+        self.prefix_lengths = [layers[0][0].shape[1] for layers in self.prefixes]
+        keys = self.prefixes[0][0][0]
+        self.dtype, self.device = keys.dtype, keys.device
         self.lengths = torch.zeros(slots, dtype=torch.long, device=self.device)
+        self.owners = [0] * slots
         self.own = [
             tuple(side.new_zeros((slots, side.shape[0], room, side.shape[2])) for side in layer)
-            for layer in self.prefix
+            for layer in self.prefixes[0]
         ]
 
     def forward(
@@ -64,6 +66,17 @@ class SharedPrefixCache(Cache):
         self._places = self.lengths[self._rows, None] + torch.arange(width, device=self.device)
         own = torch.arange(reach, device=self.device)
         visible = own <= self._places[:, :, None]  # (batch, width, reach): causal, no padding
+        owners = self.owners[self._rows]
+        self._before = torch.tensor([self.prefix_lengths[o] for o in owners], device=self.device)
+        places: dict[int, list[int]] = {}
+        for place, owner in enumerate(owners):
+            places.setdefault(owner, []).append(place)
+        # By prefix with tokens in it: which of the pass's sequences follow it, and its layers.
+        self.parts = [
+            (places[o] if len(places) > 1 else slice(None), self.prefixes[o])
+            for o in places
+            if self.prefix_lengths[o]
+        ]
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         self.mask = torch.where(visible, zero, float("-inf"))[:, None]
         return model(
@@ -79,7 +92,7 @@ class SharedPrefixCache(Cache):
     @property
     def position_ids(self) -> torch.Tensor:
         """(batch, width): the positions of the new tokens, counted from the prefix's first."""
-        return self._places + self.prefix_length
+        return self._places + self._before[:, None]
 
     def update(
         self,
@@ -105,10 +118,11 @@ class SharedPrefixCache(Cache):
         for side in (side for layer in self.own for side in layer):
             side[target, :, :length] = side[source, :, :length]
         self.lengths[target] = length
+        self.owners[target] = self.owners[source]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the prefix's length; the model is given its position ids, so needs no more."""
-        return self.prefix_length
+        """Return a prefix's length; the model is given its position ids, so needs no more."""
+        return max(self.prefix_lengths)
 
 
 _active: SharedPrefixCache | None = None
@@ -123,7 +137,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **__: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend to the shared prefix and to the own tokens, merged by log-sum-exp.
+    """Attend to each shared prefix and to the own tokens, merged by log-sum-exp.
 
     From the query (batch, heads, width, dim) and the own keys and values as the cache returned
     them (batch, kv heads, reach, dim) to (batch, width, heads, dim) and no attention weights.
@@ -135,16 +149,18 @@ def shared_prefix_attention(
     # Query heads of one group share keys: fold the group into the query length, (b, kv, g*w, dim).
     folded = query.reshape(batch, kv_heads, -1, dim)
     merged, own_lse = attend(folded, key, value, cache.mask, scale)
-    if cache.prefix_length:
+    for places, layers in cache.parts:
         # For the prefix, the batch goes into the query length too: (1, kv, b*g*w, dim).
-        together = folded.transpose(0, 1).reshape(1, kv_heads, -1, dim)
-        prefix_key, prefix_value = cache.prefix[module.layer_idx]
+        some = folded[places]
+        together = some.transpose(0, 1).reshape(1, kv_heads, -1, dim)
+        prefix_key, prefix_value = layers[module.layer_idx]
         first, first_lse = attend(together, prefix_key[None], prefix_value[None], None, scale)
-        first = first.view(kv_heads, batch, -1, dim).transpose(0, 1)
-        first_lse = first_lse.view(kv_heads, batch, -1).transpose(0, 1)
+        first = first.view(kv_heads, len(some), -1, dim).transpose(0, 1)
+        first_lse = first_lse.view(kv_heads, len(some), -1).transpose(0, 1)
         # exp(lse) of a part is its softmax denominator, so this is its weight in the whole.
-        weight = torch.sigmoid(first_lse - own_lse).unsqueeze(-1)
-        merged = torch.lerp(merged.float(), first.float(), weight).to(query.dtype)
+        weight = torch.sigmoid(first_lse - own_lse[places]).unsqueeze(-1)
+        mixed = torch.lerp(merged[places].float(), first.float(), weight)
+        merged[places] = mixed.to(query.dtype)
     return merged.reshape(batch, heads, width, dim).transpose(1, 2), None
 
 
@@ -168,7 +184,8 @@ def compute_prefix(model: PreTrainedModel, token_ids: Sequence[int]) -> Layers:
     """Return the (keys, values) of a prefix, for each layer."""
     cache = DynamicCache()
     ids = torch.tensor([list(token_ids)], device=model.get_input_embeddings().weight.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    last = torch.tensor([len(token_ids) - 1], device=ids.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -191,7 +208,7 @@ def _trial(model: PreTrainedModel, longest: int) -> Iterator[tuple[torch.Tensor,
     ids = ids.to(device)
     lengths = (ids.shape[1], short)
     prefix = compute_prefix(model, ids[0, :shared].tolist())
-    cache = SharedPrefixCache(prefix, slots=2, room=ids.shape[1])
+    cache = SharedPrefixCache([prefix], slots=2, room=ids.shape[1])
     decoded = []
     with attend_through(model, cache):
         filled = torch.tensor([length - shared - 2 for length in lengths], device=device)

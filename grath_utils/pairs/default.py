@@ -24,6 +24,7 @@ from grath_utils.pairs.writers import (
     PairMode,
     Rejected,
     Task,
+    Wanted,
     Writer,
     WrittenPair,
 )
@@ -69,25 +70,31 @@ class ContrastWriter(Writer):
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
         """Return what becomes of each task."""
         pools = [Pool(task) for task in tasks]
-        for kind in self.kinds:
-            wanted = [pool for pool in pools if kind != "incorrect" or not pool.task.incorrect]
-            for pool, completion in self._candidates(kind, wanted):
-                self._sort_in(pool, kind, completion)
+        # Whom to ask what; all of it goes into one queue.
+        asked = [each for kind in self.kinds for each in self._wanted(kind, pools)]
+        asked = [(owners, wanted) for owners, wanted in asked if owners]
+        written = self.complete_together([wanted for _, wanted in asked])
+        for (owners, wanted), completions in zip(asked, written, strict=True):
+            for pool, completion in zip(owners, completions, strict=True):
+                self._sort_in(pool, wanted.kind, completion)
         return list(map(self._choose, pools, self._credits(pools)))
 
-    def _candidates(self, kind: str, pools: Sequence[Pool]) -> Iterator[tuple[Pool, Completion]]:
-        """Yield completions: the greedy ones first, then those that are drawn."""
+    def _wanted(self, kind: str, pools: Sequence[Pool]) -> Iterator[tuple[list[Pool], Wanted]]:
+        """Yield the completions of a kind: the greedy ones first, then those that are drawn."""
+        pools = [pool for pool in pools if kind != "incorrect" or not pool.task.incorrect]
         questions = [pool.task.question for pool in pools]
-        yield from zip(pools, self.complete(kind, questions), strict=True)
+        yield pools, Wanted(kind, questions)
         if kind != "pair":
             numbers = range(1, self.config.candidates)
-            drawn = self.complete(
-                kind,
-                [question for question in questions for _ in numbers],
-                keys=[f"{kind} {question.id} {n}" for question in questions for n in numbers],
-                temperature=self.config.temperature,
+            yield (
+                [pool for pool in pools for _ in numbers],
+                Wanted(
+                    kind,
+                    [question for question in questions for _ in numbers],
+                    self.config.temperature,
+                    [f"{kind} {question.id} {n}" for question in questions for n in numbers],
+                ),
             )
-            yield from zip((pool for pool in pools for _ in numbers), drawn, strict=True)
 
     def _sort_in(self, pool: Pool, kind: str, completion: Completion) -> None:
         """Add a completion's usable answers to the pool, or say why there are none."""

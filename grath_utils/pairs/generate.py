@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from grath_utils.engine.models import Policy
 
 # Part of the journal's fingerprint: raise it when the same inputs would give other pairs.
-VERSION = 1
+VERSION = 2
 NUMBER = (int, float), "a number"
 
 

@@ -22,7 +22,7 @@ from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.questions import Question
 
 if TYPE_CHECKING:
-    from grath_utils.engine.generation import Completion, Prefix
+    from grath_utils.engine.generation import Completion, Order, Prefix
     from grath_utils.engine.models import Policy
     from grath_utils.engine.server import Server
     from grath_utils.pairs.generate import Pair
@@ -97,6 +97,16 @@ def exchanged(pair: Either) -> Either:
         contrast=None if pair.contrast is None else -pair.contrast,
         truth=None if pair.truth is None else round(1 - pair.truth, 4),
     )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Completions of prompts of one kind."""
+
+    kind: str
+    questions: Sequence[Question]
+    temperature: float = 0.0  # 0: greedy
+    keys: Sequence[str] | None = None  # for each question, what names its stream of random numbers
 
 
 class Writer:
@@ -176,51 +186,53 @@ class Writer:
         url, model = config.server_url, config.server_model
         return engine.connect(self.policy, url, model, in_flight=config.batch_size)
 
-    def complete(
-        self,
-        kind: str,
-        questions: Sequence[Question],
-        *,
-        keys: Sequence[str] | None = None,
-        temperature: float = 0.0,
-    ) -> list[Completion]:
-        """Return one completion for each question, greedy unless there is a temperature."""
-        if not questions:
-            return []
-        pair, limit = kind == "pair", self.config.max_new_tokens
-        stop = engine.Stop(pair_is_complete, "\n") if pair else engine.Stop.at("\n")
+    def complete(self, kind: str, questions: Sequence[Question]) -> list[Completion]:
+        """Return one greedy completion for each question."""
+        return self.complete_together([Wanted(kind, questions)])[0]
+
+    def complete_together(self, wanted: Sequence[Wanted]) -> list[list[Completion]]:
+        """Return one completion for each question of what is wanted, all from one queue."""
+        options = list(map(self._options, wanted))
         if self.server:
-            return self.server.complete(
-                [self.prompt(question, kind) for question in questions],
-                max_new_tokens=limit if pair else min(MAX_ANSWER_TOKENS, limit),
-                stop=None if self.config.legacy else stop,
-                temperature=temperature,
-                top_p=TOP_P,
-                seed=self.seed,
-                keys=keys,
-            )
-        asked = [self.token_ids(question, kind) for question in questions]
+            return [
+                self.server.complete([self.prompt(q, each.kind) for q in each.questions], **how)
+                for each, how in zip(wanted, options, strict=True)
+            ]
+        orders = list(map(self._order, wanted, options))
+        return engine.generate_together(self.policy, orders, batch_size=self.config.batch_size)
+
+    def _options(self, wanted: Wanted) -> dict[str, Any]:
+        """Return how to complete prompts, here or on a server."""
+        pair, limit = wanted.kind == "pair", self.config.max_new_tokens
+        stop = engine.Stop(pair_is_complete, "\n") if pair else engine.Stop.at("\n")
+        return {
+            "max_new_tokens": limit if pair else min(MAX_ANSWER_TOKENS, limit),
+            "stop": None if self.config.legacy else stop,
+            "temperature": wanted.temperature,
+            "top_p": TOP_P,
+            "seed": self.seed,
+            "keys": wanted.keys,
+        }
+
+    def _order(self, wanted: Wanted, options: Mapping[str, Any]) -> Order:
+        """Return what our own engine is given."""
+        kind, questions = wanted.kind, wanted.questions
+        encoded = {question: self.token_ids(question, kind) for question in set(questions)}
         prefix = self.prefix(kind)
         # A tokenizer may merge a question's odd first letter into what stands before it.
         count = len(prefix.token_ids)
+        fits = all(
+            tuple(ids[:count]) == prefix.token_ids and len(ids) > count for ids in encoded.values()
+        )
         lead = prompts.answer_form(self.policy.tokenizer).lead
-        fits = all(tuple(ids[:count]) == prefix.token_ids and len(ids) > count for ids in asked)
-        return engine.generate(
-            self.policy,
-            asked,
+        return engine.Order(
+            prompts=[encoded[question] for question in questions],
             prefix=prefix if fits else None,
-            batch_size=self.config.batch_size,
             # As a rule a completion begins by restating the question, as in the demonstrations.
             drafts=[lead + prompts.restated(q.text, self.wording.labels) for q in questions]
-            if pair
+            if kind == "pair"
             else None,
-            max_new_tokens=limit if pair else min(MAX_ANSWER_TOKENS, limit),
-            stop=None if self.config.legacy else stop,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_p=TOP_P,
-            seed=self.seed,
-            keys=keys,
+            **options,
         )
 
     def parse(self, completion: Completion) -> Parsed:

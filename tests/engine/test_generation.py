@@ -9,10 +9,18 @@ from unittest.mock import Mock
 import pytest
 import torch
 from architectures import tiny_model
+from transformers import ByT5Tokenizer
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import generation, shared_prefix
-from grath_utils.engine.generation import Stop, common_prefix, generate, sample_tokens
+from grath_utils.engine.generation import (
+    Order,
+    Stop,
+    common_prefix,
+    generate,
+    generate_together,
+    sample_tokens,
+)
 from grath_utils.engine.models import load_base
 from grath_utils.engine.shared_prefix import SharedPrefixCache
 from grath_utils.errors import GrathError, UsageError
@@ -68,8 +76,9 @@ def test_token_ids_or_a_given_prefix_make_no_difference(tiny_policy):
 
 def test_the_prefix_is_neither_copied_nor_grown(tiny_policy):
     prefix = generation.shared_beginning(tiny_policy, PROMPTS)
-    cache = SharedPrefixCache(prefix.layers, slots=7, room=20)
-    for (keys, values), (kept_keys, kept_values) in zip(prefix.layers, cache.prefix, strict=True):
+    cache = SharedPrefixCache([prefix.layers], slots=7, room=20)
+    (layers,) = cache.prefixes
+    for (keys, values), (kept_keys, kept_values) in zip(prefix.layers, layers, strict=True):
         assert kept_keys.data_ptr() == keys.data_ptr()
         assert kept_values.data_ptr() == values.data_ptr()
     own = cache.own[0][0]
@@ -133,6 +142,27 @@ def test_seed_and_key_make_the_sample(tiny_policy):
     assert sampled(tiny_policy, PROMPTS, seed=4) != one
     repeated = sampled(tiny_policy, PROMPTS[:1] * 5, batch_size=5)
     assert len({c.token_ids for c in repeated}) > 1  # one prompt, five streams
+
+
+@pytest.mark.parametrize("method", ["shared", "plain"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_orders_that_are_done_together_get_what_each_gets_alone(tiny_policy, batch_size, method):
+    """Two shared beginnings, greedy, with drafts and drawn, of several lengths, and nothing."""
+    other = ["who is there, in the end? " + ending for ending in ENDINGS]
+    prefix = generation.shared_beginning(tiny_policy, PROMPTS)
+    drawn = {"top_k": 0, "seed": 3, "temperature": 0.9}
+    orders = [
+        Order(prompts=PROMPTS, prefix=prefix, max_new_tokens=12, drafts=["the other"] * 7),
+        Order(prompts=PROMPTS[::2], prefix=prefix, max_new_tokens=5),
+        Order(prompts=PROMPTS * 2, prefix=prefix, max_new_tokens=9, **drawn),
+        Order(prompts=[]),
+        Order(prompts=other, stop=Stop.at("e"), max_new_tokens=9),
+        Order(prompts=other, max_new_tokens=6, top_p=0.7, keys=[*"abcdefg"], **drawn),
+    ]
+    alone = [generate_together(tiny_policy, [order], method=method)[0] for order in orders]
+    options = {"batch_size": batch_size, "method": method}
+    assert generate_together(tiny_policy, orders, **options) == alone
+    assert list(map(len, alone)) == [7, 4, 14, 0, 7, 7]
 
 
 def test_copies_of_a_prompt_are_like_prompts_of_their_own(tiny_policy):
@@ -244,3 +274,14 @@ def test_a_model_that_is_wrong_with_a_shared_prefix_is_found_out(tiny_policy, mo
 )
 def test_common_prefix(sequences, shared):
     assert common_prefix(sequences) == shared
+
+
+def test_a_slow_tokenizer_takes_no_harm_from_the_ids_of_a_padded_vocabulary(tiny_policy):
+    tokenizer = ByT5Tokenizer(extra_ids=2)
+    policy = dataclasses.replace(
+        tiny_policy, model=tiny_model("mistral-window", 512), tokenizer=tokenizer
+    )
+    (done,) = generate(policy, [[70, 71, 72]], max_new_tokens=16)
+    known = [i for i in done.token_ids if i < 261]  # 256 bytes, 3 special tokens, 2 more
+    assert 0 < len(known) < len(done.token_ids)
+    assert done.text == tokenizer.decode(known, skip_special_tokens=True)

@@ -50,7 +50,11 @@ class Scripted:
 
 def answering(monkeypatch, script) -> None:
     """Let a script stand for the model."""
-    monkeypatch.setattr(engine, "generate", script)
+
+    def together(policy, orders, **_):
+        return [script(policy, order.prompts, keys=order.keys) for order in orders]
+
+    monkeypatch.setattr(engine, "generate_together", together)
 
 
 def make(policy, folder: Path, config=PAPER, questions=QUESTIONS, **options):

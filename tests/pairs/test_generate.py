@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from scripted import (
+    ANNOTATED,
+    DEFAULT,
+    PAPER,
+    QUESTIONS,
+    Scripted,
+    answering,
+    completion,
+    killed_after,
+    make,
+    read_all,
+    refine,
+)
 
 from grath_utils import engine
 from grath_utils.config import PairsConfig
@@ -16,45 +27,15 @@ from grath_utils.engine.generation import Completion
 from grath_utils.errors import DataError, RunError
 from grath_utils.files import read_jsonl, write_jsonl
 from grath_utils.pairs import default
-from grath_utils.pairs import generate as pairs_module
-from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
+from grath_utils.pairs.generate import Pair, read_pairs
 from grath_utils.pairs.parsing import Reason
 from grath_utils.pairs.questions import Question
-
-QUESTIONS = [Question(f"q{i}", f"Why does thing number {i} fall down?") for i in range(10)]
-PAPER = PairsConfig(mode="paper", shots=1, batch_size=1)  # chunks of four questions
-DEFAULT = PairsConfig(shots=1, batch_size=4, candidates=2, max_new_tokens=16)
-
-
-def completion(text: str, finished: str = "eos") -> Completion:
-    return Completion(text, tuple(range(len(text.split()))), finished)
-
-
-class Scripted:
-    """Stands for `generate`: answers by what the prompt asks, and counts its prompts."""
-
-    def __init__(self, answer=None):
-        self.answer = answer or self.default
-        self.asked: list[str] = []
-
-    @staticmethod
-    def default(number: int) -> Completion:
-        if number == 3:
-            return completion("I would rather not.")
-        if number == 5:
-            return completion("Correct answer: Wind.\nIncorrect answer: wind\n")
-        return completion(f"Correct answer: Force {number}.\nIncorrect answer: Magic {number}.\n")
-
-    def __call__(self, policy, prompts, **_):
-        texts = [policy.tokenizer.decode(ids) for ids in prompts]
-        self.asked += texts
-        return [self.answer(int(text.rsplit("number ", 1)[1].split()[0])) for text in texts]
 
 
 @pytest.fixture
 def scripted(monkeypatch) -> Scripted:
     script = Scripted()
-    monkeypatch.setattr(engine, "generate", script)
+    answering(monkeypatch, script)
     return script
 
 
@@ -65,21 +46,6 @@ def scored(monkeypatch, logprob) -> None:
         return [SimpleNamespace(logprob=logprob(request), tokens=2) for request in requests]
 
     monkeypatch.setattr(engine, "score_completions", score)
-
-
-def make(policy, folder: Path, config=PAPER, questions=QUESTIONS, **options):
-    return generate_pairs(
-        policy,
-        questions,
-        config,
-        out=folder / "pairs.jsonl",
-        rejects=folder / "rejects.jsonl",
-        **{"seed": 0, "progress": False, **options},
-    )
-
-
-def refine(policy, folder: Path, previous, config=PAPER, iteration=1, questions=QUESTIONS):
-    return make(policy, folder, config, questions, previous=previous, iteration=iteration)
 
 
 # --- the files -----------------------------------------------------------------------------------
@@ -218,7 +184,7 @@ def test_refinement_of_strangers_is_refused(tiny_policy, tmp_path, scripted):
 class ScriptedCandidates:
     """Answers the three kinds of prompt, greedy and sampled."""
 
-    def __call__(self, policy, prompts, *, keys=None, do_sample=False, **_):
+    def __call__(self, policy, prompts, *, keys=None):
         texts = [policy.tokenizer.decode(ids) for ids in prompts]
         out = []
         for text, key in zip(texts, keys or [""] * len(texts), strict=True):
@@ -236,7 +202,7 @@ class ScriptedCandidates:
 
 @pytest.fixture
 def candidates(monkeypatch):
-    monkeypatch.setattr(engine, "generate", ScriptedCandidates())
+    answering(monkeypatch, ScriptedCandidates())
 
 
 def test_default_mode_takes_the_clearest_contrast(tiny_policy, tmp_path, candidates, monkeypatch):
@@ -280,36 +246,13 @@ def test_agreement_counts_no_vote_for_oneself():
 # --- interruptions: the journal itself is tested with the files -----------------------------------
 
 
-class Killed(BaseException):
-    """As if the process had been killed: nothing catches it."""
-
-
-@contextmanager
-def killed_after(chunks: int):
-    real, finished = pairs_module.Journal.append, []
-
-    def append(self, number, rows):
-        if len(finished) == chunks:
-            raise Killed
-        real(self, number, rows)
-        finished.append(number)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pairs_module.Journal, "append", append)
-        yield
-
-
-def read_all(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in ("pairs.jsonl", "rejects.jsonl")]
-
-
 @pytest.mark.parametrize("config", [PAPER, DEFAULT], ids=["paper", "default"])
 def test_a_killed_run_resumes_with_the_same_bytes(tiny_policy, tmp_path, monkeypatch, config):
     """The tiny model itself writes in mode default; its babble passes when nothing is filtered."""
     config = replace(config, filters=("none",))
     script = Scripted()
     if config.mode == "paper":
-        monkeypatch.setattr(engine, "generate", script)
+        answering(monkeypatch, script)
     make(tiny_policy, tmp_path / "whole", config)
     for chunks in (0, 1, 2):
         folder = tmp_path / f"killed-{chunks}"
@@ -400,12 +343,6 @@ def test_the_words_of_a_prompt_file(tiny_policy, tmp_path, scripted):
     assert "Question: Is it?\nTrue answer: It is.\nFalse answer: No." in plain
     assert "Is it?? yes it is! never!" in known
     assert "Does number 0 fall?? a stone! a hill!" in known
-
-
-ANNOTATED = [
-    Question("a", "What falls?", ("a stone", "a hill", "a lake"), 0),
-    Question("b", "What burns?", ("water", "dry wood", "a pebble"), 1),
-]
 
 
 def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted):
