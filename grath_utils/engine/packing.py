@@ -25,15 +25,8 @@ import numpy as np
 import torch
 
 from grath_utils.engine.models import Policy
-from grath_utils.engine.scoring import (
-    CPU_ROW_TOKENS,
-    LOGIT_ROWS,
-    alone,
-    row_logits,
-    tree_row,
-    why_no_trees,
-)
-from grath_utils.engine.trie import Trie, build_trie
+from grath_utils.engine.scoring import LOGIT_ROWS, alone, row_logits, tree_row, why_no_trees
+from grath_utils.engine.trie import CPU_ROW_TOKENS, Trie, build_trie
 
 # The longest row on a GPU: it fills the device, and masked-out attention stays below a tenth.
 GPU_ROW_TOKENS = 2048
@@ -165,7 +158,9 @@ def padded_forward(model: Callable[..., Any], *, selects: bool) -> Callable[...,
     ) -> PerToken:
         sequence, column = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
         first = int(column.min()) if selects else 0
-        options = {"logits_to_keep": labels.shape[1] - first} if selects else {}
+        # As indices: for a number, torch may copy the output head for each row.
+        kept = torch.arange(first, labels.shape[1], device=labels.device)
+        options = {"logits_to_keep": kept} if selects else {}
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         logits = model(**batch, **options).logits[sequence, column - first]  # (E, vocabulary)
         which = torch.arange(len(logits), device=logits.device)

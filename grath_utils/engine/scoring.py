@@ -26,6 +26,7 @@ from grath_utils.engine.encoding import Encoded, Request, encode_requests, refus
 from grath_utils.engine.models import accepts
 from grath_utils.engine.slices import TOKENS, plain_logits, say_once, why_not
 from grath_utils.engine.trie import (
+    CPU_ROW_TOKENS,
     Block,
     Trie,
     attention_mask,
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
     from grath_utils.engine.models import Policy
 
-# The longest row on a CPU, the fastest measured. Beyond it, masked-out attention costs more than
-# larger matrix products save.
-CPU_ROW_TOKENS = 512
 LOGIT_ROWS = 32  # rows of logits turned to float32 at a time: they stay in the processor's cache
 
 
@@ -259,8 +257,9 @@ def row_logits(
         cache: keys and values of a prefix that the whole row sees; the row's own are added.
     """
     places = row["predictors"]
-    # 1 stands for "the last only": there is no way to ask for none.
-    options = {"logits_to_keep": places if len(places) else 1} if selects else {}
+    # There is no way to ask for none; for a number, torch may copy the output head for each row.
+    kept = places if len(places) else places.new_tensor([row["ids"].shape[1] - 1])
+    options = {"logits_to_keep": kept} if selects else {}
     if "visible" not in row:
         logits = plain_logits(model, row["ids"], **options)[0]
         return logits[: len(places)] if selects else logits[places]

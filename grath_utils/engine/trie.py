@@ -29,6 +29,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The longest row on a CPU, the fastest measured. Beyond it, masked-out attention costs more than
+# larger matrix products save.
+CPU_ROW_TOKENS = 512
 PASS_OVERHEAD = 64  # tokens that cost as much as starting a forward pass does (measured, CPU)
 
 

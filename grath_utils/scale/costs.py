@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grath_utils.config import Config, LoraConfig, ModelConfig, load_config
+from grath_utils.engine.trie import CPU_ROW_TOKENS
 from grath_utils.errors import DataError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.files import read_jsonl
@@ -79,7 +80,6 @@ def workload(config: Config) -> dict[str, int]:
 # faster where products do, so the faster the products, the smaller the share of their rate.
 CPU_COSTS = {"write": (0.88, 2.3e-12), "train": (1.2, 4.5e-12), "score": (1.6, 1.3e-12)}
 CPU_KEPT = 2 * GIB  # freed blocks that the allocator may keep (machine.keep_freed_memory)
-CPU_ROW_TOKENS = 512  # a row of scoring; on a GPU it is evaluation.batch_tokens
 LIBRARIES = 0.6e9  # bytes; on a GPU the CUDA context
 # Assumed: no GPU run was long enough to be limited by its arithmetic.
 GPU_REACHED = (("write", 0.3), ("train", 0.4), ("score", 0.4))
