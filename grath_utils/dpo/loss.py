@@ -20,9 +20,11 @@ def completion_log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor])
     logits = model(
         input_ids=ids,
         attention_mask=batch["attention_mask"],
-        logits_to_keep=ids.shape[1] - first + 1,  # a token is predicted one position earlier
+        # A token is predicted one position earlier. Indices, not their number: for a number, torch
+        # may copy the output head once for each row.
+        logits_to_keep=torch.arange(first - 1, ids.shape[1] - 1, device=ids.device),
         use_cache=False,
-    ).logits[:, :-1]  # (2 B, T - first, V); the last position predicts beyond the sequence
+    ).logits  # (2 B, T - first, V)
     log_probs = F.log_softmax(logits.float(), dim=-1)
     token_log_probs = log_probs.gather(2, ids[:, first:].unsqueeze(2)).squeeze(2)
     return (token_log_probs * completion_mask[:, first:]).sum(dim=1)

@@ -140,7 +140,8 @@ def embed(policy: Policy, texts: Sequence[str], *, batch_size: int = 32) -> np.n
         # Padding on the right stays unseen: attention is causal, and the mean leaves it out.
         padded = pad_sequence(rows, batch_first=True).to(policy.device)
         with torch.inference_mode():
-            states = policy.model(padded, output_hidden_states=True, logits_to_keep=1)
+            first = torch.zeros(1, dtype=torch.long, device=policy.device)  # some logits must be
+            states = policy.model(padded, output_hidden_states=True, logits_to_keep=first)
         last = states.hidden_states[-1].float().cpu()
         means += [each[: len(row)].mean(0).numpy() for each, row in zip(last, rows, strict=True)]
     return np.stack(means)[np.argsort(order)]
