@@ -279,8 +279,8 @@ def check_answers(server: Server) -> None:
             f'"{server.model}" at {server.url} does not write as {server.policy.name} does: of '
             f"{len(nats)} answers {nats.count(0.0)} are the same, and where they part ours is "
             f"{mean:.1f} nats more probable on average (up to {FAR} is rounding). To "
-            f'"{PROBES[far]}" it answers {brief(theirs[far].text)}. Serve the model, and the '
-            "adapter, that the configuration names"
+            f'"{PROBES[far]}" it answers {theirs[far].text[:60]!r}. Serve what the configuration '
+            f"names: model, adapter and model.quantization={server.policy.config.quantization}"
         )
 
 
