@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
 from grath_utils import __version__, course, engine, loop, scale
 from grath_utils.cli import arguments as arg
@@ -18,14 +17,17 @@ from grath_utils.text import duration
 def do_env(options: argparse.Namespace) -> None:
     facts = loop.environment_facts()
     model = engine.resolve(ModelConfig())
-    cached = (cache_dir() / engine.CONVERSION / "config.json").is_file()
+    models = [
+        f"{own.name} {'there' if own.is_cached() else 'not fetched yet'}"
+        for own in engine.COURSE_MODELS.values()
+    ]
     print(f"grath_utils {__version__} (profiles: {', '.join(profile_names())})")
     for section in ("versions", "device"):
         print(f"{section}:")
         for key, value in facts[section].items():
             print(f"  {key}: {value}")
     print(f"compute: {model.device}, {model.dtype}")
-    print(f"cache: {cache_dir()} (default model {'there' if cached else 'not fetched yet'})")
+    print(f"cache: {cache_dir()} (models: {', '.join(models)})")
     print(f"data: {data_dir()}")
     print(f"benchmark mirror (GRATH_MIRROR): {mirror_dir() or 'none'}")
 
@@ -50,6 +52,7 @@ def do_run(options: argparse.Namespace) -> None:
         loop.check_settings(config)
         _show_plan(loop.check_run_dir(folder, config))
         return
+    engine.check_machine(config.model)
     if options.no_notebooks:
         run = loop.start_run(folder, config)
         loop.run_stages(run)
@@ -57,6 +60,8 @@ def do_run(options: argparse.Namespace) -> None:
         notebooks = course.numbered_notebooks() if options.all else course.main_line()
         run = loop.start_run(folder, config)
         course.run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
+        if not all(stage.done for stage in loop.plan_stages(run)):  # the placebo is in no notebook
+            loop.run_stages(run)
 
     def conclude() -> None:
         chosen = loop.run_state(run).final
@@ -86,8 +91,8 @@ def _show_plan(run: loop.Run) -> None:
         print(f"no estimate of time and memory: {error}")
         return
     device = costs.this_device(config.model)
-    every = replace(config, evaluation=replace(config.evaluation, every_iteration=True))
-    expected = {cost.id: cost for cost in costs.estimate(every, device, shape=shape)}
+    model = costs.CostModel(config, device, shape)
+    expected = {stage.id: model.stage(stage) for stage in plan}
     for stage in plan:
         cost = expected[stage.id]
         about = f"{duration(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
@@ -117,7 +122,7 @@ def do_status(options: argparse.Namespace) -> None:
     print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
     print(*(_line(stage.done, stage.title) for stage in plan), sep="\n")
     print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
-    print(loop.choice_line(run))
+    print(*filter(None, (loop.gain_line(run), loop.choice_line(run))), sep="\n")
 
 
 @arg.command(

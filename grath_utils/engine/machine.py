@@ -8,11 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import torch
 
 INFERENCE_BLOCK = 64 << 20
 TRAINING_BLOCK = 1 << 30
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of Linux's control groups, version 2
 
 
 def has_fast_bfloat16(device: str) -> bool:
@@ -21,6 +24,20 @@ def has_fast_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device == "cpu" and native
+
+
+def total_memory() -> int:
+    """Return the bytes of memory that this machine has, or the container that this runs in."""
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(CONTAINER_LIMIT.read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return total
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that can be taken without swapping, at most."""
+    return min(psutil.virtual_memory().available, total_memory())
 
 
 def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from tqdm import tqdm
 
 from grath_utils.config import ModelConfig
-from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
+from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir
+from grath_utils.engine.hub import LateBar, hub_reason
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.errors import DataError, FetchError, GrathError, ModelError, reason_of
 from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json, write_cache
@@ -47,15 +47,16 @@ def find_model(config: ModelConfig) -> StoredModel:
         FetchError: it has to be downloaded and cannot be.
     """
     name, path = config.name, os.path.expanduser(config.name)
-    if name == DEFAULT_MODEL:
-        return StoredModel(default_model_dir())
+    if name in COURSE_MODELS:
+        return StoredModel(course_model_dir(name))
     if os.path.isdir(path):
         stored = StoredModel(Path(path).resolve())
     else:
         parts = name.split("/")
         if name.startswith((".", "~", "/")) or len(parts) != 2 or not all(parts):
+            own = " or ".join(f"`{own}`" for own in COURSE_MODELS)
             raise ModelError(
-                f'unknown model "{name}": not `default`, not a folder (seen from {Path.cwd()}), '
+                f'unknown model "{name}": not {own}, not a folder (seen from {Path.cwd()}), '
                 "and a Hub id looks like ORGANISATION/NAME"
             )
         folder = _fetch(config)
@@ -77,18 +78,6 @@ def find_model(config: ModelConfig) -> StoredModel:
     return stored
 
 
-class _LateBar(tqdm):
-    """A progress bar that stays away where nothing has to be downloaded."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "delay": 2})
-
-    def display(self, *args: Any, **options: Any) -> bool | None:
-        if self._time() - self.start_t > self.delay:
-            return super().display(*args, **options)
-        return None
-
-
 def _fetch(config: ModelConfig) -> Path:
     """Return a Hub model's folder in the Hub's cache; a commit that is there costs no request."""
     from huggingface_hub import errors, snapshot_download
@@ -97,7 +86,7 @@ def _fetch(config: ModelConfig) -> Path:
     try:
         what = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
         return Path(
-            snapshot_download(config.name, revision=config.revision, tqdm_class=_LateBar, **what)
+            snapshot_download(config.name, revision=config.revision, tqdm_class=LateBar, **what)
         )
     except errors.HFValidationError as error:
         raise ModelError(f"unknown model {name}: not a folder, and no Hub id") from error
@@ -114,13 +103,10 @@ def _fetch(config: ModelConfig) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ModelError(f'the model {name} has no revision "{config.revision}"') from error
     except Exception as error:  # the Hub, the network and the disk fail in many ways
-        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-        offline = isinstance(cause, errors.OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else reason_of(cause or error)
         raise FetchError(
             f"the model {name} is not, or not wholly, in the Hub's cache and cannot be fetched "
-            f"({reason}). Connect to the network and run the same again, which resumes the "
-            "download; or set HF_HOME to a cache that holds it, or name a model folder"
+            f"({hub_reason(error)}). Connect to the network and run the same again, which resumes "
+            "the download; or set HF_HOME to a cache that holds it, or name a model folder"
         ) from error
 
 

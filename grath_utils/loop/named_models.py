@@ -1,4 +1,4 @@
-"""Models by the names that users give: `default`, a Hub id, a folder, or a round of a run."""
+"""Models by the names that users give: `tiny`, `small`, a Hub id, a folder, or a round of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from grath_utils.config import ModelConfig, absolute_name
-from grath_utils.engine.default_model import DEFAULT_MODEL
 from grath_utils.engine.models import (
     Policy,
     adapter_base,
@@ -22,7 +21,7 @@ from grath_utils.loop.run_dir import load_run
 
 
 def load_policy(
-    name: str = DEFAULT_MODEL,
+    name: str = ModelConfig.name,
     *,
     quantization: str | None = None,
     dtype: str | None = None,

@@ -87,12 +87,14 @@ class Shape:
 SMOLLM2_135M = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True)
 SMOLLM2_360M = Shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 49152, tied=True)
 SMOLLM2_1_7B = Shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 49152, tied=True)
+QWEN2_1_5B = Shape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936, tied=True)
 LLAMA2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000, tied=False)
 LLAMA2_70B = Shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000, tied=False)
 MISTRAL_7B = Shape("Mistral-7B", 4096, 14336, 32, 32, 8, 32000, tied=False)
 
 KNOWN = {
-    "default": SMOLLM2_135M,
+    "tiny": SMOLLM2_135M,
+    "small": QWEN2_1_5B,
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-360M-Instruct": SMOLLM2_360M,
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2_1_7B,

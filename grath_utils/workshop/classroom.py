@@ -4,7 +4,7 @@
 
     DIR/ START.md · install.py · manifest.json (checksums of everything)
          course/      this repository
-         model/       the default model, converted (GRATH_CACHE)
+         model/       the run's model, converted (GRATH_CACHE)
          wheels/      every package, for each kind of machine that was asked for
          checkpoints/NAME/  a finished run, to start at any notebook
          mirror/      the benchmarks (GRATH_MIRROR), if a mirror was named
@@ -31,7 +31,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from grath_utils.config import Config
-from grath_utils.engine.default_model import DEFAULT_MODEL, default_model_dir
+from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import (
     atomic_path,
@@ -108,11 +108,7 @@ def this_machine() -> Target:
 
 
 def find_target(tag: str, python: str) -> Target:
-    """Return what a platform tag of pip stands for, such as ``win_amd64``.
-
-    Raises:
-        UsageError: a tag of another form, or something that is not a Python version.
-    """
+    """Return what a platform tag of pip stands for, such as ``win_amd64``."""
     if not re.fullmatch(r"\d+\.\d+", python):
         raise UsageError(f'--python-version is "{python}"; it looks like 3.12')
     if found := re.fullmatch(r"win_(\w+)", tag):
@@ -178,8 +174,9 @@ def make_classroom(
     files = {name: sha256_file(folder / name) for name in [*sources, "START.md", *sorted(kept)]}
     packed_before = {f"wheels/{wheel}" for entry in old["targets"] for wheel in entry["wheels"]}
     for name in {*manifest["files"], *packed_before} - {*files}:
-        if (folder / name).resolve().is_relative_to(folder):
-            (folder / name).unlink(missing_ok=True)
+        old_file = folder / name
+        if old_file.is_file() and old_file.resolve().is_relative_to(folder):
+            old_file.unlink()
     write_json(record, {"finished": True, "targets": [*packed.values()], "files": files})
     total = sum((folder / name).stat().st_size for name in files)
     say(f"{folder}: {len(files)} files, {total / 1e9:.2f} GB")
@@ -187,40 +184,34 @@ def make_classroom(
 
 
 def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple[Path, Path]:
-    """Refuse a place that is not free, and a run that a learner's machine could not open.
+    """Return the folder to write and the checkout, if both place and run are fit for learners.
 
-    Returns:
-        The folder to write, and the checkout.
+    Raises:
+        UsageError: the place is not free, or a learner's machine could not open the run.
     """
     folder, root = user_path(to), (notebooks_dir() or HERE).parent
-    model, source = config.model.name, config.questions.source
-    if not (root / LOCK).is_file():
-        raise UsageError("the notebooks are not here: run this in a checkout of the repository")
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file; name a folder")
-    if folder == root or folder in root.parents:
-        raise UsageError(f"{folder} holds this checkout; name a folder of its own")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} is neither empty nor a classroom folder; choose another")
+    model, source, prompt = config.model.name, config.questions.source, config.pairs.prompt_file
+
+    def hold(good: Any, problem: str) -> None:
+        if not good:
+            raise UsageError(problem)
+
+    hold((root / LOCK).is_file(), "the notebooks are not here: run this in a checkout")
+    hold(not folder.is_file(), f"{folder} is a file; name a folder")
+    above = folder == root or folder in root.parents
+    hold(not above, f"{folder} holds this checkout; name a folder of its own")
+    free = not folder.is_dir() or (folder / MANIFEST).is_file() or not any(folder.iterdir())
+    hold(free, f"{folder} is neither empty nor a classroom folder; choose another")
     check_output(folder / MANIFEST, read_json, ("finished", "targets", "files"))
-    if model != DEFAULT_MODEL:
-        raise UsageError(
-            f'the run uses the model "{model}"; a classroom folder has only the default model'
-        )
-    if source != "own" and not (mirror and source == "arc_challenge"):
-        raise UsageError(
-            f'the run takes its questions from "{source}", which a classroom folder does not have; '
-            "use questions.source=own"
-        )
-    if prompt := config.pairs.prompt_file:
-        raise UsageError(
-            f"the run takes its prompt from {prompt}, which a classroom folder does not have; "
-            "leave pairs.prompt_file out"
-        )
-    if mirror and not any(mirror.rglob("*.jsonl")):
-        raise UsageError(
-            f"{mirror} holds no benchmark; `python -m grath_utils mirror --to DIR` makes a mirror"
-        )
+    lacks = "which a classroom folder does not have"
+    known = " or ".join(COURSE_MODELS)
+    hold(model in COURSE_MODELS, f'the run uses the model "{model}", {lacks}: it can have {known}')
+    packed = source == "own" or (mirror and source == "arc_challenge")
+    hold(packed, f'the run takes its questions from "{source}", {lacks}; use questions.source=own')
+    without = "leave pairs.prompt_file out"
+    hold(not prompt, f"the run takes its prompt from {prompt}, {lacks}; {without}")
+    make = "`python -m grath_utils mirror --to DIR` makes a mirror"
+    hold(not mirror or any(mirror.rglob("*.jsonl")), f"{mirror} holds no benchmark; {make}")
     return folder, root
 
 
@@ -228,7 +219,7 @@ def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
     """Return the files to copy, by the names that they get."""
     state = ["run.json", run.manifest.name, run.questions.name, run.report.name, *STAGE_FILES]
     state += [f"{part}/**/*" for part in STAGE_FILES]
-    model = default_model_dir()
+    model = course_model_dir(run.config.model.name)
     benchmarks = ("**/*.jsonl", "**/*.json", "**/*.md") if mirror else ()
     return {
         **_course_files(root),
@@ -276,11 +267,9 @@ def collect_wheels(
 ) -> dict[str, Any]:
     """Bring every package for a kind of machine into a folder; return its entry in the manifest.
 
-    For this machine pip takes the CPU build of torch, and builds what exists as source only. For
-    others it takes wheels alone, and what could not be had is noted as ``missing``.
-
-    Raises:
-        FetchError: packages for this machine cannot be had.
+    For this machine pip takes the CPU build of torch, and builds what exists as source only; where
+    packages cannot be had, that is a FetchError. For others it takes wheels alone, and what could
+    not be had is noted as ``missing``.
     """
     say(f"Packages for Python {target.python} on {target.system} {target.machine} ...")
     folder.mkdir(parents=True, exist_ok=True)
@@ -328,6 +317,5 @@ def _pip(command: str, scratch: str, *arguments: str) -> str:
     if "no space left" in done.stderr.lower():
         raise RunError("no space left on the disk; free some and run the same command again")
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return (
-        [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
-    )[-1]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["pip gave no reason"])[-1]

@@ -31,7 +31,7 @@ from grath_utils.loop.run_dir import Run
 
 TRIES = int(os.environ.get("GRATH_FUZZ", 0))
 NOTEBOOK = {
-    "metadata": {"grath_execution": {"date": "2026-01-01", "stages": ["train_0"], "files": 3}},
+    "metadata": {"grath_execution": {"date": "2026-01-01", "files": 3}},
     "cells": [
         {"cell_type": "code", "source": ["x"], "metadata": {"papermill": {"duration": 2.5}}},
         {"cell_type": "markdown", "source": ["## 1"], "metadata": {}},
@@ -137,7 +137,7 @@ def test_any_command_line(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         raise ModelError("no model is loaded here")
 
     with monkeypatch.context() as patch:
-        for place in ("models.load_stored", "stored.default_model_dir"):
+        for place in ("models.load_stored", "stored.course_model_dir"):
             patch.setattr(f"grath_utils.engine.{place}", none_here)
         patch.setattr("grath_utils.evaluation.make_mirror", none_here)
         patch.setattr("builtins.input", lambda prompt: "")
@@ -247,6 +247,7 @@ def damage(draw: st.DrawFn, file: Path) -> None:
         file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commands", [READ, LOAD], ids=["read", "load"])
 def test_any_damaged_run_directory(commands: list[str], small_run: Run) -> None:
     given_settings = shlex.split(run_parameters(small_run)["OVERRIDES"])

@@ -82,7 +82,7 @@ RULE: dict[str, dict[str, Any]] = {
         "name": "org/other",
         "revision": "v9",
     },
-    "--profile own.yaml --model default": {**PROFILE, "name": "default", "revision": None},
+    "--profile own.yaml --model default": {**PROFILE, "name": "tiny", "revision": None},
     # What was trained brings the settings that it was trained with.
     "--profile own.yaml --model run@base": TRAINED,
     "--profile own.yaml --model run@0": TRAINED,
@@ -114,7 +114,7 @@ def test_the_model_is_that_of_the_option_or_of_the_settings(
 def test_the_model_of_no_option_at_all(places: Path, capsys, command: str, expected: str) -> None:
     assert main(COMMANDS[command].split()) == 1
     found = json.loads(capsys.readouterr().err.removeprefix("error: "))
-    assert (found["name"], found["quantization"]) == ("default", expected)
+    assert (found["name"], found["quantization"]) == ("tiny", expected)
 
 
 @pytest.mark.parametrize("option", ["--dtype float32", "--set model.dtype=float32"])

@@ -12,7 +12,7 @@ from helpers import ROOT
 from grath_utils import loop
 from grath_utils.cli.commands import main
 from grath_utils.config import load_config
-from grath_utils.engine import default_model
+from grath_utils.engine.course_models import COURSE_MODELS
 from grath_utils.errors import UsageError
 from grath_utils.loop import named_models, stages
 from grath_utils.loop.run_dir import open_run
@@ -178,8 +178,9 @@ def test_a_cache_that_cannot_be_written_is_to_be_set(
     monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setenv("GRATH_CACHE", cache)
-    (place / "results" / default_model.CONVERSION).mkdir()
-    (place / "results" / default_model.CONVERSION / "half.safetensors").write_text("half")
+    conversion = place / "results" / COURSE_MODELS["tiny"].conversion
+    conversion.mkdir()
+    (conversion / "half.safetensors").write_text("half")
     said = refused(place, capsys, *COMMANDS["pairs"], "new.jsonl")
     assert f"{reason}" in said
     assert "set the environment variable GRATH_CACHE to a folder that can be written" in said

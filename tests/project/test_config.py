@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from grath_utils.config import (
+    BUILT_IN_MODELS,
+    BUILT_IN_SOURCES,
     Config,
     config_from_dict,
     describe_options,
@@ -17,6 +19,7 @@ from grath_utils.config import (
     profile_names,
 )
 from grath_utils.errors import ConfigError
+from grath_utils.pairs.questions import BUILT_IN
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -29,7 +32,7 @@ def test_every_profile_loads_and_round_trips(name: str) -> None:
 
 def test_the_documented_profiles_are_there() -> None:
     paper = ["paper-llama2", "paper-llama2-fixref", "paper-zephyr", "paper-zephyr-fixref"]
-    assert profile_names() == ["colab-t4", "cpu", "cpu-long", *paper, "smoke"]
+    assert profile_names() == ["colab-t4", "cpu", "cpu-long", "cpu-tiny", *paper, "smoke"]
 
 
 def test_config_is_frozen() -> None:
@@ -173,6 +176,19 @@ def test_a_profile_or_overrides_of_another_type(wrong: object) -> None:
         load_config(wrong)
     with pytest.raises(ConfigError, match="overrides"):
         load_config("cpu", wrong)
+
+
+def test_a_built_in_name_means_the_same_in_every_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in BUILT_IN_SOURCES:
+        Path(name).touch()
+        for given, found in ((name, name), (f"./{name}", str(tmp_path / name))):
+            assert load_config("cpu", {"questions.source": given}).questions.source == found
+    for name in BUILT_IN_MODELS:
+        Path(name).mkdir()
+        for given, found in ((name, name), (f"./{name}", str(tmp_path / name))):
+            assert load_config("cpu", {"model.name": given}).model.name == found
+    assert set(BUILT_IN) == set(BUILT_IN_SOURCES)
 
 
 def test_overrides_as_mapping_list_and_text_agree() -> None:

@@ -39,7 +39,7 @@ LEVEL, BLIND = (
 )
 SOURCES = {  # what is no measurement of this project's, or was measured elsewhere
     "README.md": {
-        "93": "the size of the default model's file (engine/default_model.py)",
+        "93": "the size of the default model's file (engine/course_models.py)",
         "95": LEVEL,
         "90": "INSTRUCTOR.md has the plan",
         "80": "the size of the GPU",

@@ -114,7 +114,7 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    monkeypatch.setattr(classroom, "default_model_dir", lambda: model)
+    monkeypatch.setattr(classroom, "course_model_dir", lambda name: model)
     return root
 
 
@@ -122,7 +122,7 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run that counts as finished, and whose model counts as the default one."""
     settings = {"model.name": str(tiny_llama), "model.dtype": "float32", "model.device": "cpu"}
-    monkeypatch.setattr(classroom, "DEFAULT_MODEL", str(tiny_llama))
+    monkeypatch.setattr(classroom, "COURSE_MODELS", {str(tiny_llama): None})
     monkeypatch.setattr(classroom, "run_stages", lambda run, say: None)
     run = start_run(tmp_path / "run", load_config("smoke", settings))
     run.iteration(0).mkdir()
@@ -348,7 +348,7 @@ def test_what_cannot_be_taken_elsewhere_is_refused(
     settings = {"model.name": str(tiny_llama), "pairs.prompt_file": "mine.yaml"}
     with pytest.raises(UsageError, match="takes its prompt from mine.yaml"):
         classroom.check_possible(tmp_path / "room", load_config("smoke", settings), None)
-    with pytest.raises(UsageError, match='uses the model "default"'):
+    with pytest.raises(UsageError, match='uses the model "tiny"'):
         make_classroom(tmp_path / "room", Run(tmp_path / "r", load_config("smoke")), say=quiet)
     full = tmp_path / "full"
     full.mkdir()
@@ -379,7 +379,7 @@ def test_a_packing_that_was_stopped_is_resumed(
     for path in (old, own, tmp_path / "notes.txt"):
         path.write_text("x")
     record = read_json(tmp_path / "room" / "manifest.json")
-    record["files"] |= {"course/old.py": None, "../notes.txt": None}
+    record["files"] |= {"course/old.py": None, "../notes.txt": None, "wheels": None}
     write_json(tmp_path / "room" / "manifest.json", record)
     folder = make_classroom(tmp_path / "room", run, say=quiet)
     assert {p: p.stat().st_mtime_ns for p in there} == there

@@ -1,0 +1,46 @@
+"""What every download from the Hub needs: a bar that comes late, and reasons in plain words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from grath_utils.errors import reason_of
+
+
+class LateBar(tqdm):
+    """A progress bar that stays away where nothing has to be downloaded."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "delay": 2})
+
+    def display(self, *args: Any, **options: Any) -> bool | None:
+        if self._time() - self.start_t > self.delay:
+            return super().display(*args, **options)
+        return None
+
+
+def hub_reason(error: Exception) -> str:
+    """Return, as part of a sentence, why something could not be fetched from the Hub."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return reason_of(cause or error)
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silence the Hub library's own notices, such as those of its retries."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
