@@ -85,8 +85,8 @@ def test_a_finished_run_is_shown_and_reported_without_torch(tmp_path: Path, smal
 def test_trl_is_loaded_for_training_alone(
     tmp_path: Path, tiny_llama: Path, questions: Path
 ) -> None:
-    model = ["--model", str(tiny_llama), "--set", "model.dtype=float32", "model.device=cpu"]
-    pairs = ["pairs", "--questions", str(questions), "--limit", "2", "--out", "pairs.jsonl"]
+    model = ["--model", str(tiny_llama), "--set", "pairs.shots=0", "pairs.filters=[none]"]
+    pairs = ["pairs", "--questions", str(questions), "--limit", "8", "--out", "pairs.jsonl"]
     evaluate = ["evaluate", "--benchmark", "probe", "--limit", "2", "--out", "probe.json"]
     for command in (pairs, evaluate):
         ended, modules, _, errors = call(tmp_path, *command, *model)

@@ -123,7 +123,7 @@ def test_an_unknown_benchmark_is_named_before_anything_is_made(
     tmp_path: Path, tiny_llama, questions
 ) -> None:
     config = config_for(tiny_llama, questions, **{"evaluation.benchmarks": ["probe", "retension"]})
-    with pytest.raises(ConfigError, match='names "retension"; did you mean "retention"'):
+    with pytest.raises(ConfigError, match='benchmark "retension"; did you mean "retention"'):
         start_run(tmp_path / "run", config)
     assert not (tmp_path / "run").exists()
 
