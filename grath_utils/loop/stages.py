@@ -36,13 +36,16 @@ from grath_utils.loop.run_dir import (
     Run,
     check_run_dir,
     environment_facts,
+    load_run,
     lock_run,
     model_label,
     open_run,
     record_made,
 )
-from grath_utils.pairs.generate import Pair, generate_pairs, read_pairs
-from grath_utils.pairs.questions import Question, load_questions, split_held_out
+from grath_utils.loop.state import run_pairs, run_questions
+from grath_utils.pairs.generate import generate_pairs, read_pairs
+from grath_utils.pairs.labels import relabelled
+from grath_utils.pairs.questions import load_questions, split_held_out
 
 
 def start_run(path: str | Path, config: Config) -> Run:
@@ -103,22 +106,6 @@ def _start_run(path: str | Path, config: Config) -> Run:
     return run
 
 
-def run_questions(run: Run, split: str | None = None) -> list[Question]:
-    """Return the run's questions: all, or those of one split (``train``, ``held_out``)."""
-    return [
-        Question.from_row(row, where=str(run.questions))
-        for row in read_jsonl(run.questions, {"split": str})
-        if split in (None, row["split"])
-    ]
-
-
-def run_pairs(run: Run, iteration: int) -> tuple[list[Pair], list[Pair]]:
-    """Return an iteration's pairs as (to train on, held out)."""
-    pairs = read_pairs(run.pairs(iteration))
-    ids = {q.id for q in run_questions(run, "train")}
-    return [p for p in pairs if p.id in ids], [p for p in pairs if p.id not in ids]
-
-
 def load_model(run: Run, iteration: int | None) -> Policy:
     """Load the run's model after a round (None: before the first), with its adapter.
 
@@ -136,9 +123,13 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
     """Write the pairs of an iteration with the model that it starts from.
 
     Iteration 0 writes both answers; later ones write the correct answer again and keep the first
-    incorrect one (gradual refinement). Held-out questions get pairs too, to measure on.
+    incorrect one (gradual refinement). Held-out questions get pairs too, to measure on. An arm
+    takes the pairs of the run beside which it stands, with other labels.
     """
     if processes.from_main(run.pairs(iteration).exists()):
+        return
+    if run.main:
+        processes.on_main(lambda: _relabel(run, load_run(run.main), iteration))
         return
     before = iteration - 1 if run.config.pairs.fallback == "newest" else 0
     with lock_run(run):
@@ -155,6 +146,22 @@ def make_pairs(run: Run, iteration: int, *, progress: bool = True) -> None:
             skip_long=run.config.questions.skip_bad,
         )
         _record(run, iteration, run.pairs(iteration), run.rejects(iteration))
+
+
+def _relabel(arm: Run, main: Run, iteration: int) -> None:
+    """Begin an arm with what its main run began with, and take over an iteration's pairs."""
+    own = ("schema_version", "created", "seed", "config")
+    with lock_run(arm):
+        facts = {key: value for key, value in main.info().items() if key not in own}
+        open_run(arm.path, arm.config, facts)
+        if not arm.questions.exists():
+            write_jsonl(arm.questions, read_jsonl(main.questions))
+            record_made(arm, arm.questions)
+        pairs = read_pairs(main.pairs(iteration))
+        settings = arm.config.pairs
+        pairs = relabelled(pairs, settings.labels, settings.flipped, arm.config.seed)
+        write_jsonl(arm.pairs(iteration), (pair.to_row() for pair in pairs))
+        _record(arm, iteration, arm.pairs(iteration))
 
 
 def train_iteration(run: Run, iteration: int, *, progress: bool = True) -> None:
@@ -286,10 +293,12 @@ def run_stages(run: Run, *, progress: bool = True, say: Callable[[str], None] = 
 
 def _note_done(run: Run) -> None:
     """Note what is there: a process may have been killed just before it noted its work."""
-    done = (stage for stage in plan_stages(run) if stage.done)
-    made = (path for stage in done for path in (*stage.beside, stage.output))
-    for path in filter(Path.exists, (run.questions, *made)):
-        record_made(run, path)
+    made = [(run, run.questions)]
+    for stage in plan_stages(run):
+        made += [(stage.run, path) for path in (*stage.beside, stage.output) if stage.done]
+    for whose, path in made:
+        if path.exists() and path.name != "run.json":
+            record_made(whose, path)
 
 
 def check_ready(run: Run, needed: Sequence[Path], notebook: str) -> None:

@@ -126,6 +126,19 @@ def test_the_card_of_a_control_does_not_speak_of_own_answers(
     assert "written by the model" in model_card(run, 0)
 
 
+def test_the_card_of_an_arm_says_whose_labels_they_are(run: Run) -> None:
+    def card(**settings: object) -> str:
+        config = replace(run.config, pairs=replace(run.config.pairs, **settings))
+        return model_card(replace(run, config=config), 0)
+
+    assert "An arm to compare with" not in card()
+    assert " a judge to say: the model itself, asked for it (`letters`).\n" in card(judge="letters")
+    random = card(labels="random", flipped=0.25)
+    assert "\n\n**An arm to compare with, no model to use:** the labels of its pairs" in random
+    assert "are `random`, and 25% of them flipped.\n\n## Base model and data" in random
+    assert "written by the model" not in card(labels="annotated")
+
+
 def test_the_card_says_what_the_model_was_shown(run: Run) -> None:
     paper = replace(run.config.pairs, mode="paper")
     shown = replace(paper, ground_truth=True, prompt_file="mine.yaml")

@@ -35,7 +35,7 @@ def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> 
     assert [path.stem for path in main_line()] == names[:5]
     assert len(lines) > len(names)
     for line, name in zip(lines, names, strict=False):
-        assert re.fullmatch(rf"{name} +done in [\d.]+ (s|min)", line)
+        assert re.fullmatch(rf"{name} +done in [\d.]+ (s|min), at most \d\.\d GiB of memory", line)
     assert f"Report: {run.report}" in lines
     assert any(re.match(r"probe +mc1 +16 ", line) for line in lines)
     assert any(re.match(r"retention +acc +16 ", line) for line in lines)
