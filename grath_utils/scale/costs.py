@@ -309,18 +309,21 @@ class CostModel:
         config, n, q = self.config, self.questions, self.question_tokens
         prompt, pair = q + TEMPLATE_TOKENS, q + PAIR_DISTINCT
         held_out = n * config.questions.held_out
-        kind = stage.id.partition("_")[0]
+        kind = stage.id.removeprefix("placebo_").partition("_")[0]
         memory = self.inference_memory(write=kind != "evaluate")
         match kind:
             case "pairs":
                 asked = find_mode(config.pairs.mode).asked(config.pairs, stage.iteration)
                 pairs, answers, scored = (n * times for times in asked)
-                prefix = config.pairs.shots * SHOT_TOKENS
+                truth = 2 * TYPICAL_ANSWER_TOKENS if config.pairs.ground_truth else 0
+                prefix = config.pairs.shots * (SHOT_TOKENS + truth)
                 seconds = [
-                    self.writing(pairs, prompt, q + PAIR_TOKENS, prefix),
+                    self.writing(pairs, prompt + truth, q + PAIR_TOKENS, prefix),
                     self.writing(answers, prompt, TYPICAL_ANSWER_TOKENS, prefix / 2),
                     self.scoring(scored, *CANDIDATE, prefix / 2),
                 ]
+            case "relabel":  # the main arm's pairs, with other labels
+                return StageCost(stage.id, stage.title, 0.0, 0.0)
             case "train":
                 parts = training_memory(config, self.device, shape=self.shape, pair_tokens=pair)
                 memory, seen = sum(parts.values()), config.dpo.steps * config.dpo.batch_size

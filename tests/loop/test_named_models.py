@@ -78,9 +78,9 @@ def test_a_relative_name_in_a_profile_reaches_the_notebooks(
     assert load_config(given["PROFILE"], given["OVERRIDES"], seed=given["SEED"]) == run.config
 
 
-@pytest.mark.parametrize("name", ["default", "org/model"])
+@pytest.mark.parametrize("name", ["tiny", "org/model"])
 def test_a_name_that_is_no_path_stays(here: Path, name: str) -> None:
-    (here / "default").mkdir()
+    (here / "tiny").mkdir()
     (here / "own").touch()
     config = load_config("smoke", {"model.name": name, "questions.source": "own"})
     assert (config.model.name, config.questions.source) == (name, "own")
