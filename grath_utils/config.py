@@ -457,10 +457,8 @@ def absolute_name(name: str, is_one: Callable[[str], bool]) -> str:
 
     A built-in name, and one that finds nothing of the kind (a Hub model), is returned as it is.
     """
-    path, built_in = (
-        os.path.expanduser(name),
-        (*BUILT_IN_MODELS, *OLD_MODEL_NAMES, *BUILT_IN_SOURCES),
-    )
+    path = os.path.expanduser(name)
+    built_in = (*BUILT_IN_MODELS, *OLD_MODEL_NAMES, *BUILT_IN_SOURCES)
     return os.path.abspath(path) if name not in built_in and is_one(path) else name
 
 
