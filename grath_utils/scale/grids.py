@@ -76,6 +76,8 @@ class Point:
     def shared(self, kind: str) -> Shared:
         """Return the shared stage of a kind that this point uses."""
         kept = {name: getattr(self.config, name) for name in SHARED_SECTIONS[kind]}
+        if kind == PAIRS:  # the same pairs, whatever labels they are then given
+            kept["pairs"] = replace(kept["pairs"], labels="own", flipped=0.0)
         if kind == BASE:  # which iterations are evaluated does not matter to the base model
             every = Config().evaluation.every_iteration
             kept["evaluation"] = replace(kept["evaluation"], every_iteration=every)

@@ -17,10 +17,12 @@ from typing import Any
 
 from grath_utils.errors import GrathError, RunError
 from grath_utils.evaluation.measure import RESULT
-from grath_utils.files import atomic_path, read_json, write_json
+from grath_utils.files import atomic_path, read_json, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
 from grath_utils.loop.state import comparison_rows
+from grath_utils.pairs.generate import read_pairs
+from grath_utils.pairs.labels import answers_for, relabelled
 from grath_utils.scale.grids import BASE, PAIRS, planned_config
 from grath_utils.scale.sweep_results import find_row
 
@@ -79,12 +81,19 @@ def do_job(sweep: Path, name: str) -> None:
 
 
 def take_pairs(run: Run, folder: Path) -> None:
-    """Take over the pairs of iteration 0, unless they are there; see :func:`_same_ground`."""
+    """Take over the pairs of iteration 0, with the labels of this run, unless they are there.
+
+    See :func:`_same_ground`.
+    """
     if not run.pairs(0).exists():
         shared = _same_ground(run, folder, "questions")
-        for path in (Run.rejects, Run.pairs):  # the pairs last: they say that the stage is done
-            with atomic_path(path(run, 0)) as partial:
-                shutil.copyfile(path(shared, 0), partial)
+        with atomic_path(run.rejects(0)) as partial:
+            shutil.copyfile(shared.rejects(0), partial)
+        labels, flipped = run.config.pairs.labels, run.config.pairs.flipped
+        pairs = read_pairs(shared.pairs(0))
+        pairs = relabelled(pairs, labels, flipped, run.config.seed, answers_for(labels))
+        # The pairs last: they say that the stage is done.
+        write_jsonl(run.pairs(0), (pair.to_row() for pair in pairs))
 
 
 def take_base(run: Run, folder: Path) -> None:

@@ -171,6 +171,13 @@ def test_shared_stages_are_shared_across_profiles_that_agree() -> None:
     assert one.shared(PAIRS).name != two.shared(PAIRS).name
 
 
+def test_arms_that_differ_in_labels_share_their_pairs() -> None:
+    own, coin, turned = points_of({"pairs.labels": ["own", "random", "annotated"]})
+    assert own.shared(PAIRS) == coin.shared(PAIRS) == turned.shared(PAIRS)
+    (part,) = points_of({"pairs.flipped": [0.25]})
+    assert part.shared(PAIRS).config.pairs == own.shared(PAIRS).config.pairs
+
+
 def test_the_plan_holds_every_configuration() -> None:
     axes = {"dpo.beta": [0.05, 0.1], "seed": [0, 1]}
     grid = grid_from_dict({"profile": "smoke", "grid": axes})

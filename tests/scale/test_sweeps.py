@@ -19,13 +19,20 @@ import torch
 import yaml
 
 from grath_utils.cli import main
+from grath_utils.config import load_config
 from grath_utils.course.notebooks import open_notebook_run, run_parameters
 from grath_utils.errors import RunError
 from grath_utils.files import read_json, write_json, write_text
 from grath_utils.loop.run_dir import load_run
-from grath_utils.loop.stages import evaluate_model, plan_stages, run_stages, start_run
+from grath_utils.loop.stages import (
+    evaluate_model,
+    make_pairs,
+    plan_stages,
+    run_stages,
+    start_run,
+)
 from grath_utils.scale.grids import planned_config
-from grath_utils.scale.sweep_jobs import row_of, take_base
+from grath_utils.scale.sweep_jobs import row_of, take_base, take_pairs
 from grath_utils.scale.sweep_results import (
     PointOutcome,
     collect,
@@ -216,6 +223,18 @@ def test_every_point_is_an_ordinary_run(story, capsys) -> None:
 
 
 @needs_processes
+def test_shared_pairs_get_the_labels_that_a_run_of_its_own_gives(tiny_settings, tmp_path) -> None:
+    shared = start_run(tmp_path / "shared", load_config("smoke", tiny_settings))
+    make_pairs(shared, 0, progress=False)
+    for more in ({"pairs.labels": "random"}, {"pairs.labels": "inverted", "pairs.flipped": 0.4}):
+        config = load_config("smoke", {**tiny_settings, **more})
+        alone, taker = (start_run(tmp_path / f"{name}{len(more)}", config) for name in "ab")
+        make_pairs(alone, 0, progress=False)
+        take_pairs(taker, shared.path)
+        assert taker.pairs(0).read_text() == alone.pairs(0).read_text()
+        assert taker.pairs(0).read_text() != shared.pairs(0).read_text()
+
+
 def test_a_shared_stage_of_other_weights_is_not_taken(story, tmp_path: Path) -> None:
     name = next(n for n, stage in story.plan["shared"].items() if stage["kind"] == "base")
     shared = load_run(story.out / "shared" / name)
