@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _ROWS = (  # module:name
     "default:MODE",
     "paper:MODE",
+    "sentences:MODE",
     "pick:MODE",
     "controls:GOLD",
     "controls:RANDOM",
