@@ -198,7 +198,7 @@ def generate_pairs(
     # demonstrations and chat template.
     prompts = [writer.prompt(tasks[0].question, kind) for kind in writer.kinds]
     if judge := find_judge(config):
-        prompts.append(judge.ask("Which?", ("This.", "That.")))
+        prompts += [ask("Which?", ("This.", "That.")) for ask in judge.asks]
     asked = [[task.question.to_row(), task.incorrect] for task in tasks]
     # Another address is the same server.
     settings = [own_settings(dataclasses.replace(config, server_url=None)), iteration, seed, size]

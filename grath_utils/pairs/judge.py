@@ -45,6 +45,21 @@ def letters_question(question: str, options: Sequence[str]) -> str:
     return f"Question: {question}\n{listed}\nWhich answer is true? Reply with {which} only."
 
 
+def exam_question(question: str, options: Sequence[str]) -> str:
+    """Return what the judge ``exam`` is asked: a multiple-choice test, without an instruction."""
+    listed = "\n".join(map("{}. {}".format, ascii_uppercase, options))
+    return f"{question}\n\n{listed}\n\nAnswer:"
+
+
+def sceptic_question(question: str, options: Sequence[str]) -> str:
+    """Return what the judge ``sceptic`` is asked: popular errors are named as what they are."""
+    before, _, _ = letters_question(question, options).rpartition("\n")
+    return (
+        f"{before}\nOne of these answers is a popular belief that is false. Which answer would an "
+        "expert give who has checked the facts? Reply with one letter only."
+    )
+
+
 def by_letters(ask: Ask, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
     """Return the probability of each case's options, by the letter that the model would reply.
 
@@ -89,20 +104,40 @@ class Judge:
 
     name: str
     summary: str  # what it does, in the list of options
-    ask: Ask  # what it is asked
+    asks: tuple[Ask, ...]  # what it is asked, in one form or several
     by: Callable[[Ask, Policy, Sequence[Case]], list[np.ndarray]] = by_letters
-    scored: int = 2  # prompts that are scored for one pair, see :class:`.Asked`
+
+    @property
+    def scored(self) -> int:
+        """Prompts that are scored for one pair, see :class:`.Asked`."""
+        return 2 * len(self.asks)
 
     def weigh(self, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
-        """Return the probability of each case's options that it is the true one."""
-        return self.by(self.ask, policy, cases)
+        """Return the probability of each option that it is the true one: the mean of the forms."""
+        forms = [self.by(ask, policy, cases) for ask in self.asks]
+        return [sum(shares) / len(forms) for shares in zip(*forms, strict=True)]
 
 
 _ROWS = (
     Judge(
         name="letters",
         summary="the model replies with the letter of the true one; every order, averaged",
-        ask=letters_question,
+        asks=(letters_question,),
+    ),
+    Judge(
+        name="exam",
+        summary="the same, put as a multiple-choice test",
+        asks=(exam_question,),
+    ),
+    Judge(
+        name="both",
+        summary="the mean of `letters` and `exam`, which err in different places",
+        asks=(letters_question, exam_question),
+    ),
+    Judge(
+        name="sceptic",
+        summary="as `letters`, told that a popular belief is among the answers",
+        asks=(sceptic_question,),
     ),
 )
 JUDGES: dict[str, Judge] = {judge.name: judge for judge in _ROWS}

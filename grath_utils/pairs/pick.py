@@ -37,8 +37,8 @@ class PickingWriter(Writer):
         tokenizer = self.policy.tokenizer
         prompts = [training_prompt(tokenizer, question, form) for form in PROMPT_FORMATS]
         if judge := find_judge(self.config):
-            asked = judge.ask(question.text, question.candidates)
-            prompts.append(training_prompt(tokenizer, asked))
+            asked = [ask(question.text, question.candidates) for ask in judge.asks]
+            prompts += [training_prompt(tokenizer, each) for each in asked]
         return max(len(token_ids(tokenizer, prompt)) for prompt in prompts)
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:

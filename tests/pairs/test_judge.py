@@ -29,7 +29,17 @@ from grath_utils.errors import ConfigError, DataError, RunError
 from grath_utils.files import read_jsonl
 from grath_utils.pairs import judge as judges
 from grath_utils.pairs.generate import read_pairs
-from grath_utils.pairs.judge import Case, Judge, by_letters, find_judge, letters_question, verdict
+from grath_utils.pairs.judge import (
+    JUDGES,
+    Case,
+    Judge,
+    by_letters,
+    exam_question,
+    find_judge,
+    letters_question,
+    sceptic_question,
+    verdict,
+)
 from grath_utils.pairs.modes import MODES, check_pairs_config
 from grath_utils.pairs.prompts import training_prompt
 from grath_utils.pairs.writers import Rejected, Task, WrittenPair
@@ -50,6 +60,21 @@ def test_what_the_letters_ask():
         "Question: Why {so}?\nA: It is.\nB: No.\nWhich answer is true? Reply with A or B only."
     )
     assert letters_question("Why?", list("wxyz")).endswith("Reply with A, B, C or D only.")
+
+
+def test_what_the_other_judges_ask():
+    assert exam_question("Why {so}?", ["It is.", "No."]) == (
+        "Why {so}?\n\nA. It is.\nB. No.\n\nAnswer:"
+    )
+    asked = sceptic_question("Why?", ["It is.", "No."])
+    assert asked.startswith("Question: Why?\nA: It is.\nB: No.\nOne of these answers is a popular")
+
+
+def test_two_forms_of_a_question_count_equally(tiny_policy):
+    both, *forms = (JUDGES[name].weigh(tiny_policy, CASES) for name in ("both", "letters", "exam"))
+    for mean, one, other in zip(both, *forms, strict=True):
+        assert mean.tolist() == pytest.approx(((one + other) / 2).tolist())
+        assert one.tolist() != pytest.approx(other.tolist(), abs=1e-4)
 
 
 def by_hand(policy, case: Case) -> list[float]:
@@ -163,7 +188,9 @@ def judge(monkeypatch):
         weights = [[told.truths.get(text, 0.5) for text in case.options] for case in cases]
         return [torch.tensor(row).numpy() / sum(row) for row in weights]
 
-    monkeypatch.setitem(judges.JUDGES, "letters", Judge(name="t", summary="", ask=asking, by=by))
+    monkeypatch.setitem(
+        judges.JUDGES, "letters", Judge(name="t", summary="", asks=(asking,), by=by)
+    )
     return told
 
 
@@ -256,7 +283,9 @@ def test_a_journal_of_another_judge_is_not_continued(tiny_policy, tmp_path, monk
     with killed_after(1):
         make(tiny_policy, tmp_path, LETTERS)
     monkeypatch.setitem(
-        judges.JUDGES, "letters", replace(judges.JUDGES["letters"], ask=lambda *_: "Other words.")
+        judges.JUDGES,
+        "letters",
+        replace(judges.JUDGES["letters"], asks=(lambda *_: "Other words.",)),
     )
     for config in (LETTERS, replace(LETTERS, judge_keep=0.5), PAPER):
         with killed_after(1), pytest.warns(UserWarning, match="other inputs"):
@@ -278,11 +307,12 @@ def test_modes_without_a_model_refuse_a_judge():
         check_pairs_config(PairsConfig(judge="leters"))
 
 
-def test_a_judge_costs_two_prompts_a_pair():
-    for mode, more in (("paper", 2), ("default", 2), ("pick", 0)):
+@pytest.mark.parametrize(("name", "forms"), [("letters", 1), ("both", 2)])
+def test_a_judge_costs_two_prompts_a_pair_and_form(name, forms):
+    for mode, more in (("paper", 2 * forms), ("default", 2 * forms), ("pick", 0)):
         for iteration in (0, 1):
             without, judged = (
                 MODES[mode].asked(PairsConfig(mode=mode, judge=judge), iteration)
-                for judge in ("none", "letters")
+                for judge in ("none", name)
             )
             assert judged == without._replace(scored=without.scored + more)
