@@ -13,7 +13,7 @@ from grath_utils import __version__
 from grath_utils.course.report import comparison_table
 from grath_utils.engine.generation import generate
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.engine.models import Policy, apply_adapters, load_base
+from grath_utils.engine.models import Policy, apply_adapters, base_of, load_base
 from grath_utils.errors import ModelError, UsageError
 from grath_utils.files import atomic_path, check_new_folder, user_path, write_text
 from grath_utils.loop.named_models import resolve_name
@@ -114,14 +114,16 @@ def ask_both(run: Run, *, max_new_tokens: int = 60) -> Callable[[str], tuple[str
     if not trained:
         raise UsageError(f"{run.path}: no round has been trained yet, so there is one model only")
     final = run_state(run).final
-    models = [load_model(run, None), load_model(run, final if final in trained else trained[-1])]
+    policy = load_model(run, final if final in trained else trained[-1])
+    base = load_model(run, None) if policy.folded else None
+
+    def written(model: Policy, question: str) -> str:
+        prompt = render_chat(model.tokenizer, question_messages(question))
+        return generate(model, [prompt], max_new_tokens=max_new_tokens)[0].text.strip()
 
     def answer(question: str) -> tuple[str, str]:
-        prompts = [render_chat(model.tokenizer, question_messages(question)) for model in models]
-        before, after = (
-            generate(model, [prompt], max_new_tokens=max_new_tokens)[0].text.strip()
-            for model, prompt in zip(models, prompts, strict=True)
-        )
-        return before, after
+        with base_of(policy, base) as model:
+            before = written(model, question)
+        return before, written(policy, question)
 
     return answer

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,10 +53,16 @@ class Policy:
     fingerprint: str  # changes whenever weights, quantization, dtype or adapter do
     adapters: tuple[Path, ...] = ()  # on the base, in order: all but the last are merged into it
     quantized: Quantized | None = None  # how much of the base is, if any
+    folded: bool = False  # an adapter was added to the weights, where it cannot be switched off
 
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def is_base(self) -> bool:
+        """True where no adapter changes the base model, in its weights or beside them."""
+        return not self.folded and not hasattr(self.model, "peft_config")
 
     @property
     def max_length(self) -> int:
@@ -150,7 +158,7 @@ def apply_adapters(
     """
     from peft import PeftModel
 
-    model = policy.model
+    model, any_folded = policy.model, policy.folded
     for position, folder in enumerate(adapters):
         _check_adapter(folder, policy)
         folded = fold_last or position < len(adapters) - 1
@@ -163,7 +171,7 @@ def apply_adapters(
                     model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
                 _check_matrices(model, name, folder)
                 if folded and not getattr(model, "is_quantized", False):
-                    model = model.merge_and_unload()
+                    model, any_folded = model.merge_and_unload(), True
         except ModelError:
             raise
         except Exception as error:  # peft's own, torch's, safetensors', and of wrong types
@@ -174,7 +182,7 @@ def apply_adapters(
         model.eval()
     identity = fingerprint([policy.fingerprint, *map(adapter_fingerprint, adapters)])
     applied = (*policy.adapters, *adapters)
-    return replace(policy, model=model, fingerprint=identity, adapters=applied)
+    return replace(policy, model=model, fingerprint=identity, adapters=applied, folded=any_folded)
 
 
 def _check_matrices(model: Any, name: str, folder: Path) -> None:
@@ -199,6 +207,33 @@ def activate_adapters(model: Any, *, trainable: bool) -> None:
     model.base_model.set_adapter(names, inference_mode=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable and f".{TOP}." in name)
+
+
+@contextmanager
+def base_of(policy: Policy, base: Policy | None = None) -> Iterator[Policy]:
+    """Give a policy's base model: the policy itself, with its adapters switched off for a while.
+
+    Args:
+        base: that model, loaded beside the policy: needed where an adapter is folded into it.
+
+    Raises:
+        UsageError: an adapter is folded into the policy's weights, and ``base`` was not given.
+    """
+    if base is None and policy.folded:
+        raise UsageError(
+            f"{policy.name}: an adapter is folded into its weights, where it cannot be switched "
+            "off; load the base model as well, and pass it"
+        )
+    if base is not None or policy.is_base:
+        yield base or policy
+        return
+    trained = [(p, p.requires_grad) for p in policy.model.parameters()]
+    try:
+        with policy.model.disable_adapter():
+            yield policy
+    finally:
+        for parameter, was in trained:  # peft leaves its own trainable
+            parameter.requires_grad_(was)
 
 
 def adapter_fingerprint(folder: Path) -> str:

@@ -51,21 +51,21 @@ SHARE_RISE = 0.25  # rise in the share of answers that refuse, or that turn in c
 
 def measure_signals(
     policy: Policy,
-    base: Policy,
     pairs: Sequence[Pair],
     questions: Sequence[Question],
     dpo: DPOConfig,
     *,
+    base: Policy | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Return what the choice of a round stands on, as plain JSON values.
 
     Args:
         policy: the model after a round, or the base itself.
-        base: the model before the first round.
         pairs: the held-out pairs of iteration 0, the same for every round; may be empty.
         questions: held-out questions; the first :data:`ASKED` are answered, greedily.
         dpo: how pairs become tokens.
+        base: the model before the first round; None: the policy without its adapters.
 
     Returns:
         ``pairs`` (their ids), ``chosen`` and ``rejected`` (summed log-probabilities, nats), ``kl``
@@ -94,8 +94,8 @@ def measure_signals(
     chosen, rejected, kl = [], [], [0.0] * len(examples)
     if examples:
         chosen, rejected = reference_log_probs(policy, examples, progress=progress)
-        if policy is not base:
-            kl = kl_per_token(policy, base, examples)
+        if not policy.is_base:
+            kl = kl_per_token(policy, examples, base)
     asked = questions[:ASKED]
     prompts = [render_chat(policy.tokenizer, question_messages(q.text)) for q in asked]
     written = generate(policy, prompts, max_new_tokens=FREE_ANSWER_TOKENS, progress=progress)

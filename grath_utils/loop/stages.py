@@ -214,13 +214,13 @@ def _measure(run: Run, iteration: int | None, progress: bool) -> dict[str, Any]:
     with lock_run(run):
         if iteration is not None:
             _measure(run, None, progress)
-        base = load_model(run, None)
+        policy = load_model(run, iteration)
         signals = measure_signals(
-            base if iteration is None else load_model(run, iteration),
-            base,
+            policy,
             run_pairs(run, 0)[1],
             run_questions(run, "held_out"),
             run.config.dpo,
+            base=load_model(run, None) if policy.folded else None,
             progress=progress,
         )
         write_json(out, signals)

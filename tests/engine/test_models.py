@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from grath_utils.config import ModelConfig
 from grath_utils.dpo.round import train_round
 from grath_utils.engine.machine import keep_freed_memory
-from grath_utils.engine.models import ADAPTER_FILES, Policy, apply_adapters, load_base
+from grath_utils.engine.models import ADAPTER_FILES, Policy, apply_adapters, base_of, load_base
 from grath_utils.errors import FetchError, ModelError, UsageError
 
 
@@ -95,6 +95,16 @@ def test_adapters_beside_quantized_weights_are_the_merged_ones(
     assert torch.allclose(one, two, atol=1e-5)
     assert not torch.allclose(one, pristine, atol=1e-2)
     assert not any(p.requires_grad for p in beside.model.parameters())
+    # Beside the weights they can be switched off; what was folded in cannot.
+    with torch.no_grad(), base_of(beside) as base:
+        assert torch.equal(base.model(ids).logits, pristine)
+    with torch.no_grad():
+        assert torch.equal(beside.model(ids).logits, two)
+    assert not any(p.requires_grad for p in beside.model.parameters())
+    with pytest.raises(UsageError, match="is folded into its weights"), base_of(merged):
+        pass
+    with base_of(merged, quantized) as base:
+        assert base is quantized
 
 
 @pytest.mark.parametrize("change", ["missing", "misnamed"])

@@ -208,7 +208,7 @@ def test_health_of_texts() -> None:
 
 def test_the_base_against_itself_gains_nothing(tiny_policy) -> None:
     questions = [Question(p.id, p.question) for p in PAIRS]
-    found = measure_signals(tiny_policy, tiny_policy, PAIRS, questions, DPO, progress=False)
+    found = measure_signals(tiny_policy, PAIRS, questions, DPO, progress=False)
     assert found["pairs"] == [p.id for p in PAIRS]
     assert found["questions"] == found["pairs"]
     assert len(found["answers"]) == len(PAIRS)
@@ -218,8 +218,6 @@ def test_the_base_against_itself_gains_nothing(tiny_policy) -> None:
 
 
 def test_without_pairs_only_the_answers_are_measured(tiny_policy) -> None:
-    found = measure_signals(
-        tiny_policy, tiny_policy, [], [Question("q", "Why?")], DPO, progress=False
-    )
+    found = measure_signals(tiny_policy, [], [Question("q", "Why?")], DPO, progress=False)
     assert (found["pairs"], found["chosen"], found["rejected"], found["kl"]) == ([], [], [], [])
     assert len(found["answers"]) == 1

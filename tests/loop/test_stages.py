@@ -11,6 +11,8 @@ from helpers import config_for, make_tiny_llama, write_pairs
 
 from grath_utils.config import PairsConfig
 from grath_utils.course import choice_line
+from grath_utils.dpo.data import tokenize_pairs
+from grath_utils.dpo.drift import kl_per_token
 from grath_utils.errors import CollapseError, ConfigError, DataError, RunError
 from grath_utils.files import read_json, read_jsonl, write_json, write_jsonl
 from grath_utils.loop import stages
@@ -305,6 +307,39 @@ def test_training_sees_no_held_out_question(run: Run) -> None:
     assert {p.id for p in held_out} == {q.id for q in run_questions(run, "held_out")}
     assert {p.id for p in train} == {q.id for q in run_questions(run, "train")}
     assert len(train) == 6
+
+
+@pytest.mark.parametrize(
+    ("chain", "loaded"), [("continue", [None, 0, 1]), ("merge", [None, 0, 1, None])]
+)
+def test_a_round_is_measured_with_one_model_unless_its_base_is_gone(
+    tmp_path: Path,
+    tiny_llama: Path,
+    questions: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chain: str,
+    loaded: list[int | None],
+) -> None:
+    run = start_run(tmp_path / "run", config_for(tiny_llama, questions, **{"dpo.chain": chain}))
+    for t in range(2):
+        write_pairs(run, t)
+        train_iteration(run, t, progress=False)
+    base, seen = load_model(run, None), []
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "load_model", lambda run, t: seen.append(t) or load_model(run, t))
+        found = [stages.measure(run, t, progress=False)["kl"] for t in (None, 0, 1)]
+    assert seen == loaded
+    dpo = run.config.dpo
+    examples = tokenize_pairs(
+        base.tokenizer,
+        run_pairs(run, 0)[1],
+        prompt_format=dpo.prompt_format,
+        max_prompt_length=dpo.max_prompt_length,
+        max_length=min(dpo.max_length, base.max_length),
+    ).examples
+    wanted = [kl_per_token(load_model(run, t), examples, base) for t in range(2)]
+    assert found == [[0.0] * len(examples), *wanted]
+    assert min(min(values) for values in wanted) > 0
 
 
 def test_two_rounds_and_their_evaluation(run: Run) -> None:
