@@ -19,7 +19,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Run:
 
     path: Path
     config: Config
+    beside: Path | None = field(default=None, compare=False)  # see :attr:`main`
 
     manifest = _in_run("manifest.json")
     questions = _in_run("questions.jsonl")
@@ -130,6 +131,7 @@ class Run:
                 loop=replace(config.loop, placebo=False, **rounds),
                 evaluation=replace(config.evaluation, every_iteration=False),
             ),
+            beside=self.path,  # which may not have begun
         )
 
     @property
@@ -137,7 +139,7 @@ class Run:
         """The run directory that this one is an arm of, if it is one."""
         folder = self.path.parent.parent
         is_arm = self.path.parent.name == "arms" and (folder / "run.json").is_file()
-        return folder if is_arm else None
+        return folder if is_arm else self.beside
 
     def base_model(self) -> ModelConfig:
         """Return the base model; one of the Hub at the commit that the run was begun with."""

@@ -101,6 +101,13 @@ def test_without_the_setting_nothing_is_different(small_run: Run) -> None:
     assert small_run.main is None
 
 
+def test_the_plan_of_a_run_that_has_not_begun_is_that_of_the_finished_one(
+    run: Run, tmp_path: Path
+) -> None:
+    planned = [stage.id for stage in plan_stages(Run(tmp_path / "none", run.config))]
+    assert planned == [stage.id for stage in plan_stages(run)]
+
+
 def test_a_placebo_of_other_labels_is_refused() -> None:
     with pytest.raises(ConfigError, match='"pairs.labels" is inverted; leave one of them out'):
         config_from_dict({"pairs": {"labels": "inverted"}, "loop": {"placebo": True}})
