@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
         "generate": ["Pair", "check_outputs", "generate_pairs", "read_pairs"],
-        "judge": ["JUDGES", "Case", "find_judge", "letters_question"],
+        "judge": ["JUDGES", "Case", "find_judge", "letters_question", "try_judge"],
         "labels": ["answers_for", "read_sealed", "relabelled"],
         "modes": ["demonstrations", "find_mode"],
         "overlap": ["overlap_with_benchmarks"],

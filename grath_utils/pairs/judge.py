@@ -7,7 +7,7 @@ CONTRIBUTING.md shows how to add a judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from grath_utils.engine.models import Policy
+    from grath_utils.pairs.labels import Sealed
 
 
 class Case(NamedTuple):
@@ -191,6 +192,41 @@ def judged(
         pair if pair.correct is None else verdict(task, pair, float(next(truths)[0]), config)
         for task, pair in zip(tasks, written, strict=True)
     ]
+
+
+class Trial(NamedTuple):
+    """How a judge did on pairs of which it is known which answer is true."""
+
+    pairs: int
+    right: int  # of all of them: the true answer was given more than a half
+    kept: int  # enough for :func:`verdict` to keep the pair as it was, or turned round
+    kept_right: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all pairs that it has right."""
+        return self.right / self.pairs
+
+    @property
+    def kept_accuracy(self) -> float:
+        """Share of those that it keeps that it has right; nan where it keeps none."""
+        return self.kept_right / self.kept if self.kept else float("nan")
+
+
+def try_judge(policy: Policy, config: PairsConfig, answers: Mapping[str, Sealed]) -> Trial:
+    """Ask the configured judge about answers that it has not written, and count its hits.
+
+    Raises:
+        ConfigError: no judge is configured.
+    """
+    judge = find_judge(config)
+    if judge is None:
+        raise ConfigError('"pairs.judge" is none: there is nothing to try')
+    cases = [Case(name, known.question, known[1:3]) for name, known in answers.items()]
+    truths = [float(shares[0]) for shares in judge.weigh(policy, cases)]
+    kept = [p for p in truths if p >= config.judge_keep or p <= config.judge_swap]
+    right = [sum(p > 0.5 for p in each) for each in (truths, kept)]
+    return Trial(len(truths), right[0], len(kept), right[1])
 
 
 def verdict(task: Task, pair: WrittenPair, truth: float, config: PairsConfig) -> WrittenPair:

@@ -29,6 +29,7 @@ class Sealed(NamedTuple):
     question: str
     correct: str
     incorrect: str
+    kind: str = "plain"  # or `misconception`: the popular answer is the incorrect one
 
 
 def relabelled(
@@ -96,5 +97,5 @@ def read_sealed() -> dict[str, Sealed]:
         if name not in asked or name in found or fault:
             what = fault or ("doubled" if name in found else "none of our questions")
             raise DataError(f'{path}, row {number} ("{name}"): {what}')
-        found[name] = Sealed(asked[name], *sides)
+        found[name] = Sealed(asked[name], *sides, row.get("kind", "plain"))
     return found

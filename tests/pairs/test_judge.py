@@ -38,8 +38,10 @@ from grath_utils.pairs.judge import (
     find_judge,
     letters_question,
     sceptic_question,
+    try_judge,
     verdict,
 )
+from grath_utils.pairs.labels import Sealed
 from grath_utils.pairs.modes import MODES, check_pairs_config
 from grath_utils.pairs.prompts import training_prompt
 from grath_utils.pairs.writers import Rejected, Task, WrittenPair
@@ -316,3 +318,19 @@ def test_a_judge_costs_two_prompts_a_pair_and_form(name, forms):
                 for judge in ("none", name)
             )
             assert judged == without._replace(scored=without.scored + more)
+
+
+def test_a_judge_is_tried_on_answers_that_are_known(monkeypatch):
+    config = PairsConfig(judge="letters", judge_keep=0.7, judge_swap=0.3)
+    truths = {"sure": 0.9, "edge": 0.7, "nearly": 0.6, "half": 0.5, "wrong": 0.3}
+
+    def weigh(self, policy, cases):
+        assert [(c.question, *c.options) for c in cases[:1]] == [("sure?", "yes", "no")]
+        return [[truths[c.item], 1 - truths[c.item]] for c in cases]
+
+    monkeypatch.setattr(Judge, "weigh", weigh)
+    trial = try_judge(None, config, {k: Sealed(f"{k}?", "yes", "no") for k in truths})
+    assert trial == (5, 3, 3, 2)
+    assert (trial.accuracy, trial.kept_accuracy) == (3 / 5, 2 / 3)
+    with pytest.raises(ConfigError, match="nothing to try"):
+        try_judge(None, PairsConfig(), {})
