@@ -41,7 +41,8 @@ BUILT_IN_MODELS = {"tiny": "SmolLM2-135M-Instruct", "small": "Qwen2.5-Coder-1.5B
 # `default` named `tiny` once. Run directories and adapters that recorded it are read as ever, and
 # fingerprints go on with it.
 OLD_MODEL_NAMES = {"default": "tiny"}
-BUILT_IN_SOURCES = ("own", "arc_challenge", "arc_easy")
+OWN_QUESTIONS = {"own": None, "own_science": "science", "own_everyday": "everyday"}  # -> their part
+BUILT_IN_SOURCES = (*OWN_QUESTIONS, "arc_challenge", "arc_easy")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class QuestionsConfig:
 
     source: str = option(
         BUILT_IN_SOURCES[0],
-        "`own`, `arc_challenge`, `arc_easy`, a JSONL/CSV file, or a Hub data set id",
+        "`own` or a part of it (`own_science`: school facts; `own_everyday`: popular beliefs, "
+        "mostly false), `arc_challenge`, `arc_easy`, a JSONL/CSV file, or a Hub data set id",
     )
     column: str = option("question", "the column that holds the question")
     split: str = option("train", "split of a Hub data set")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from unicodedata import normalize
 
-from grath_utils.config import QuestionsConfig
+from grath_utils.config import BUILT_IN_SOURCES, OWN_QUESTIONS, QuestionsConfig
 from grath_utils.errors import DataError, UsageError, did_you_mean
 from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json, read_text
 from grath_utils.pairs.hub import hub_rows
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 ARC = "allenai/ai2_arc"
 ARC_SUBSETS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
-BUILT_IN = ("own", *ARC_SUBSETS)
 TABLES = (".csv", ".tsv")
 SHOWN = 5  # of the rows that were left out, in a message
 
@@ -105,9 +104,9 @@ LocatedRow = tuple[str, Any]
 def load_questions(config: QuestionsConfig, seed: int) -> QuestionSet:
     """Return the source questions, checked, in the source's order; ``limit`` draws some by seed.
 
-    The source is one of :data:`BUILT_IN`, a ``.jsonl``, ``.csv`` or ``.tsv`` file, or a Hub data
-    set id (``ORG/NAME`` or ``ORG/NAME:CONFIGURATION``). Two questions are the same if they differ
-    in case and spaces at most; texts and ids are in Unicode's form NFC.
+    The source is one of :data:`.BUILT_IN_SOURCES`, a ``.jsonl``, ``.csv`` or ``.tsv`` file, or a
+    Hub data set id (``ORG/NAME`` or ``ORG/NAME:CONFIGURATION``). Two questions are the same if they
+    differ in case and spaces at most; texts and ids are in Unicode's form NFC.
 
     Raises:
         DataError: no such source; an empty file; a malformed, doubled or empty row (file and line
@@ -165,10 +164,12 @@ def names_file(source: str) -> bool:
 def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
     """Return the source in words, and its rows."""
     name, split = config.source, config.split
-    if name == "own":
-        return "the project's own questions (questions.jsonl)", _rows(
-            data_dir() / "questions.jsonl"
-        )
+    if name in OWN_QUESTIONS:
+        part, rows = OWN_QUESTIONS[name], _rows(data_dir() / "questions.jsonl")
+        if part is None:
+            return "the project's own questions (questions.jsonl)", rows
+        wanted = ((where, row) for where, row in rows if row["part"] == part)
+        return f"the project's own questions, part {part} (questions.jsonl)", wanted
     if subset := ARC_SUBSETS.get(name):
         mirror, what = mirror_dir(), f"{subset}, split {split}, from the"
         if mirror is None:
@@ -188,7 +189,7 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
     data_set, _, subset = name.partition(":")
     if data_set.count("/") != 1:
         raise DataError(
-            f'unknown source of questions "{name}"{did_you_mean(name, BUILT_IN)} '
+            f'unknown source of questions "{name}"{did_you_mean(name, BUILT_IN_SOURCES)} '
             "(or a .jsonl/.csv file, or a Hub data set ORGANISATION/NAME)"
         )
     rows = _located_hub_rows(data_set, subset or None, split)
@@ -201,7 +202,7 @@ def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) ->
     if not isinstance(row, Mapping):
         raise _BadRow("malformed", f"expected a JSON object, found {type(row).__name__}")
     # Built-in sources have their own schema; `column` is about the user's files and data sets.
-    column = "question" if config.source in BUILT_IN else normalize("NFC", config.column)
+    column = "question" if config.source in BUILT_IN_SOURCES else normalize("NFC", config.column)
     if column not in row:
         near = did_you_mean(column, map(str, row)) if row else ""
         raise _BadRow("missing_column", f'no column "{column}"{near} (set questions.column)')

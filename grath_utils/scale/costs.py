@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grath_utils.config import Config, LoraConfig, ModelConfig, load_config
+from grath_utils.config import OWN_QUESTIONS, Config, LoraConfig, ModelConfig, load_config
 from grath_utils.engine.trie import CPU_ROW_TOKENS
 from grath_utils.errors import DataError
 from grath_utils.evaluation.benchmarks import BENCHMARKS
@@ -48,7 +48,7 @@ SIGNAL_ANSWERS, SIGNAL_TOKENS = 32, 48  # free answers behind the signals of a r
 def question_count(config: Config) -> int:
     """Return how many questions a run asks, or a DataError where only the Hub knows."""
     settings, source, limit = config.questions, config.questions.source, config.questions.limit
-    if source == "own" or names_file(source):
+    if source in OWN_QUESTIONS or names_file(source):
         return len(load_questions(settings, config.seed).questions)
     if found := QUESTIONS.get((source, settings.split), limit):
         return min(found, limit or found)
@@ -246,7 +246,7 @@ class CostModel:
         self.shape = shape or shape_of(config.model)
         self.quantization = stored_quantization(config, device)
         self.questions = question_count(config)
-        own = config.questions.source == "own"
+        own = config.questions.source in OWN_QUESTIONS
         self.question_tokens = OWN_QUESTION_TOKENS if own else QUESTION_TOKENS
         gpu = device.kind == "gpu"
         self.row_tokens = config.evaluation.batch_tokens if gpu else CPU_ROW_TOKENS

@@ -30,7 +30,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from grath_utils.config import Config
+from grath_utils.config import OWN_QUESTIONS, Config
 from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import (
@@ -206,7 +206,7 @@ def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple
     lacks = "which a classroom folder does not have"
     known = " or ".join(COURSE_MODELS)
     hold(model in COURSE_MODELS, f'the run uses the model "{model}", {lacks}: it can have {known}')
-    packed = source == "own" or (mirror and source == "arc_challenge")
+    packed = source in OWN_QUESTIONS or (mirror and source == "arc_challenge")
     hold(packed, f'the run takes its questions from "{source}", {lacks}; use questions.source=own')
     without = "leave pairs.prompt_file out"
     hold(not prompt, f"the run takes its prompt from {prompt}, {lacks}; {without}")

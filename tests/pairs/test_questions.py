@@ -55,6 +55,16 @@ def test_jsonl_file(tmp_path):
     assert two.where.endswith("line 3")  # blank lines count
 
 
+def test_a_part_of_our_own_questions():
+    science, everyday, both = (
+        load_questions(QuestionsConfig(source=name), seed=0)
+        for name in ("own_science", "own_everyday", "own")
+    )
+    assert science.questions + everyday.questions == both.questions
+    assert "part science" in science.source
+    assert min(len(science), len(everyday)) >= 400
+
+
 def test_csv_file_with_a_column_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "q.csv"
     path.write_bytes('\ufeffnr,Frage\r\n1,"Warum, und\nwozu?"\r\n2,Weshalb ß?\r\n'.encode())

@@ -10,6 +10,7 @@ import pytest
 from grath_utils.config import (
     BUILT_IN_MODELS,
     BUILT_IN_SOURCES,
+    OWN_QUESTIONS,
     Config,
     config_from_dict,
     describe_options,
@@ -19,7 +20,7 @@ from grath_utils.config import (
     profile_names,
 )
 from grath_utils.errors import ConfigError
-from grath_utils.pairs.questions import BUILT_IN
+from grath_utils.pairs.questions import ARC_SUBSETS
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -188,7 +189,7 @@ def test_a_built_in_name_means_the_same_in_every_folder(tmp_path: Path, monkeypa
         Path(name).mkdir()
         for given, found in ((name, name), (f"./{name}", str(tmp_path / name))):
             assert load_config("cpu", {"model.name": given}).model.name == found
-    assert set(BUILT_IN) == set(BUILT_IN_SOURCES)
+    assert {*OWN_QUESTIONS, *ARC_SUBSETS} == set(BUILT_IN_SOURCES)
 
 
 def test_overrides_as_mapping_list_and_text_agree() -> None:

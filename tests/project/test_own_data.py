@@ -21,13 +21,12 @@ from grath_utils.pairs.words import NEGATIONS
 DATA = Path(__file__).resolve().parents[2] / "data"
 FILES = ("questions", "retention", "demonstrations", "probe")
 FIELDS = {
-    "questions": {"id": str, "topic": str, "question": str},
+    "questions": {"id": str, "part": str, "topic": str, "question": str},
     "retention": {"id": str, "category": str, "question": str, "choices": list, "answer": int},
     "demonstrations": {"set": str, "question": str, "correct": str, "incorrect": str},
 }
 ID_PREFIX = {"questions": "own", "retention": "retention"}
 MINIMUM = {"questions": 700, "retention": 160, "demonstrations": 12}
-SCHOOL = 400  # so many questions of school science come first; everyday knowledge follows
 
 NEAR = 0.6  # content-word Jaccard from which two questions count as the same one
 NGRAM = 8  # words in a row that betray copied wording
@@ -142,11 +141,11 @@ def test_question_length():
 
 def part(name: str) -> tuple[dict, ...]:
     """Return the rows of a file, or of one of the two parts of the questions."""
-    rows = load("questions" if name in ("school", "everyday") else name)
-    return {"school": rows[:SCHOOL], "everyday": rows[SCHOOL:]}.get(name, rows)
+    rows = load("questions" if name in ("science", "everyday") else name)
+    return [row for row in rows if row.get("part", name) == name] or rows
 
 
-@pytest.mark.parametrize("name", ["school", "everyday"])
+@pytest.mark.parametrize("name", ["science", "everyday"])
 def test_topics_are_evenly_spread(name):
     rows = part(name)
     topics = Counter(row["topic"] for row in rows)
@@ -157,12 +156,12 @@ def test_topics_are_evenly_spread(name):
 
 
 def test_the_two_parts_of_the_questions_have_their_own_topics():
-    school, everyday = ({row["topic"] for row in part(name)} for name in ("school", "everyday"))
-    assert not school & everyday
+    science, everyday = ({row["topic"] for row in part(name)} for name in ("science", "everyday"))
+    assert not science & everyday
 
 
 @pytest.mark.parametrize(
-    ("name", "field"), [("school", "topic"), ("everyday", "topic"), ("retention", "category")]
+    ("name", "field"), [("science", "topic"), ("everyday", "topic"), ("retention", "category")]
 )
 @pytest.mark.parametrize("size", [40, 60, 120])
 def test_every_prefix_is_evenly_spread(name, field, size):
