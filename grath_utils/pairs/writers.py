@@ -58,6 +58,7 @@ class Rejected:
     prompt: str  # the kind that it answers; `judge`, or `options` or the mode if none was asked
     completion: str
     reason: Reason
+    truth: float | None = None  # the judge's, as of a :class:`.Pair`
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from grath_utils.config import OWN_QUESTIONS, Config
-from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir
+from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir, pip_reason
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import (
     atomic_path,
@@ -316,6 +316,4 @@ def _pip(command: str, scratch: str, *arguments: str) -> str:
         return ""
     if "no space left" in done.stderr.lower():
         raise RunError("no space left on the disk; free some and run the same command again")
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or ["pip gave no reason"])[-1]
+    return pip_reason(done.stderr)

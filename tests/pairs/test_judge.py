@@ -161,7 +161,8 @@ def test_kept_exchanged_or_dropped(truth, first_round, later_round):
             assert (found.truth, found.swapped) == (1 - truth, True)
         else:
             assert (found.correct, found.incorrect, found.truth) == (None, None, None)
-            assert found.rejected == (*WRITTEN.rejected, Rejected("judge", "x\ny", expected))
+            dropped = Rejected("judge", "x\ny", expected, round(truth, 4))
+            assert found.rejected == (*WRITTEN.rejected, dropped)
         assert WrittenPair.from_row(asdict(found)) == found
 
 
@@ -211,6 +212,7 @@ def test_pairs_are_kept_exchanged_or_dropped(tiny_policy, tmp_path, monkeypatch,
     assert "2 pairs (1 exchanged by the judge) from 10 questions" in str(report)
     dropped = [r for r in read_jsonl(tmp_path / "rejects.jsonl") if r["reason"] == "undecided"]
     assert (dropped[0]["prompt"], dropped[0]["completion"]) == ("judge", "Force 2.\nMagic 2.")
+    assert dropped[0]["truth"] == 0.5
     with pytest.raises(RunError, match=r"6 undecided.*the judge can hardly tell them apart"):
         make(tiny_policy, tmp_path / "none", config, [q for q in QUESTIONS if q.id > "q1"])
 
