@@ -136,7 +136,6 @@ def train_round(
     if reference != start:
         table = _reference_table(policy, examples, reference, progress=progress)
         del policy  # one model in memory at a time
-        gc.collect()
         policy = start.load(fold_last=not continued)
     refuse_cpu_4bit(policy.model)
     if continued:

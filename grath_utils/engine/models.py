@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ class Policy:
 def load_base(config: ModelConfig) -> Policy:
     """Load the base model that ``config`` describes, without an adapter, in evaluation mode."""
     config = pinned(resolve(config))
+    gc.collect()  # a model that was trained refers to itself: it would stand beside this one
     keep_freed_memory(config.device)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     quantized, on_gpu = config.quantization != "none", config.device == "cuda"

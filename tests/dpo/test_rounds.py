@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from grath_utils.dpo.adapters import Weights, add_adapter, model_after
 from grath_utils.dpo.data import collate, tokenize_pairs
 from grath_utils.dpo.loss import completion_log_probs, dpo_loss
 from grath_utils.dpo.round import TrainingReport, check_folder, train_round
-from grath_utils.engine.models import Policy, load_base
+from grath_utils.engine.models import Policy, load_base, unwrapped
 from grath_utils.errors import (
     CollapseError,
     ConfigError,
@@ -64,6 +66,27 @@ def test_the_model_after_a_round(tmp_path: Path) -> None:
     second.mkdir(parents=True)
     write_json(second / "grath.json", {"merged": ["../../iter_0/adapter"]})
     assert model_after(base, second).adapters == (first, second)
+
+
+def test_a_trained_model_is_gone_when_the_next_is_loaded(
+    base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After training it refers to itself: left alone, two models would be in memory."""
+    trained = []
+
+    def remembered(*arguments) -> Policy:
+        policy = add_adapter(*arguments)
+        trained.append(weakref.ref(unwrapped(policy.model)))
+        return policy
+
+    monkeypatch.setattr("grath_utils.dpo.round.add_adapter", remembered)
+    gc.disable()
+    try:
+        one_round(base, tmp_path / "round", steps=1)
+        load_base(base)
+        assert trained[0]() is None
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True)
