@@ -380,7 +380,7 @@ def compare_with_measurements() -> list[tuple[str, str, float, float]]:
 def predict(row: Mapping[str, Any]) -> float:
     """Return the prediction for a line of ``measurements.jsonl``."""
     device = DEVICES.get(row["device"]) or cpu_device(row["peak"], 24 * GIB)
-    config = load_config("cpu", row.get("settings", {}))
+    config = load_config("cpu-tiny", row.get("settings", {}))
     model = CostModel(config, device)
     match row["kind"]:
         case "dpo step":

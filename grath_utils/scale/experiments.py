@@ -36,9 +36,12 @@ _SMOKE = parse_overrides(
     "questions.limit=8 pairs.candidates=1 dpo.steps=2 dpo.batch_size=2 dpo.micro_batch_size=2 "
     "dpo.warmup_steps=0 evaluation.limit=6"
 )
+# With the larger model every point would take a quarter of an hour.
+_TINY = parse_overrides("model.name=tiny pairs.mode=default pairs.judge=none loop.placebo=false")
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "smoke": {**_CPU, **_SMOKE},
-    "cpu": _CPU,
+    "cpu": {**_CPU, **_TINY},
+    "cpu-tiny": _CPU,
     # Its pairs are picked; what the experiments vary is mostly how the model writes.
     "cpu-long": {**_CPU, "questions.source": "own", "pairs.mode": "default"},
 }

@@ -134,7 +134,7 @@ def test_every_stage_has_an_estimate_and_every_benchmark(profile: str, tmp_path:
             assert all("relabel" in id for id in free)  # no model takes part in it
 
 
-def cost_of(overrides: str = "", profile: str = "cpu", device: costs.Device = CPU):
+def cost_of(overrides: str = "", profile: str = "cpu-tiny", device: costs.Device = CPU):
     return total(estimate(load_config(profile, overrides), device))
 
 
