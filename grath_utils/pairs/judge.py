@@ -54,11 +54,13 @@ def exam_question(question: str, options: Sequence[str]) -> str:
 
 def sceptic_question(question: str, options: Sequence[str]) -> str:
     """Return what the judge ``sceptic`` is asked: popular errors are named as what they are."""
-    before, _, _ = letters_question(question, options).rpartition("\n")
-    return (
-        f"{before}\nOne of these answers is a popular belief that is false. Which answer would an "
-        "expert give who has checked the facts? Reply with one letter only."
+    count = "two" if len(options) == 2 else len(options)
+    warning = (
+        f"One of the {count} answers is a common misconception or a mistake. Which answer would an "
+        "expert who has checked the facts give?"
     )
+    listed, _, how = letters_question(question, options).rpartition("Which answer is true?")
+    return f"{listed}{warning}{how}"
 
 
 def by_letters(ask: Ask, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
@@ -92,11 +94,22 @@ def by_letters(ask: Ask, policy: Policy, cases: Sequence[Case]) -> list[np.ndarr
     for case in cases:
         n = len(case.options)
         logprobs = np.array([[next(scores).logprob for _ in range(n)] for _ in range(n)])
-        shares = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))  # (rotations, letters)
-        shares /= shares.sum(axis=1, keepdims=True)
-        # The letter in place p of rotation r stands for option p + r.
-        found.append(np.mean([np.roll(row, shift) for shift, row in enumerate(shares)], axis=0))
+        found.append(mean_of_orders(logprobs))
     return found
+
+
+def mean_of_orders(logprobs: np.ndarray) -> np.ndarray:
+    """Return the probability of each option, from the log-probabilities of letters.
+
+    Args:
+        logprobs: (rotations, letters), as many of one as of the other.
+    """
+    import numpy as np
+
+    shares = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    # The letter in place p of rotation r stands for option p + r.
+    return np.mean([np.roll(row, shift) for shift, row in enumerate(shares)], axis=0)
 
 
 @dataclass(frozen=True, kw_only=True)

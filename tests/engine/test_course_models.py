@@ -21,11 +21,15 @@ from filelock import FileLock
 from grath_utils.cli import main
 from grath_utils.config import (
     BUILT_IN_MODELS,
+    DPOConfig,
+    LoraConfig,
     ModelConfig,
+    PairsConfig,
     differing_keys,
     load_config,
     own_settings,
 )
+from grath_utils.dpo.round import train_round
 from grath_utils.engine import course_models
 from grath_utils.engine.course_models import (
     COURSE_MODELS,
@@ -37,6 +41,9 @@ from grath_utils.engine.course_models import (
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import fingerprint
+from grath_utils.pairs.generate import Pair
+from grath_utils.pairs.judge import try_judge
+from grath_utils.pairs.labels import read_sealed
 
 CONTENT = bytes(range(250)) * 4
 PIECE = 300  # so four pieces, the last of 100 bytes
@@ -357,3 +364,26 @@ def test_small_answers(small: Policy) -> None:
     head, embedding = small.model.lm_head.weight, small.model.get_input_embeddings().weight
     assert head.data_ptr() == embedding.data_ptr()
     assert {p.dtype for p in small.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.model
+def test_small_judges_and_learns(small: Policy, tmp_path: Path) -> None:
+    """What the course is about, in little: it knows school science, and two steps change it."""
+    known = [(k, answer) for k, answer in read_sealed().items() if answer.kind == "plain"][:20]
+    trial = try_judge(small, PairsConfig(judge="exam"), dict(known))
+    assert trial.right >= 15  # of 20; a coin gets there once in fifty times
+    assert trial.kept_right / trial.kept >= trial.right / trial.pairs
+    pairs = [Pair(k, each.question, each.correct, each.incorrect) for k, each in known[:8]]
+    report = train_round(
+        ModelConfig(name="small", dtype="bfloat16", device="cpu"),
+        pairs[:6],
+        pairs[6:],
+        tmp_path,
+        dpo=DPOConfig(steps=2, batch_size=4, warmup_steps=0, evaluate_every=2, prompt_format="qa"),
+        lora=LoraConfig(r=8, alpha=16, targets=("all-linear",)),
+        seed=0,
+        progress=False,
+    )
+    held_out = [row for row in report.log if row["split"] == "held_out"]
+    assert held_out[0]["margin"] == pytest.approx(0, abs=0.05)
+    assert held_out[-1]["margin"] > held_out[0]["margin"]

@@ -69,7 +69,8 @@ def test_what_the_other_judges_ask():
         "Why {so}?\n\nA. It is.\nB. No.\n\nAnswer:"
     )
     asked = sceptic_question("Why?", ["It is.", "No."])
-    assert asked.startswith("Question: Why?\nA: It is.\nB: No.\nOne of these answers is a popular")
+    assert asked.startswith("Question: Why?\nA: It is.\nB: No.\nOne of the two answers is a common")
+    assert asked.endswith("give? Reply with A or B only.")
 
 
 def test_two_forms_of_a_question_count_equally(tiny_policy):

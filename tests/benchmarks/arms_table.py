@@ -1,0 +1,121 @@
+"""The table of the arms: what each gains over the base, and over the placebo.
+
+From the folder of ``python -m grath_utils sweep arms`` (or several, with other seeds), to a record
+such as ``notebooks/appendix/recipe_arms.jsonl``::
+
+    python tests/benchmarks/arms_table.py SWEEP [SWEEP ...] --out FILE
+
+Differences are paired by item within a seed. Their intervals are percentiles of a bootstrap that
+draws items and seeds; changes in nats are means over all answers that are true, or false.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grath_utils.evaluation.measure import RESULT
+from grath_utils.files import read_json, write_jsonl
+from grath_utils.loop.run_dir import BASE, Run, load_run, model_label
+
+PLACEBO, RESAMPLES = "random", 2000
+Results = dict[str, dict[int, dict[str, Any]]]
+"""Arm -> seed -> benchmark -> (result before, result after)."""
+
+
+def finished(sweeps: list[Path]) -> Results:
+    """Return the results of all runs that have been measured on all of their benchmarks."""
+    found: Results = defaultdict(dict)
+    for path in (path for sweep in sweeps for path in sorted((sweep / "runs").iterdir())):
+        run = load_run(path)
+        names = run.config.evaluation.benchmarks
+        files = {n: [run.evaluation(m, n) for m in (BASE, model_label(0))] for n in names}
+        if all(file.exists() for pair in files.values() for file in pair):
+            results = {n: [read_json(file, RESULT) for file in pair] for n, pair in files.items()}
+            found[arm_of(run)][run.config.seed] = results
+    return found
+
+
+def arm_of(run: Run) -> str:
+    """Return what distinguishes a run from the main arm."""
+    if run.config.pairs.judge == "none":
+        return "unjudged"
+    return run.config.pairs.labels
+
+
+def values(result: dict[str, Any], metric: str) -> np.ndarray:
+    """Return a metric of each item, in points."""
+    return 100 * np.array([item["metrics"][metric] for item in result["items"]])
+
+
+def with_interval(differences: np.ndarray) -> dict[str, Any]:
+    """Return the mean of (seeds, items) differences and its 95 % interval."""
+    seeds, items = differences.shape
+    generator = np.random.default_rng(0)
+    means = [
+        differences[generator.integers(seeds, size=seeds)][
+            :, generator.integers(items, size=items)
+        ].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"change": round(differences.mean(), 1), "ci95": [round(low, 1), round(high, 1)]}
+
+
+def nats(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """Return by how much the log-probability of true and of false answers has changed."""
+    changes: dict[int, list[float]] = {0: [], 1: []}
+    for old, new in zip(before["items"], after["items"], strict=True):
+        for label, a, b in zip(old["labels"], old["scores"], new["scores"], strict=True):
+            changes[label].append(b - a)
+    return {"nats_true": float(np.mean(changes[1])), "nats_false": float(np.mean(changes[0]))}
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """Return one row for each arm, benchmark and metric."""
+    rows = []
+    for arm, seeds in results.items():
+        for name in next(iter(seeds.values())):
+            for metric in next(iter(seeds.values()))[name][0]["metrics"]:
+                pairs = {s: [values(r, metric) for r in each[name]] for s, each in seeds.items()}
+                change = np.array([after - before for before, after in pairs.values()])
+                row = {
+                    "arm": arm,
+                    "benchmark": name,
+                    "metric": metric,
+                    "n": change.shape[1],
+                    "seeds": sorted(seeds),
+                    "base": round(float(np.mean([b for b, _ in pairs.values()])), 1),
+                    **with_interval(change),
+                    "each_seed": [round(float(each.mean()), 1) for each in change],
+                }
+                moved = [nats(*each[name]) for each in seeds.values()]
+                row |= {k: round(float(np.mean([m[k] for m in moved])), 1) for k in moved[0]}
+                both = sorted(seeds.keys() & results.get(PLACEBO, {}).keys())
+                if arm != PLACEBO and both:
+                    placebo = {s: values(results[PLACEBO][s][name][1], metric) for s in both}
+                    over = np.array([pairs[s][1] - placebo[s] for s in both])
+                    row["over_random"] = with_interval(over) | {"seeds": both}
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Print the table and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sweeps", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows = rows_of(finished(given.sweeps))
+    for row in rows:
+        print(row)
+    if given.out:
+        write_jsonl(given.out, rows)
+
+
+if __name__ == "__main__":
+    main()
