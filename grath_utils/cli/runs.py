@@ -122,7 +122,8 @@ def do_status(options: argparse.Namespace) -> None:
     print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
     print(*(_line(stage.done, stage.title) for stage in plan), sep="\n")
     print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
-    print(*filter(None, (loop.gain_line(run), loop.choice_line(run))), sep="\n")
+    said = (loop.gain_line(run), *loop.what_happened(run), loop.choice_line(run))
+    print(*filter(None, said), sep="\n")
 
 
 @arg.command(

@@ -23,6 +23,7 @@ from grath_utils.loop.state import (
     run_pairs,
     run_state,
 )
+from grath_utils.loop.verdict import what_happened
 from grath_utils.text import percent, table, with_interval
 
 PLOTS = Path(__file__).parents[1] / "figures" / "plots.py"
@@ -37,6 +38,7 @@ TEMPLATES.globals |= {
     "table": partial(table, form="html"),
     "choice_line": choice_line,
     "gain_line": gain_line,
+    "what_happened": what_happened,
     "round_rows": round_rows,
     "ROUND_COLUMNS": ROUND_COLUMNS,
 }
@@ -69,7 +71,8 @@ def summary_table(run: Run) -> str:
     note = "percent, with 95 % bootstrap intervals; change: paired"
     note += "; [–]: a single item has none" if "[–]" in text else ""
     first = f"{gain}\n\n" if (gain := gain_line(run)) else ""
-    return f"{first}{text}\n\n{note}\n{choice_line(run)}"
+    said = "\n".join(what_happened(run))
+    return f"{first}{text}\n\n{note}\n\n{said}\n{choice_line(run)}"
 
 
 def write_report(run: Run) -> Path:
@@ -98,7 +101,7 @@ def write_report(run: Run) -> Path:
         notes += [f"{benchmark}, {label}: {note}" for note in shown.get("notes", [])]
         for rule, value in shown.get("controls", {}).items():
             rules.append((benchmark, rule.replace("_", " "), percent(value)))
-    executed = sorted(path.name for path in run.executed_notebooks.glob("[0-9][0-9]_*.ipynb"))
+    executed = sorted(path.name for path in run.executed_notebooks.glob("[0-9][0-9]*_*.ipynb"))
     page = TEMPLATES.get_template("report.html").render(
         run=run,
         config=run.config,

@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "benchmarks": ["BENCHMARKS", "Item", "load_benchmark", "reference_questions"],
         "blind_rules": ["RULES", "blind_rule_scores", "has_negation"],
-        "measure": ["RESULT", "check_comparable", "check_out", "compare", "evaluate"],
+        "measure": [
+            "RESULT",
+            "check_comparable",
+            "check_out",
+            "compare",
+            "evaluate",
+            "not_above_rules",
+        ],
         "mirror": ["make_mirror"],
         "protocols": ["build_requests", "find_protocol"],
         "statistics": [

@@ -36,5 +36,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "run_questions",
             "run_state",
         ],
+        "verdict": ["what_happened"],
     },
 )

@@ -129,25 +129,33 @@ def results(run: Run, state: RunState | None = None) -> dict[str, dict[str, dict
     return {name: models for name, models in found.items() if models}
 
 
-def gain_line(run: Run) -> str:
-    """Return what the model has beyond its placebo, in points with intervals; '' without one.
+def gains(run: Run, state: RunState) -> dict[str, dict[str, Any]]:
+    """Return what the model has beyond its placebo: of each benchmark and metric the difference.
 
-    The difference is paired, item by item, see :meth:`.run_dir.Run.placebo`.
+    It is paired, item by item, see :func:`.evaluation.compare` and :meth:`.run_dir.Run.placebo`.
     """
     if not run.config.loop.placebo:
-        return ""
+        return {}
     how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
-    state, found = run_state(run), []
-    placebo, label = run.placebo(state.final), model_label(state.final)
-    for benchmark, models in results(run, state).items():
-        file = placebo.evaluation(label, benchmark)
-        if label in models and file.exists():
-            gains = evaluation.compare(read_json(file, evaluation.RESULT), models[label], **how)
-            values = [
-                f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
-                for metric, gain in gains["metrics"].items()
-            ]
-            found.append(f"{benchmark} {', '.join(values)}")
+    placebo, label, found = run.placebo(state.final), model_label(state.final), {}
+    for name, models in results(run, state).items():
+        if label in models and (file := placebo.evaluation(label, name)).exists():
+            other = read_json(file, evaluation.RESULT)
+            found[name] = evaluation.compare(other, models[label], **how)["metrics"]
+    return found
+
+
+def gain_line(run: Run) -> str:
+    """Return what the model has beyond its placebo, in points with intervals; '' without one."""
+    if not run.config.loop.placebo:
+        return ""
+    found = []
+    for benchmark, metrics in gains(run, run_state(run)).items():
+        values = [
+            f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
+            for metric, gain in metrics.items()
+        ]
+        found.append(f"{benchmark} {', '.join(values)}")
     what = "Gain over the placebo (the same pairs with random labels)"
     return f"{what}, in points: {'; '.join(found)}" if found else f"{what}: not measured yet"
 

@@ -1,0 +1,132 @@
+"""What happened in a run, in sentences that are chosen by its numbers, each at a stated threshold.
+
+A reading rule that fits any outcome says nothing. So a sentence here is one of several, and which
+one is printed depends on an interval, or on a limit that stands below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from grath_utils import evaluation
+from grath_utils.loop.choice import displacement, margins
+from grath_utils.loop.run_dir import BASE, Run
+from grath_utils.loop.state import comparison_rows, gains, results, run_state
+from grath_utils.text import with_interval
+
+DISPLACED = 3.0  # nats that the chosen answers have lost: each is then e^3, twenty times, as rare
+TRUTH = ("mc1", "mc2")  # metrics of truthfulness
+KEPT = "retention"  # the benchmark of what must not be lost
+
+
+def what_happened(run: Run) -> list[str]:
+    """Return the sentences about a run, as far as it has been measured."""
+    state = run_state(run)
+    found = [
+        over_placebo(benchmark, metric, gain)
+        for benchmark, metrics in gains(run, state).items()
+        for metric, gain in metrics.items()
+        if metric in TRUTH
+    ]
+    rows = {(row["benchmark"], row["metric"]): row for row in comparison_rows(run)}
+    if not found:
+        found = [over_base(*key, row["difference"]) for key, row in rows.items() if key[1] in TRUTH]
+    if row := rows.get((KEPT, "acc")):
+        found.append(retained(row["difference"]))
+    if state.rounds:
+        found.append(displaced(state.base, state.rounds[min(state.final, len(state.rounds) - 1)]))
+    started = (started_low(name, models) for name, models in results(run, state).items())
+    return [*found, *filter(None, started)]
+
+
+def over_placebo(benchmark: str, metric: str, gain: Mapping[str, Any]) -> str:
+    """Say whether a model is seen to stand above its placebo; ``gain`` as of ``compare``."""
+    points = _points(gain)
+    match _side(gain):
+        case "above":
+            return (
+                f"On {benchmark} the truth in the labels is seen: {metric} stands {points} points "
+                "above the placebo, which had the same pairs and steps and a coin for labels."
+            )
+        case "below":
+            return f"On {benchmark} the placebo did better: {metric} {points} points against it."
+    seen = f"{metric} {points} points{_least(gain)}"
+    return f"On {benchmark} no gain over the placebo is seen: {seen}."
+
+
+def over_base(benchmark: str, metric: str, change: Mapping[str, Any]) -> str:
+    """Say whether a metric is seen to have changed, where there is no placebo."""
+    points = _points(change)
+    match _side(change):
+        case "above":
+            return (
+                f"On {benchmark} {metric} rose by {points} points. Without a placebo "
+                "(loop.placebo=true) it is open whether the labels did that, or any training would."
+            )
+        case "below":
+            return f"On {benchmark} {metric} fell: {points} points."
+    return f"On {benchmark} no change of {metric} is seen: {points} points{_least(change)}."
+
+
+def retained(change: Mapping[str, Any]) -> str:
+    """Say whether what the model knew is still there."""
+    points = _points(change)
+    match _side(change):
+        case "below":
+            return f"Easy facts were lost: {KEPT} {points} points."
+        case "above":
+            return f"Easy facts were not lost; more are found than before: {KEPT} {points} points."
+    return f"No loss of easy facts is seen: {KEPT} {points} points."
+
+
+def displaced(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Say what DPO did to held-out pairs: did the chosen answers rise, or the rejected ones fall?
+
+    Likelihood displacement: arXiv 2410.08847. Both arguments are signals of
+    :func:`.choice.measure_signals`.
+    """
+    if not before["pairs"]:
+        return "No pair was held out, so nothing is known of the margin."
+    margin, chosen = (float(np.mean(f(before, after))) for f in (margins, displacement))
+    if margin <= 0:
+        return f"Held-out pairs are not told apart better than before: margin {margin:+.1f} nats."
+    if chosen <= -DISPLACED:
+        return (
+            f"Displacement: the margin on held-out pairs rose by {margin:.1f} nats while the "
+            f"chosen answers themselves lost {-chosen:.1f}. What both sides lose can move a score "
+            "without any truth in it."
+        )
+    return (
+        f"The margin on held-out pairs rose by {margin:.1f} nats, and the chosen answers stayed: "
+        f"{chosen:+.1f} nats each."
+    )
+
+
+def started_low(benchmark: str, models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say so where the base model was no better than rules that read no question; else nothing."""
+    base = models.get(BASE, {})
+    low = evaluation.not_above_rules(base.get("metrics", {}), base.get("controls", {}))
+    if not low:
+        return ""
+    named = " and ".join(note.partition(" ")[0] for note in low)
+    return (
+        f"Before training, {named} on {benchmark} stood no higher than rules that never read the "
+        "question: the level proves no knowledge, only the change counts."
+    )
+
+
+def _points(change: Mapping[str, Any]) -> str:
+    return with_interval(change["value"], change["ci95"], "+.1f", scale=100)
+
+
+def _side(change: Mapping[str, Any]) -> str:
+    low, high = change["ci95"] or (-1, 1)
+    return "above" if low > 0 else "below" if high < 0 else "neither"
+
+
+def _least(change: Mapping[str, Any]) -> str:
+    least = change.get("smallest_detectable")
+    return f", where {100 * least:.1f} would mostly have been seen" if least else ""

@@ -1,0 +1,106 @@
+"""Sentences that are chosen by a run's numbers, tested on both sides of each threshold."""
+
+from __future__ import annotations
+
+import pytest
+
+from grath_utils import loop
+from grath_utils.evaluation import RULES
+from grath_utils.loop.run_dir import Run
+from grath_utils.loop.verdict import (
+    DISPLACED,
+    displaced,
+    over_base,
+    over_placebo,
+    retained,
+    started_low,
+)
+
+
+def change(value: float, low: float, high: float) -> dict:
+    return {"value": value, "ci95": [low, high], "smallest_detectable": 0.031}
+
+
+@pytest.mark.parametrize(
+    ("gain", "begins"),
+    [
+        (
+            change(0.05, 0.001, 0.1),
+            "On probe the truth in the labels is seen: mc2 stands +5.0 [+0",
+        ),
+        (
+            change(0.05, 0.0, 0.1),
+            "On probe no gain over the placebo is seen: mc2 +5.0 [+0.0, ",
+        ),
+        (change(-0.05, -0.1, 0.0), "On probe no gain over the placebo is seen"),
+        (change(-0.05, -0.1, -0.001), "On probe the placebo did better: mc2 -5.0"),
+        ({"value": 1.0, "ci95": None}, "On probe no gain over the placebo is seen: mc2 +100.0 [–]"),
+    ],
+)
+def test_over_the_placebo(gain, begins):
+    assert over_placebo("probe", "mc2", gain).startswith(begins)
+
+
+def test_what_was_not_seen_says_what_could_have_been():
+    for say in (over_placebo, over_base):
+        assert "where 3.1 would mostly have been seen" in say("x", "mc1", change(0.0, -0.1, 0.1))
+
+
+def test_without_a_placebo_a_gain_is_left_open():
+    assert "loop.placebo=true" in over_base("probe", "mc1", change(0.05, 0.001, 0.1))
+    assert over_base("probe", "mc1", change(-0.05, -0.1, -0.001)).startswith("On probe mc1 fell")
+
+
+def test_what_was_known_is_lost_kept_or_more():
+    said = [retained(change(0, *ends)) for ends in ((-0.2, -0.1), (-0.1, 0.1), (0.1, 0.2))]
+    assert [line.partition(":")[0] for line in said] == [
+        "Easy facts were lost",
+        "No loss of easy facts is seen",
+        "Easy facts were not lost; more are found than before",
+    ]
+
+
+def signals(chosen: float, rejected: float) -> dict:
+    return {"pairs": ["a", "b"], "chosen": [chosen] * 2, "rejected": [rejected] * 2}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "begins"),
+    [
+        (-10 - DISPLACED, -18, "Displacement: the margin on held-out pairs rose by 5.0 nats while"),
+        (-9.9 - DISPLACED, -18, "Displacement: "),
+        (
+            -10.1,
+            -18,
+            "The margin on held-out pairs rose by 7.9 nats, and the chosen answers",
+        ),
+        (-12, -12, "Held-out pairs are not told apart better than before: margin +0.0 nats"),
+    ],
+)
+def test_displacement_has_its_alarm(chosen, rejected, begins):
+    before = signals(-10, -10)
+    if begins == "Displacement: ":  # a tenth of a nat less, and the chosen answers count as kept
+        assert not displaced(before, signals(chosen, rejected)).startswith(begins)
+    else:
+        assert displaced(before, signals(chosen, rejected)).startswith(begins)
+
+
+def test_without_held_out_pairs_nothing_is_said_of_the_margin():
+    nothing = {"pairs": [], "chosen": [], "rejected": []}
+    assert "nothing is known of the margin" in displaced(nothing, nothing)
+
+
+def test_a_base_at_the_level_of_blind_rules_is_named():
+    rules = {**dict.fromkeys(RULES, 0.3), "uniform_mc2": 0.5}
+    models = {"base": {"metrics": {"mc1": {"value": 0.4, "ci95": [0.35, 0.45]}}, "controls": rules}}
+    high = started_low("probe", models) == ""
+    models["base"]["metrics"]["mc1"]["ci95"][0] = 0.1
+    assert high
+    assert started_low("probe", models).startswith("Before training, mc1 on probe stood no higher")
+    assert started_low("probe", {}) == ""
+
+
+def test_a_finished_run_is_told(small_run: Run):
+    said = loop.what_happened(small_run)
+    assert any("probe" in line for line in said)
+    assert any("margin" in line for line in said)
