@@ -42,7 +42,7 @@ def numbered_notebooks() -> list[Path]:
         UsageError: only the package is installed here, without the notebooks.
     """
     folder = notebooks_dir()
-    found = sorted(folder.glob("[0-9][0-9]_*.ipynb")) if folder else []
+    found = sorted(folder.glob("[0-9][0-9]*_*.ipynb")) if folder else []
     if not found:
         raise UsageError(
             "the notebooks are not here: run this in a checkout of the repository, or pass "

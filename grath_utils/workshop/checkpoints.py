@@ -18,7 +18,7 @@ from grath_utils.files import atomic_path, read_jsonl, user_path, write_json
 from grath_utils.loop.plan import Stage, plan_stages
 from grath_utils.loop.run_dir import Run, load_run, lock_run, record_made
 
-NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06", "end")
+NOTEBOOKS = ("00", "00b", "01", "02", "03", "04", "05", "06", "end")
 """Where one can jump to; ``end`` is behind the last stage: a finished run."""
 STAND_ALONE = ("05", "06")
 """Notebooks that need nothing of the earlier ones."""

@@ -67,7 +67,7 @@ html_theme_options = {
 
 # Captions of the navigation, and which pages stand under them.
 PARTS = (
-    ("The course", ("notebooks/[0-9][0-9]_*.ipynb",)),
+    ("The course", ("notebooks/[0-9][0-9]*_*.ipynb",)),
     ("Side trips", ("notebooks/appendix/*.ipynb",)),
     ("Solutions", ("notebooks/solutions/*.ipynb",)),
     ("Help and teaching", ("notebooks/*.md", "data/README.md", "CONTRIBUTING.md")),

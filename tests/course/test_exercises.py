@@ -31,7 +31,7 @@ from grath_utils.scale.experiments import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-CALL = re.compile(r'check\(run, "(\d\d\.\w+)", answer')
+CALL = re.compile(r'check\(run, "(\d\d\w?\.\w+)", answer')
 
 
 def calls(path: Path) -> list[str]:
@@ -42,7 +42,8 @@ def calls(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
 def test_every_exercise_has_an_answer_cell_and_every_solution_hands_in(path: Path) -> None:
-    names = [name for name in EXERCISES if name.startswith(path.stem[:2])]
+    number = path.stem.partition("_")[0]
+    names = [name for name in EXERCISES if name.startswith(f"{number}.")]
     assert len(names) == 3
     assert calls(ROOT / "notebooks" / path.name) == names
     assert calls(path) == names

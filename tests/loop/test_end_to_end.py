@@ -32,7 +32,7 @@ def test_one_progress_line_per_notebook_then_the_report_and_the_table(smoke) -> 
     run, out = smoke
     lines = out.splitlines()
     names = [path.stem for path in numbered_notebooks()]
-    assert [path.stem for path in main_line()] == names[:5]
+    assert [path.stem for path in main_line()] == names[:6]
     assert len(lines) > len(names)
     for line, name in zip(lines, names, strict=False):
         assert re.fullmatch(rf"{name} +done in [\d.]+ (s|min), at most \d\.\d GiB of memory", line)

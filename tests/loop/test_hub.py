@@ -123,6 +123,6 @@ def test_a_notebook_fetches_what_it_stands_on(hub: Hub, tmp_path: Path, number: 
     write_jsonl(run.rejects(0), [])
     (tmp_path / "hf").rename(tmp_path / "put away")
     hub.seen.clear()
-    (notebook,) = (path for path in numbered_notebooks() if path.name.startswith(number))
+    (notebook,) = (path for path in numbered_notebooks() if path.name.startswith(f"{number}_"))
     execute_notebook(notebook, tmp_path / "done.ipynb", run_parameters(run))
     assert any("/model.safetensors" in request for request in hub.seen)
