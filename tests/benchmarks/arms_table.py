@@ -63,7 +63,10 @@ def with_interval(differences: np.ndarray) -> dict[str, Any]:
         for _ in range(RESAMPLES)
     ]
     low, high = np.percentile(means, [2.5, 97.5])
-    return {"change": round(differences.mean(), 1), "ci95": [round(low, 1), round(high, 1)]}
+    return {
+        "change": round(float(differences.mean()), 1),
+        "ci95": [round(float(low), 1), round(float(high), 1)],
+    }
 
 
 def nats(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
