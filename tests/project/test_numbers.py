@@ -19,6 +19,7 @@ from scipy.stats import norm, ttest_1samp
 
 from grath_utils.evaluation.statistics import holm
 from grath_utils.files import data_dir, read_jsonl
+from grath_utils.text import with_interval
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 APPENDIX = ROOT / "notebooks" / "appendix"
@@ -27,6 +28,8 @@ COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEASURED = read_jsonl(ROOT / "grath_utils" / "scale" / "measurements.jsonl")
 FINAL = read_jsonl(APPENDIX / "recipe_final.jsonl")
 CONTROLS = read_jsonl(APPENDIX / "recipe_controls.jsonl")
+ARMS = read_jsonl(APPENDIX / "recipe_arms.jsonl")
+SEALED = read_jsonl(APPENDIX / "recipe_sealed.jsonl")
 
 NUMBER = r"[+-]?\d+(?:,\d{3})*(?:\.\d+)?"
 UNIT = r"%|percent|points?|nats?|s|seconds?|min|minutes?|h|hours?|times|[KMG]i?B|bits?"
@@ -150,14 +153,57 @@ def controls_table() -> str:
     return "\n".join(lines)
 
 
+def arms_table() -> str:
+    """Return the README's table of the arms: the change of each, and what it has over random."""
+    names = {
+        "own": "the model writes and judges",
+        "annotated": "sealed right answers in place of its own",
+        "random": "labels by a coin (the placebo)",
+    }
+    shown = (("truthfulqa_mc", "mc1"), ("truthfulqa_mc", "mc2"), ("probe_testing", "mc1"))
+    shown += (("probe_testing", "mc2"), ("retention", "acc"))
+    heads = "TruthfulQA MC1 | TruthfulQA MC2 | our probe MC1 | our probe MC2 | retention"
+    rows = {(r["arm"], r["benchmark"], r["metric"]): r for r in ARMS}
+    base = " | ".join(f"{rows['own', *key]['base']:.1f}" for key in shown)
+    lines = [
+        f"| arm | {heads} | nats |",
+        "|---|" + "---|" * 6,
+        f"| the model before (%) | {base} | |",
+    ]
+    for arm, name in names.items():
+        found = [rows[arm, *key] for key in shown]
+        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in found)
+        moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
+        lines.append(f"| {name} | {changes} | {moved} |")
+    over = [rows["own", *key]["over_random"] for key in shown]
+    changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
+    return "\n".join([*lines, f"| **first minus placebo** | {changes} | |"])
+
+
+def judges_table() -> str:
+    """Return the README's table of how well judges tell sealed answers apart."""
+    lines = [
+        "| judge | prompts a pair | questions | right of all (%) | kept (%) | right of these (%) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in SEALED:
+        kind = {"plain": "facts", "misconception": "popular errors"}[r["kind"]]
+        shares = (r["right"] / r["pairs"], r["kept"] / r["pairs"], r["kept_right"] / r["kept"])
+        cells = " | ".join(f"{100 * share:.0f}" for share in shares)
+        lines.append(f"| `{r['judge']}` | {r['prompts_a_pair']} | {r['pairs']} {kind} | {cells} |")
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     "table",
     [
+        arms_table(),
+        judges_table(),
         result_table("cpu", "change after two rounds (points)"),
         result_table("cpu-long", "change (points)"),
         controls_table(),
     ],
-    ids=("cpu", "cpu-long", "controls"),
+    ids=("arms", "judges", "cpu", "cpu-long", "controls"),
 )
 def test_the_readme_holds_the_tables_as_they_are_computed(table: str) -> None:
     assert table in README, f"README.md, `What it shows`: put in\n{table}"
