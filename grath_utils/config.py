@@ -167,8 +167,9 @@ class PairsConfig:
     labels: str = option(
         "own",
         "what the same pairs are trained on as: the model's own labels; random (the placebo), "
-        "inverted; annotated: the sealed answers to our own questions in their place",
-        choices=("own", "random", "inverted", "annotated"),
+        "inverted; annotated: the sealed answers to our own questions in their place; mismatched: "
+        "each pair under another pair's question, so that only the form of answers can be learned",
+        choices=("own", "random", "inverted", "annotated", "mismatched"),
         added=True,
     )
     flipped: float = option(

@@ -22,7 +22,7 @@ from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError
 from grath_utils.files import Journal, check_output, fingerprint, read_jsonl, write_jsonl
 from grath_utils.pairs.judge import find_judge, judged
-from grath_utils.pairs.labels import answers_for, relabelled, sealed_answer
+from grath_utils.pairs.labels import answers_for, as_written, relabelled, sealed_answer
 from grath_utils.pairs.modes import find_mode, make_writer
 from grath_utils.pairs.parsing import Reason, unusable
 from grath_utils.pairs.questions import Question
@@ -177,9 +177,8 @@ def generate_pairs(
     started = time.perf_counter()
     processes.on_main(lambda: check_outputs(out, rejects))
     sealed = answers_for(config.labels)
-    # As they were before they were given their labels. Sealed answers stay: these come again.
-    turned = config.labels if sealed is None else "own"
-    previous = relabelled(previous, turned, config.flipped, seed)
+    texts = {question.id: question.text for question in questions}
+    previous = as_written(previous, config.labels, config.flipped, seed, texts)
     old = {pair.id: pair for pair in previous}
     if old and iteration < 1:
         raise DataError(f"refinement is for iterations from 1 on, not {iteration}")

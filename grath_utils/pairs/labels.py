@@ -42,11 +42,12 @@ def relabelled(
     """Return the same pairs with other labels.
 
     Whether a pair is turned round is drawn from the seed and its question's id alone: later rounds
-    keep its label, and doing the same twice undoes it, but for ``annotated``.
+    keep its label, see :func:`as_written`.
 
     Args:
         labels: ``own``, as they are; ``random``, a fair coin for each; ``inverted``; ``annotated``,
-            the sealed answers in place of the pair's. Pairs that have none are left out.
+            the sealed answers in place of the pair's, pairs that have none are left out;
+            ``mismatched``, the question of the pair that stands half the list further on.
         flipped: share of the labels that are then turned round.
         seed: of the coins.
         sealed: by the question's id, from :func:`answers_for`; for ``annotated`` only.
@@ -59,7 +60,25 @@ def relabelled(
             for pair, answer in known
             if answer
         ]
+    if labels == "mismatched":
+        half = len(pairs) // 2
+        others = [*pairs[half:], *pairs[:half]]
+        pairs = [replace(p, question=o.question) for p, o in zip(pairs, others, strict=True)]
     return [exchanged(p) if _turned(p.id, labels, flipped, seed) else p for p in pairs]
+
+
+def as_written(
+    pairs: Sequence[Pair], labels: str, flipped: float, seed: int, questions: Mapping[str, str]
+) -> list[Pair]:
+    """Return relabelled pairs as they were before, but for sealed answers, which stay.
+
+    ``questions`` are the texts by id: a mismatched pair gets its own back.
+    """
+    turned = labels if labels in ("random", "inverted") else "own"
+    pairs = relabelled(pairs, turned, flipped, seed)
+    if labels != "mismatched":
+        return pairs
+    return [replace(pair, question=questions.get(pair.id, pair.question)) for pair in pairs]
 
 
 def _turned(name: str, labels: str, flipped: float, seed: int) -> bool:

@@ -14,7 +14,7 @@ from grath_utils.errors import DataError, RunError
 from grath_utils.files import read_jsonl, write_jsonl
 from grath_utils.pairs import labels
 from grath_utils.pairs.generate import Pair, read_pairs
-from grath_utils.pairs.labels import SEALED, Sealed, read_sealed, relabelled
+from grath_utils.pairs.labels import SEALED, Sealed, as_written, read_sealed, relabelled
 
 PAIRS = [
     Pair(f"q{i}", f"Why {i}?", f"So {i}.", f"No {i}.", i % 3, 0.25, 0.8, bool(i % 2))
@@ -51,11 +51,21 @@ def test_random_labels_are_a_fair_coin_for_each_question_and_seed():
     assert 160 <= sum(a != b for a, b in zip(found, other, strict=True)) <= 240
 
 
-@pytest.mark.parametrize("kind", ["own", "random", "inverted"])
-def test_the_same_again_undoes_it(kind):
-    once = relabelled(PAIRS, kind, 0.25, 3)
-    assert once != PAIRS
-    assert relabelled(once, kind, 0.25, 3) == PAIRS
+@pytest.mark.parametrize("kind", ["own", "random", "inverted", "mismatched"])
+@pytest.mark.parametrize("pairs", [PAIRS, PAIRS[:7]], ids=["even", "odd"])
+def test_what_was_written_comes_back(kind, pairs):
+    once = relabelled(pairs, kind, 0.25, 3)
+    assert once != pairs
+    assert as_written(once, kind, 0.25, 3, {p.id: p.question for p in pairs}) == pairs
+
+
+def test_a_mismatched_pair_keeps_its_answers_and_gets_another_question():
+    for pairs in (PAIRS, PAIRS[:7]):
+        found = relabelled(pairs, "mismatched", 0.0, 0)
+        assert sorted(p.question for p in found) == sorted(p.question for p in pairs)
+        for pair, other in zip(found, pairs, strict=True):
+            assert pair.question != other.question
+            assert replace(pair, question=other.question) == other
 
 
 def test_a_share_is_flipped_on_top():
@@ -117,6 +127,19 @@ def test_later_rounds_keep_the_labels(tiny_policy, tmp_path, scripted, kind):
         sides = (before.correct, new) if was_turned else (new, before.incorrect)
         assert (now.correct, now.incorrect, now.iteration) == (*sides, 1)
         assert f"Magic {now.id[1:]}." in sides
+
+
+def test_a_later_round_asks_the_right_question_of_mismatched_pairs(tiny_policy, tmp_path, scripted):
+    config = replace(PAPER, labels="mismatched")
+    make(tiny_policy, tmp_path, config)
+    first = read_pairs(tmp_path / "pairs.jsonl")
+    refine(tiny_policy, tmp_path / "1", first, config)
+    later = read_pairs(tmp_path / "1" / "pairs.jsonl")
+    texts = {q.id: q.text for q in QUESTIONS}
+    assert [p.id for p in later] == [p.id for p in first]
+    for before, now in zip(first, later, strict=True):
+        assert now.question == before.question != texts[now.id]
+        assert now.incorrect == before.incorrect
 
 
 def own_sealed() -> dict[str, Sealed]:
