@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
@@ -45,10 +46,13 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
         if name not in valid or (name == "none" and len(config.filters) > 1):
             raise ConfigError(f'"pairs.filters" cannot hold "{name}"{did_you_mean(name, valid)}')
     for key in SWITCHES:
-        if getattr(config, key) != getattr(PairsConfig, key) and key not in mode.options:
+        usual = getattr(PairsConfig, key)
+        if getattr(config, key) != usual and key not in mode.options:
+            out = json.dumps(usual).strip('"')  # as it is written in a profile or after --set
             heeding = " or ".join(row.name for row in MODES.values() if key in row.options)
             raise ConfigError(
-                f'"pairs.{key}" belongs to pairs.mode={heeding}; with {config.mode} leave it out'
+                f'"pairs.{key}" belongs to pairs.mode={heeding}; with {config.mode} leave it out '
+                f"(pairs.{key}={out})"
             )
     if config.annotated and (config.ground_truth or config.prompt_file):
         raise ConfigError(

@@ -86,6 +86,7 @@ def test_trl_is_loaded_for_training_alone(
     tmp_path: Path, tiny_llama: Path, questions: Path
 ) -> None:
     model = ["--model", str(tiny_llama), "--set", "pairs.shots=0", "pairs.filters=[none]"]
+    model += ["pairs.mode=default", "pairs.judge=none"]
     pairs = ["pairs", "--questions", str(questions), "--limit", "8", "--out", "pairs.jsonl"]
     evaluate = ["evaluate", "--benchmark", "probe", "--limit", "2", "--out", "probe.json"]
     for command in (pairs, evaluate):

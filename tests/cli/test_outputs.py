@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_be_written_is_to_be_set(
     conversion = place / "results" / COURSE_MODELS["tiny"].conversion
     conversion.mkdir()
     (conversion / "half.safetensors").write_text("half")
-    said = refused(place, capsys, *COMMANDS["pairs"], "new.jsonl")
+    said = refused(place, capsys, *COMMANDS["pairs"], "new.jsonl", "--model", "tiny")
     assert f"{reason}" in said
     assert "set the environment variable GRATH_CACHE to a folder that can be written" in said
 

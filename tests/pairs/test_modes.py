@@ -92,7 +92,8 @@ overrides = [f"model.name={model}", "model.device=cpu", "model.dtype=float32",
              f"questions.source={questions}", "questions.limit=null", "pairs.mode=single"]
 assert not main(["options"])
 step = ["--questions", questions, "--model", model, "--out", f"{folder}/pairs.jsonl"]
-assert not main(["pairs", "--mode", "single", *step, "--set", "pairs.filters=[none]"])
+assert not main(["pairs", "--mode", "single", *step, "--set", "pairs.filters=[none]",
+                 "pairs.judge=none"])
 assert not main(["run", "--dry-run", "--profile", "smoke", "--set", *overrides])
 print(model_card(start_run(f"{folder}/run", load_config("smoke", overrides)), 0))
 """

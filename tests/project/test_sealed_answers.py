@@ -69,7 +69,7 @@ def test_schema() -> None:
 
 def test_the_loop_sees_neither_kind_nor_answers() -> None:
     for row in load("questions"):
-        assert list(row) == ["id", "topic", "question"]
+        assert list(row) == ["id", "part", "topic", "question"]
 
 
 def test_about_half_are_misconceptions() -> None:
