@@ -18,6 +18,7 @@ from grath_utils.pairs.words import same_text
 from grath_utils.pairs.writers import exchanged
 
 if TYPE_CHECKING:
+    from grath_utils.config import PairsConfig
     from grath_utils.pairs.generate import Pair
 
 SEALED = "sealed_answers.jsonl"
@@ -65,6 +66,11 @@ def relabelled(
         others = [*pairs[half:], *pairs[:half]]
         pairs = [replace(p, question=o.question) for p, o in zip(pairs, others, strict=True)]
     return [exchanged(p) if _turned(p.id, labels, flipped, seed) else p for p in pairs]
+
+
+def labelled_as(config: PairsConfig, pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """Return pairs that have the model's own labels with those of a configuration."""
+    return relabelled(pairs, config.labels, config.flipped, seed, answers_for(config.labels))
 
 
 def as_written(

@@ -4,9 +4,10 @@ Their answers are whole sentences that restate the question. A model that sees "
 answer writes such scraps, and what it learns from them says little about sentences.
 """
 
+from dataclasses import replace
+
 from grath_utils.pairs.paper import MODE as PAPER
 from grath_utils.pairs.paper import PaperWriter
-from grath_utils.pairs.writers import PairMode
 
 
 class SentencesWriter(PaperWriter):
@@ -15,12 +16,11 @@ class SentencesWriter(PaperWriter):
     primer = ()
 
 
-MODE = PairMode(
+MODE = replace(
+    PAPER,
     name="sentences",
     summary="as `paper`, with demonstrations of our own, none from a benchmark",
     writer=SentencesWriter,
-    asked=PAPER.asked,
-    origin=PAPER.origin,
-    card=PAPER.card,
     options=("self_check", "judge", "annotated"),
+    prompt_overlap="",
 )
