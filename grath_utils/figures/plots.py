@@ -18,10 +18,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from grath_utils.errors import StatisticsError
 from grath_utils.evaluation.statistics import t_interval
+from grath_utils.pairs.audit import wilson
 from grath_utils.text import in_percent
 
 Measured = Mapping[str, Any]
@@ -35,8 +37,17 @@ VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 LOGPROB = "summed log-probability (nats)"
 MODEL_COLOURS = (GREY, BLUE, GREEN, PURPLE, SKY, ORANGE)
 MODEL_LOOKS = [{"fmt": m, "color": c} for m, c in zip("osD^vP", MODEL_COLOURS, strict=True)]
+ARMS = {  # labels of a run's pairs -> the arm's name, colour and marker
+    "own": ("the model judges", GREEN, "D"),
+    "random": ("labels by a coin (placebo)", ORANGE, "o"),
+    "annotated": ("annotated answers", SKY, "s"),
+    "mismatched": ("another pair's question", PURPLE, "^"),
+    "inverted": ("turned round", "black", "v"),
+    "unjudged": ("not judged", "#8B5A2B", "P"),
+}
 CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}
 REJECTED = {"color": VERMILION, "linestyle": "--", "markersize": 4}
+CHANCE = {"color": GREY, "linewidth": 1, "linestyle": "--"}
 ZERO = {"color": GREY, "linewidth": 1, "linestyle": ":"}
 STYLE = {
     "figure.dpi": 90,  # notebooks with outputs stay below 400 KB each
@@ -407,6 +418,143 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Measured]]]) -> Figure:
         "interval over seeds; diamond: interval without 0; hollow: none: one seed, or equal ones)",
         fontsize=9.5,
     )
+    return figure
+
+
+def plot_arms(rows: Sequence[Measured]) -> Figure:
+    """Show what each arm gains over the base and over the placebo: rows of ``recipe_arms.jsonl``.
+
+    A marker is filled where the interval excludes 0.
+    """
+    tests = _grouped(rows, "benchmark")
+    arms = [arm for arm in ARMS if arm in _grouped(rows, "arm")]
+    metrics = {test: list(_grouped(found, "metric")) for test, found in tests.items()}
+    tall = [len(names) * (len(arms) + 1) for names in metrics.values()]
+    figure, grid = new_axes(len(tests), 2, width=9.6, height=1.2 + 0.2 * sum(tall), sharex=True,
+                            squeeze=False, height_ratios=tall, sharey="row")  # fmt: skip
+    for (left, right), (test, found) in zip(grid, tests.items(), strict=True):
+        for row in found:
+            place = metrics[test].index(row["metric"]) * (len(arms) + 1) + arms.index(row["arm"])
+            for axis, gain in ((left, row), (right, row.get("over_random"))):
+                if gain:
+                    _arm_gain(axis, place, gain, row["arm"])
+        middles = [(len(arms) + 1) * i + (len(arms) - 1) / 2 for i in range(len(metrics[test]))]
+        left.set_yticks(middles, map(_metric_name, metrics[test]))
+        left.set_ylim((len(arms) + 1) * len(metrics[test]) - 1, -1)
+        left.set_title(f"{test}, n = {found[0]['n']}", fontsize=10, loc="left")
+        for axis in (left, right):
+            axis.axvline(0, color="black", linewidth=1)
+            axis.grid(axis="y", visible=False)
+    grid[-1, 0].set_xlabel(
+        "change from the base model (points)\nwith 95 % interval; filled: without 0"
+    )
+    grid[-1, 1].set_xlabel("gain over the placebo (points)\nthe same items, paired")
+    _name_arms(figure, arms, linestyle="none")
+    return figure
+
+
+def _grouped(rows: Sequence[Measured], key: str) -> dict[Any, list[Measured]]:
+    """Return rows by what they have under a key, in the order in which it first occurs."""
+    return {k: [row for row in rows if row[key] == k] for k in dict.fromkeys(r[key] for r in rows)}
+
+
+def _metric_name(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric)
+
+
+def _arm_gain(axis: Axes, place: float, gain: Measured, arm: str) -> None:
+    """Draw a gain in points with its interval and its number, in the look of an arm."""
+    (_, colour, marker), (low, high) = ARMS[arm], gain["ci95"]
+    look = {"fmt": marker, "color": colour, "markersize": 6, "capsize": 3}
+    look["mfc"] = colour if low > 0 or high < 0 else "white"
+    axis.errorbar(gain["change"], place, xerr=_reach(gain["change"], gain["ci95"]), **look)
+    beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+    axis.annotate(f"{gain['change'] + 0:+.1f}", (max(high, gain["change"]), place), **beside)
+
+
+def _name_arms(figure: Figure, arms: Sequence[str], **look: Any) -> None:
+    """Say above a figure which colour and marker is which arm."""
+    handles = [
+        Line2D([], [], label=name, color=colour, marker=marker, **look)
+        for name, colour, marker in map(ARMS.__getitem__, arms)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+
+
+def plot_dose(rows: Sequence[Measured]) -> Figure:
+    """Show what the arms change with the steps of training: rows of ``recipe_dose.jsonl``.
+
+    One line of panels for each benchmark: its metrics with their 95 % bands, then by how many nats
+    the true answers (solid) and the false ones (dashed) have moved.
+    """
+    tests = _grouped(rows, "benchmark")
+    columns = 1 + max(len(_grouped(found, "metric")) for found in tests.values())
+    figure, grid = new_axes(len(tests), columns, width=3.3 * columns, height=0.7 + 2.6 * len(tests),
+                            squeeze=False)  # fmt: skip
+    for axes, (test, found) in zip(grid, tests.items(), strict=True):
+        metrics = _grouped(found, "metric")
+        for axis, (metric, measured) in zip(axes, metrics.items(), strict=False):
+            for arm, some in _grouped(measured, "arm").items():
+                change = [(r["steps"], r["change"], *r["ci95"]) for r in _by_steps(some)]
+                steps, middle, *ends = zip((0, 0, 0, 0), *change, strict=True)  # no step, no change
+                _, colour, marker = ARMS[arm]
+                axis.fill_between(steps, *ends, color=colour, alpha=0.15, linewidth=0)
+                axis.plot(steps, middle, color=colour, marker=marker, markersize=5)
+            axis.set(ylabel="change (points)", title=f"{test}, {_metric_name(metric)}")
+        nats = axes[len(metrics)]
+        for arm, some in _grouped(next(iter(metrics.values())), "arm").items():
+            for key, line in (("nats_true", "-"), ("nats_false", "--")):
+                points = [(0, 0), *((r["steps"], r[key]) for r in _by_steps(some))]
+                look = {"color": ARMS[arm][1], "marker": ARMS[arm][2], "markersize": 4}
+                nats.plot(*zip(*points, strict=True), line, **look)
+        nats.set(ylabel="change (nats)", title="log-probability of true answers\n(dashed: false)")
+        for axis in axes[: len(metrics) + 1]:
+            axis.axhline(0, **ZERO)
+            axis.set_xlabel("optimiser steps")
+            axis.title.set_fontsize(10)
+        for spare in axes[len(metrics) + 1 :]:
+            spare.set_axis_off()
+    _name_arms(figure, [arm for arm in ARMS if arm in _grouped(rows, "arm")])
+    return figure
+
+
+def _by_steps(rows: Sequence[Measured]) -> list[Measured]:
+    return sorted((row for row in rows if row["steps"]), key=lambda row: row["steps"])
+
+
+KINDS = {"plain": "facts", "misconception": "popular errors"}
+
+
+def plot_judge(rows: Sequence[Measured]) -> Figure:
+    """Show how far each judge can be trusted: rows of ``recipe_sealed.jsonl``.
+
+    For each judge and kind of question the share of the pairs that it keeps, and of how many of
+    those it is right.
+    """
+    judges, kinds = list(_grouped(rows, "judge")), list(_grouped(rows, "kind"))
+    figure, axes = new_axes(1, 2, width=9.6, height=1.3 + 0.62 * len(judges), sharey=True)
+    for row in rows:
+        i = kinds.index(row["kind"])
+        place = judges.index(row["judge"]) + 0.36 * i - 0.18
+        look = {"fmt": "os"[i], "color": "black", "mfc": ("black", "white")[i], "capsize": 3}
+        for axis, part, n in zip(axes, ("kept", "kept_right"), ("pairs", "kept"), strict=True):
+            if not row[n]:  # nothing kept, nothing to be right about
+                continue
+            share, ends = 100 * row[part] / row[n], [100 * e for e in wilson(row[part], row[n])]
+            first = not judges.index(row["judge"])
+            label = f"{KINDS.get(row['kind'], row['kind'])} (n = {row['pairs']})" if first else ""
+            axis.errorbar(share, place, xerr=_reach(share, ends), label=label, **look)
+            beside = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axis.annotate(f"{share:.0f}", (share, place), fontsize=8, **beside)
+    _name_rows(axes[0], judges)
+    axes[0].set_ylim(len(judges) - 0.6, -0.6)
+    axes[1].grid(axis="y", visible=False)
+    axes[0].set(xlim=(0, 100), xlabel="pairs that the judge keeps, percent")
+    axes[1].set(xlim=(0, 100), xlabel="of these, labelled right, percent")
+    axes[1].axvline(50, **CHANCE)
+    axes[1].annotate("a coin", (50, 1), xycoords=("data", "axes fraction"), ha="center",
+                     va="bottom", fontsize=9, color=GREY)  # fmt: skip
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
 
 

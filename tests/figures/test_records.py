@@ -1,0 +1,98 @@
+"""The plots of records: every row is drawn where it belongs, with its interval, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+
+from grath_utils.figures import plots
+from grath_utils.files import read_jsonl
+
+matplotlib.use("Agg")
+
+APPENDIX = Path(__file__).resolve().parents[2] / "notebooks" / "appendix"
+
+
+@pytest.fixture(autouse=True)
+def _close_figures() -> Iterator[None]:
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def intervals(axes: Axes) -> list[tuple[float, float, float, bool]]:
+    """Return (value, low, high, is it filled?) of all error bars, in the order of drawing."""
+    found = []
+    for point, _, (bars,) in axes.containers:
+        low, high = bars.get_segments()[0][:, 0]
+        is_filled = point.get_markerfacecolor() != "white"
+        found.append((point.get_xdata()[0], low, high, is_filled))
+    return found
+
+
+def test_arms_stand_with_their_change_and_with_their_gain_over_the_placebo() -> None:
+    rows = read_jsonl(APPENDIX / "recipe_arms.jsonl")
+    figure = plots.plot_arms(rows)
+    tests = list(dict.fromkeys(row["benchmark"] for row in rows))
+    for i, test in enumerate(tests):
+        some = [row for row in rows if row["benchmark"] == test]
+        over = [row["over_random"] for row in some if "over_random" in row]
+        for axes, gains in zip(figure.axes[2 * i : 2 * i + 2], (some, over), strict=True):
+            wanted = [(g["change"], *g["ci95"], g["ci95"][0] * g["ci95"][1] > 0) for g in gains]
+            np.testing.assert_allclose(intervals(axes), wanted)
+            places = [point.get_ydata()[0] for point, *_ in axes.containers]
+            assert len(set(places)) == len(gains), "no arm hides another one"
+    assert len(figure.axes) == 2 * len(tests)
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named[:2] == ["the model judges", "labels by a coin (placebo)"]
+
+
+def dose(arm: str, steps: int, metric: str, change: float) -> dict:
+    ends = {"change": change, "ci95": [change - 1, change + 2]}
+    row = {"arm": arm, "steps": steps, "benchmark": "probe", "metric": metric, "value": 30 + change}
+    return {**row, **ends, "nats_true": -steps / 2, "nats_false": -float(steps)}
+
+
+def test_the_dose_begins_at_no_change_and_shows_the_nats_once() -> None:
+    rows = [
+        dose(arm, steps, metric, gain * steps)
+        for arm, gain in (("random", 0.1), ("own", 0.5))
+        for metric in ("mc1", "mc2")
+        for steps in (8, 4)  # in any order
+    ]
+    mc1, mc2, nats = plots.plot_dose(rows).axes
+    for axes in (mc1, mc2):
+        random, own, *_ = axes.lines
+        np.testing.assert_allclose(own.get_xydata(), [(0, 0), (4, 2), (8, 4)])
+        np.testing.assert_allclose(random.get_xydata(), [(0, 0), (4, 0.4), (8, 0.8)])
+        assert own.get_color() == plots.ARMS["own"][1]
+        assert len(axes.collections) == 2, "a band for each arm"
+        heights = axes.collections[1].get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == (0, 6)
+    assert len(nats.lines) == 2 * 2 + 1
+    np.testing.assert_allclose(nats.lines[0].get_ydata(), [0, -2, -4])
+    np.testing.assert_allclose(nats.lines[1].get_ydata(), [0, -4, -8])
+    assert nats.lines[1].get_linestyle() == "--"
+
+
+def test_judges_are_shown_by_what_they_keep_and_by_what_of_it_is_right() -> None:
+    rows = read_jsonl(APPENDIX / "recipe_sealed.jsonl")
+    kept, right = plots.plot_judge(rows).axes
+    assert [p[0] for p in intervals(kept)] == [100 * r["kept"] / r["pairs"] for r in rows]
+    assert [p[0] for p in intervals(right)] == [100 * r["kept_right"] / r["kept"] for r in rows]
+    for axes in (kept, right):
+        assert all(low < value <= high for value, low, high, _ in intervals(axes))
+        assert axes.get_xlim() == (0, 100)
+    assert [line.get_xdata()[0] for line in right.lines if line.get_linestyle() == "--"] == [50]
+    assert {label.get_text() for label in kept.get_yticklabels()} == {r["judge"] for r in rows}
+
+
+def test_things_that_stand_side_by_side_differ_in_colour_and_in_mark() -> None:
+    looks = list(plots.ARMS.values())
+    assert len({to_rgb(colour) for _, colour, _ in looks}) == len(looks)
+    assert len({marker for *_, marker in looks}) == len(looks)
