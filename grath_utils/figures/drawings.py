@@ -8,9 +8,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from scipy.special import softmax
@@ -124,7 +127,7 @@ def draw_tokens(
 ) -> Figure:
     """Draw the texts of tokens as boxes; where the mask is 1, coloured and underlined."""
     figure, axes = _canvas(9.0, 1.0, x=(0, 88), y=(-1, 0.1))
-    bottom = _tokens(axes, tokens, mask, 0, colour)
+    bottom = _tokens(axes, tokens, [_Look(colour) if m else _Look() for m in mask], 0)
     axes.set_ylim(bottom, 0.1)
     axes.set_title(title, fontsize=10.5, loc="left")
     figure.set_figheight(0.5 - 0.36 * bottom)
@@ -148,34 +151,62 @@ def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequen
         ("incorrect\n(rejected)", incorrect, differs[1], VERMILION, "///"),
     ):
         axes.text(-14, y - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")
-        y = _tokens(axes, tokens, marks, y, colour, hatch) - 0.5
+        looks = [_Look(colour, hatch) if mark else _Look() for mark in marks]
+        y = _tokens(axes, tokens, looks, y) - 0.5
     axes.set_ylim(y, 0.1)
     figure.set_figheight(0.3 - 0.36 * y)
     return figure
 
 
-def _tokens(
-    axes: Axes, tokens: Sequence[str], marks: Sequence[int], y: float, colour: str, hatch: str = ""
-) -> float:
+def draw_log_ratios(sides: Sequence[tuple[str, Sequence[str], Sequence[float]]]) -> Figure:
+    """Draw the tokens of answers, coloured by their log pi/pi_ref, which stands below in nats.
+
+    What training has done to an answer: purple tokens have become more probable, orange ones less,
+    white ones did not move. A side is its name, the texts of its tokens, and their log-ratios.
+    """
+    figure, axes = _canvas(9.0, 1.0, x=(-16, 72), y=(-1, 0.1))
+    reach, y = max(1.0, *(abs(ratio) for *_, ratios in sides for ratio in ratios)), 0.0
+    for name, tokens, ratios in sides:
+        axes.text(-16, y - 0.7, f"{name}\n{sum(ratios) + 0:+.1f} nats", va="center", fontsize=10)
+        faces = (to_hex(colormaps["PuOr"](0.5 + 0.35 * ratio / reach)) for ratio in ratios)
+        notes = (f"{round(ratio, 1) + 0:+.1f}" for ratio in ratios)
+        looks = [_Look(face, note=note) for face, note in zip(faces, notes, strict=True)]
+        y = _tokens(axes, tokens, looks, y) - 0.4
+    axes.set_ylim(y, 0.1)
+    figure.set_figheight(0.3 - 0.36 * y)
+    return figure
+
+
+class _Look(NamedTuple):
+    """How a token is drawn: plain without a colour, on its colour with a note, else underlined."""
+
+    colour: str = ""
+    hatch: str = ""
+    note: str = ""
+
+
+def _tokens(axes: Axes, tokens: Sequence[str], looks: Sequence[_Look], y: float) -> float:
     """Draw tokens as boxes, from ``y`` down in as many lines as they need; return where they end.
 
-    One unit is a character wide and a line high. Tokens with a mark are coloured and underlined.
+    One unit is a character wide and a line high.
     """
     x, right = 0.0, axes.get_xlim()[1]
-    for token, mark in zip(tokens, marks, strict=True):
+    line = 1.6 if any(look.note for look in looks) else 1
+    for token, (colour, hatch, note) in zip(tokens, looks, strict=True):
         shown = token.replace("\n", "\u21b5").replace(" ", "\u00b7").replace("$", r"\$")
-        width = len(token) + 1.1
+        width = max(len(token), len(note)) + 1.1
         if x and x + width + 0.3 > right:
-            x, y = 0.0, y - 1
-        face, ink = (colour + "33", "#111111") if mark else ("#f0f0f0", "#555555")
-        look = {"facecolor": face, "edgecolor": colour + "55", "hatch": hatch if mark else ""}
-        axes.add_patch(Rectangle((x, y - 0.9), width, 0.72, linewidth=0, **look))
-        if mark:
+            x, y = 0.0, y - line
+        face, ink = (colour + "33", "#111111") if colour else ("#f0f0f0", "#555555")
+        box = {"facecolor": colour if note else face, "edgecolor": f"{colour or GREY}55"}
+        axes.add_patch(Rectangle((x, y - 0.9), width, 0.72, linewidth=0, hatch=hatch, **box))
+        if colour and not note:
             axes.plot([x, x + width], [y - 0.9] * 2, color=colour, linewidth=2)
-        look = {"ha": "center", "va": "center", "fontsize": 8.5, "family": "monospace"}
-        axes.text(x + width / 2, y - 0.54, shown, color=ink, **look)
+        middle = {"ha": "center", "va": "center", "family": "monospace"}
+        axes.text(x + width / 2, y - 0.54, shown, color=ink, fontsize=8.5, **middle)
+        axes.text(x + width / 2, y - 1.15, note, fontsize=7, **middle)
         x += width + 0.3
-    return y - 1
+    return y - line
 
 
 def draw_mc_scoring(

@@ -81,6 +81,20 @@ def test_long_texts_continue_in_the_next_line() -> None:
     assert len({p.get_y() for p in boxes}) >= 9
 
 
+def test_a_token_is_coloured_by_its_log_ratio_and_says_it() -> None:
+    tokens, ratios = ["The", " moon", " shines", "<end>"], [0.0, 0.5, -4.0, -0.02]
+    figure = drawings.draw_log_ratios([("before", tokens, [0.0] * 4), ("after", tokens, ratios)])
+    boxes = [p for p in figure.axes[0].patches if isinstance(p, Rectangle)]
+    assert len(boxes) == 8
+    red, _, blue = np.array([box.get_facecolor()[:3] for box in boxes]).T
+    assert np.ptp(red[:4]) == 0, "before training nothing has moved"
+    assert blue[5] > red[5], "purple: more probable"
+    assert blue[6] < red[6] - 0.5, "orange: less probable"
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts[9:] == ["after\n-3.5 nats", "The", "+0.0", "\u00b7moon", "+0.5",
+                         "\u00b7shines", "-4.0", "<end>", "+0.0"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("scores", "mc1", "mc3"), [((-1.0, -3.0, -2.0), 1, "1 of 2"), ((-3.0, -1.0, -2.0), 0, "1 of 2")]
 )
