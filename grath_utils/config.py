@@ -110,7 +110,9 @@ class PairsConfig:
     max_new_tokens: int = option(100, "longest completion, in tokens", ge=8)
     batch_size: int = option(64, "completions decoded together", ge=1)
     backend: str = option(
-        "own", "what computes the completions: this program, or a server", choices=("own", "server")
+        "own",
+        "what computes the completions: this program, the same in 8 bits (CPU), or a server",
+        choices=("own", "int8", "server"),
     )
     server_url: str | None = option(
         None, "backend server: its address, as http://localhost:8000/v1", added=True

@@ -22,7 +22,10 @@ from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.questions import Question
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from grath_utils.engine.generation import Completion, Order, Prefix
+    from grath_utils.engine.int8 import Forward
     from grath_utils.engine.models import Policy
     from grath_utils.engine.server import Server
     from grath_utils.pairs.generate import Pair
@@ -182,10 +185,15 @@ class Writer:
     def server(self) -> Server | None:
         """The server that writes in the policy's place, if there is one."""
         config = self.config
-        if config.backend == "own":
+        if config.backend != "server":
             return None
         url, model = config.server_url, config.server_model
         return engine.connect(self.policy, url, model, in_flight=config.batch_size)
+
+    @cached_property
+    def int8_layers(self) -> Mapping[nn.Linear, Forward]:
+        """What multiplies in 8 bits while something is written."""
+        return engine.int8_layers(self.policy) if self.config.backend == "int8" else {}
 
     def complete(self, kind: str, questions: Sequence[Question]) -> list[Completion]:
         """Return one greedy completion for each question."""
@@ -200,7 +208,8 @@ class Writer:
                 for each, how in zip(wanted, options, strict=True)
             ]
         orders = list(map(self._order, wanted, options))
-        return engine.generate_together(self.policy, orders, batch_size=self.config.batch_size)
+        with engine.multiplied_by(self.int8_layers):
+            return engine.generate_together(self.policy, orders, batch_size=self.config.batch_size)
 
     def _options(self, wanted: Wanted) -> dict[str, Any]:
         """Return how to complete prompts, here or on a server."""
