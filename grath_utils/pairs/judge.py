@@ -226,13 +226,21 @@ class Trial(NamedTuple):
         return self.kept_right / self.kept if self.kept else float("nan")
 
 
-def try_judge(policy: Policy, config: PairsConfig, answers: Mapping[str, Sealed]) -> Trial:
-    """Ask the configured judge about answers that it has not written, and count its hits.
+def try_judge(
+    policy: Policy,
+    config: PairsConfig,
+    answers: Mapping[str, Sealed],
+    judge: Judge | None = None,
+) -> Trial:
+    """Ask a judge about answers that it has not written, and count its hits.
+
+    Args:
+        judge: one that is no row of :data:`JUDGES`; without it, the configured one.
 
     Raises:
-        ConfigError: no judge is configured.
+        ConfigError: no judge is configured or given.
     """
-    judge = find_judge(config)
+    judge = judge or find_judge(config)
     if judge is None:
         raise ConfigError('"pairs.judge" is none: there is nothing to try')
     cases = [Case(name, known.question, known[1:3]) for name, known in answers.items()]
