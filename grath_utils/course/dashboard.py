@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from grath_utils.errors import DataError
-from grath_utils.evaluation.statistics import FRACTION, Bounds, summarize
+from grath_utils.evaluation.blind_rules import chance_level
+from grath_utils.evaluation.statistics import Bounds, summarize
 from grath_utils.loop.choice import MEASURE_AGAIN, displacement, margins
 from grath_utils.loop.run_dir import BASE, Run, model_label
 from grath_utils.loop.state import results, run_questions, run_state
-from grath_utils.pairs.audit import audit_pairs, wilson
-from grath_utils.pairs.generate import read_pairs
-from grath_utils.pairs.words import ngram_f1
 from grath_utils.text import in_percent, with_interval
 
 ROUND_COLUMNS = (
@@ -37,11 +35,6 @@ SIGNALS = (  # title, unit, and the values of held-out pairs from the signals of
     ("drift: KL to the base", "nats a token", lambda base, after: after["kl"]),
 )
 UNMOVED = (0.0, 0.0)  # bounds of the base model's signals: against itself nothing else can be
-HEALTH = (
-    ("length of free answers", "words", "words"),
-    ("distinct two-word sequences", "share", "distinct"),
-    ("answers that refuse", "share", "non_answers"),
-)
 
 
 def round_rows(run: Run) -> list[tuple[str, ...]]:
@@ -88,27 +81,18 @@ class Panel(NamedTuple):
     unit: str
     points: list[tuple[str, float, Sequence[float] | None]]
     """(model label, value, its interval where one is known)."""
-    line: tuple[str, float] | None = None
-    """Something to compare with: its name and its value."""
+    level: float | None = 0.0
+    """Something to compare with, and its name."""
+    named: str = "base"
 
 
 def dashboard_panels(run: Run) -> list[Panel]:
     """Return the panels of the dashboard, as far as the run has the numbers.
 
-    First the pairs of each round, then what its model is judged by, then what it reached: every
-    benchmark's first two metrics, MC2 beside what equal probabilities would give.
+    Three that a round is judged by, and one that it reached: the first metric of the first
+    benchmark, beside chance. The health of free answers stands in :func:`round_rows`.
     """
-    state, questions, audits, distances = run_state(run), run_questions(run), [], []
-    for t in itertools.takewhile(lambda t: run.pairs(t).exists(), state.planned):
-        pairs = read_pairs(run.pairs(t))
-        found = audit_pairs(pairs, questions)
-        audits.append((model_label(t), found.usable, wilson(found.pairs, found.questions)))
-        apart = [1 - ngram_f1(pair.correct, pair.incorrect) for pair in pairs]
-        distances.append((model_label(t), *_mean(run, apart, FRACTION)))
-    panels = [
-        Panel("pairs for each question", "share", audits),
-        Panel("distance of the two answers", "1 - n-gram F1", distances),
-    ]
+    state, panels = run_state(run), []
     signals = (state.base, *state.rounds) if state.base else ()
     measured = dict(zip(map(model_label, (None, *state.planned)), signals, strict=False))
     for title, unit, values in SIGNALS:
@@ -116,18 +100,13 @@ def dashboard_panels(run: Run) -> list[Panel]:
             label: _mean(run, values(state.base, after), UNMOVED if label == BASE else None)
             for label, after in measured.items()
         }
-        points = [(label, *mean) for label, mean in means.items() if mean]
-        panels.append(Panel(title, unit, points, ("base", 0.0)))
-    for title, unit, key in HEALTH:
-        points = [(label, after["health"][key], None) for label, after in measured.items()]
-        panels.append(Panel(title, unit, points))
-    for benchmark, models in results(run, state).items():
+        panels.append(Panel(title, unit, [(label, *mean) for label, mean in means.items() if mean]))
+    for benchmark, models in itertools.islice(results(run, state).items(), 1):
         last = list(models.values())[-1]
-        for metric in list(last["metrics"])[:2]:
-            points = [(label, *in_percent(result, metric)) for label, result in models.items()]
-            uniform = last["controls"].get(f"uniform_{metric}")
-            line = None if uniform is None else ("uniform", 100 * uniform)
-            panels.append(Panel(f"{benchmark}: {metric}", "percent", points, line))
+        metric = next(iter(last["metrics"]))
+        points = [(label, *in_percent(result, metric)) for label, result in models.items()]
+        level = chance_level(last, metric)
+        panels.append(Panel(f"{benchmark}: {metric}", "percent", points, level, "chance"))
     return [panel for panel in panels if panel.points]
 
 

@@ -1,6 +1,7 @@
 """Drawings of ideas, for the notebooks and the README: boxes, arrows, tokens, made-up scores.
 
-Colours and type are those of :mod:`.plots`, which draws what was measured.
+Colours and type are those of :mod:`.plots`, which draws what was measured: blue is correct and
+chosen, vermilion incorrect and rejected, green what is trained, grey all else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from scipy.special import softmax
 
-from grath_utils.figures.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_axes
+from grath_utils.figures.plots import BLUE, GREEN, GREY, VERMILION, new_axes
 
 
 def _canvas(width: float, height: float, x: tuple, y: tuple) -> tuple[Figure, Axes]:
@@ -54,10 +55,10 @@ def draw_loop() -> Figure:
     """Draw the GRATH loop: questions, pairs, DPO, a more truthful model, and round again."""
     figure, axes = _canvas(8.2, 3.3, x=(0, 10), y=(0, 4))
     _box(axes, (0.1, 2.35, 1.9, 1.2), "Questions\nother domain,\nno answers", GREY)
-    _box(axes, (2.75, 2.35, 1.9, 1.2), "Model $M_t$\nwrites answers", BLUE)
-    _box(axes, (5.4, 2.35, 1.9, 1.2), "Pairs\ncorrect / incorrect", ORANGE)
-    _box(axes, (8.05, 2.35, 1.9, 1.2), "DPO\nprefer correct", GREEN)
-    _box(axes, (5.4, 0.35, 1.9, 1.0), "Model $M_{t+1}$", BLUE)
+    _box(axes, (2.75, 2.35, 1.9, 1.2), "Model $M_t$\nwrites answers", GREEN)
+    _box(axes, (5.4, 2.35, 1.9, 1.2), "Pairs\ncorrect / incorrect", GREY)
+    _box(axes, (8.05, 2.35, 1.9, 1.2), "DPO\nprefer correct", GREY)
+    _box(axes, (5.4, 0.35, 1.9, 1.0), "Model $M_{t+1}$", GREEN)
     for left in (2.0, 4.65, 7.3):
         _arrow(axes, (left, 2.95), (left + 0.75, 2.95))
     _arrow(axes, (9.0, 2.35), (7.3, 0.85), bend=-0.25)
@@ -94,8 +95,8 @@ def draw_dpo_step() -> Figure:
     _box(axes, (0.1, 0.6, 2.0, 0.9), "prompt + rejected\n$(x, y_l)$", VERMILION)
     _box(axes, (3.0, 2.5, 1.9, 0.9), "policy $\\pi_\\theta$\n(trained)", GREEN)
     _box(axes, (3.0, 0.6, 1.9, 0.9), "reference $\\pi_{ref}$\n(fixed)", GREY)
-    _box(axes, (5.9, 1.5, 2.3, 1.0), "4 summed\nlog-probabilities", ORANGE)
-    _box(axes, (9.1, 1.5, 1.7, 1.0), "margin\n→ loss", PURPLE)
+    _box(axes, (5.9, 1.5, 2.3, 1.0), "4 summed\nlog-probabilities", GREY)
+    _box(axes, (9.1, 1.5, 1.7, 1.0), "margin\n→ loss", GREY)
     for y in (2.95, 1.05):
         for target in (2.95, 1.05):
             _arrow(axes, (2.1, y), (3.0, target))
@@ -110,7 +111,7 @@ def draw_qlora() -> Figure:
     """Draw what QLoRA stores for one linear layer: 4-bit codes, block scales, two thin matrices."""
     figure, axes = _canvas(8.6, 2.9, x=(0, 11), y=(0, 3.6))
     _box(axes, (0.1, 0.6, 2.6, 2.4), "frozen $W$\n4-bit codes\n(NF4 levels)", GREY)
-    _box(axes, (2.9, 0.6, 0.9, 2.4), "1 scale\nper 64", SKY)
+    _box(axes, (2.9, 0.6, 0.9, 2.4), "1 scale\nper 64", GREY)
     axes.text(4.2, 1.8, "+", fontsize=20, ha="center", va="center")
     axes.text(4.95, 1.8, r"$\frac{\alpha}{r}\ \times$", fontsize=15, ha="center", va="center")
     _box(axes, (5.5, 0.6, 0.6, 2.4), "$B$", GREEN)
@@ -222,10 +223,10 @@ def draw_mc_scoring(
     best_false = scores[~true].max()
     passes = scores > best_false
     for i in range(n):
-        mark, colour = ("o", BLUE) if true[i] else ("X", ORANGE)
+        mark, colour = ("o", BLUE) if true[i] else ("X", VERMILION)
         face = "white" if true[i] and not passes[i] else colour
         left.plot(scores[i], i, mark, color=colour, markersize=9, markerfacecolor=face)
-    left.axvline(best_false, color=ORANGE, linestyle="--", linewidth=1.2)
+    left.axvline(best_false, color=VERMILION, linestyle="--", linewidth=1.2)
     place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
     left.annotate("best false answer", (best_false, n - 0.4), fontsize=9, **place)
     names = [f"{c}  ({'true' if t else 'false'})" for c, t in zip(choices, true, strict=True)]
@@ -237,7 +238,7 @@ def draw_mc_scoring(
     left.set_title(f"{mc1}\n{mc3}", fontsize=10, loc="left")
     shares, begin = softmax(scores), 0.0
     for label, share in sorted(zip(labels, shares, strict=True), reverse=True):
-        colour, hatch = (BLUE, "") if label else (ORANGE, "///")
+        colour, hatch = (BLUE, "") if label else (VERMILION, "///")
         look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 1.5}
         bar = right.barh(0, share, left=begin, height=0.5, **look)
         begin += share

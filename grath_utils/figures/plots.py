@@ -1,9 +1,10 @@
 """Figures of what was measured: one function each, from plain rows to a matplotlib figure.
 
-Colours are Okabe and Ito's (distinct for colour-blind readers), and never the only sign: line
-style, marker, hatch or label says the same, so that a grey print still reads. Every interval shown
-is 95 %. A *result* is what :func:`.measure.evaluate` returns, a *log* the rows of
-``training_log.jsonl``.
+One thing has one colour in all figures, of those that colour-blind readers tell apart (Okabe and
+Ito's): the two sides of a pair, the models, the arms. All else is black and grey. Colour is never
+the only sign: line style, marker, hatch or label says the same in a grey print. Every interval
+shown is 95 %, and two strokes mark an axis that does not begin at 0. A *result* is what
+:func:`.measure.evaluate` returns, a *log* the rows of ``training_log.jsonl``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from grath_utils.errors import StatisticsError
+from grath_utils.evaluation.blind_rules import chance_level
 from grath_utils.evaluation.statistics import t_interval
 from grath_utils.pairs.audit import wilson
 from grath_utils.text import in_percent
@@ -35,7 +37,7 @@ Looks = Mapping[str, tuple[str, str]]  # part -> colour, and the hatch that says
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 LOGPROB = "summed log-probability (nats)"
-MODEL_COLOURS = (GREY, BLUE, GREEN, PURPLE, SKY, ORANGE)
+MODEL_COLOURS = (GREY, "#66C2A5", "#00795A", "#003D2C", "#A5DCC8", "black")  # base, round 1, ...
 MODEL_LOOKS = [{"fmt": m, "color": c} for m, c in zip("osD^vP", MODEL_COLOURS, strict=True)]
 ARMS = {  # labels of a run's pairs -> the arm's name, colour and marker
     "own": ("the model judges", GREEN, "D"),
@@ -45,8 +47,10 @@ ARMS = {  # labels of a run's pairs -> the arm's name, colour and marker
     "inverted": ("turned round", "black", "v"),
     "unjudged": ("not judged", "#8B5A2B", "P"),
 }
-CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}
-REJECTED = {"color": VERMILION, "linestyle": "--", "markersize": 4}
+CHOSEN = {"color": BLUE, "linestyle": "-", "markersize": 4}  # and what is correct or true
+REJECTED = {"color": VERMILION, "linestyle": "--", "markersize": 4}  # and incorrect or false
+TRAINING = {"color": GREY, "linestyle": "-", "markersize": 4}
+HELD_OUT = {"color": "black", "linestyle": "--", "markersize": 4, "marker": "o"}
 CHANCE = {"color": GREY, "linewidth": 1, "linestyle": "--"}
 ZERO = {"color": GREY, "linewidth": 1, "linestyle": ":"}
 STYLE = {
@@ -99,7 +103,7 @@ def _changes(axes: Axes, rows: Sequence[tuple], unclear: str = GREY) -> None:
     for i, (_, value, ci95) in enumerate(rows):
         look = {"fmt": "o", "color": GREY, "mfc": "white" if ci95 is None else unclear}
         if ci95 is not None and (ci95[0] > 0 or ci95[1] < 0):
-            look = {"fmt": "D", "color": BLUE}
+            look = {"fmt": "D", "color": "black"}
         if value is not None:
             value, ci95 = 100 * value, ci95 and [100 * end for end in ci95]
             axes.errorbar(value, i, xerr=_reach(value, ci95), capsize=4, **look)
@@ -142,12 +146,37 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _bars(axes: Axes, names: list[str], values: Numbers, plain: Sequence, fmt: str) -> None:
-    """Draw a row with a bar and its value for each name; those that are not plain are hatched."""
-    colours, hatches = zip(*[(BLUE, "") if yes else (ORANGE, "///") for yes in plain], strict=True)
-    bars = axes.barh(range(len(names)), values, color=colours, hatch=hatches, edgecolor="white")
-    axes.bar_label(bars, fmt=fmt, padding=4)
+def _bars(axes: Axes, names: list[str], values: Numbers, looks: Sequence[tuple], fmt: str) -> None:
+    """Draw a row with a bar and its value for each name; a look is a colour and a hatch.
+
+    Bars of log-probabilities grow with the probability, too: from a floor below all of them.
+    """
+    low, high = min(values), max(values)
+    floor = low - 0.15 * (high - low) - 1 if low < 0 else 0
+    colours, hatches = zip(*looks, strict=True)
+    look = {"color": colours, "hatch": hatches, "edgecolor": "white", "left": floor}
+    bars = axes.barh(range(len(names)), np.subtract(values, floor), **look)
+    axes.bar_label(bars, [fmt % value for value in values], padding=4)
+    axes.set_xlim(floor, high + 0.2 * (high - floor))
+    if floor:
+        _mark_break(axes, (0.02, 0), (0.028, 0))
     _name_rows(axes, names)
+
+
+def _mark_break(axes: Axes, *places: tuple[float, float]) -> None:
+    """Put strokes on an axis that does not begin at 0; places in fractions of the axes."""
+    look = {"marker": [(-1, -2), (1, 2)], "markersize": 11, "color": "black", "linestyle": "none"}
+    axes.plot(*zip(*places, strict=True), transform=axes.transAxes, clip_on=False, **look)
+
+
+def _chance(axes: Axes, level: float | None, name: str = "chance") -> None:
+    """Draw what choosing blindly reaches, and mark an axis that begins above 0."""
+    if level is not None:
+        axes.axhline(level, **CHANCE)
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate(name, (1, level), fontsize=8, color=GREY, **place)
+    if axes.get_ylim()[0] > 0:
+        _mark_break(axes, (0, 0.02), (0, 0.045))
 
 
 def _stack(axes: Axes, bars: Bars, looks: Looks) -> None:
@@ -175,8 +204,8 @@ def plot_reject_reasons(pairs: int, rejects: Sequence[Measured]) -> Figure:
     reasons = Counter(str(row["reason"]).replace("_", " ") for row in rejects).most_common()
     names, counts = zip(("usable pair", pairs), *reasons, strict=True)
     figure, axes = new_axes(height=1.0 + 0.36 * len(names))
-    _bars(axes, names, counts, [True] + [False] * len(reasons), "%d")
-    axes.set(xlabel="completions", xmargin=0.12)
+    _bars(axes, names, counts, [("#444444", "")] + [("#bbbbbb", "///")] * len(reasons), "%d")
+    axes.set_xlabel("completions")
     return figure
 
 
@@ -197,10 +226,10 @@ def plot_dpo_loss(beta: float = 0.1) -> Figure:
     """Show the DPO loss and the weight of its gradient as functions of the margin."""
     figure, axes = new_axes(height=3.2)
     margins, start = np.linspace(-5, 5, 501), (0, math.log(2))
-    axes.plot(margins, np.logaddexp(0, -margins), color=BLUE, label="loss")
+    axes.plot(margins, np.logaddexp(0, -margins), color="black", label="loss")
     weights = 1 / (1 + np.exp(margins))
-    axes.plot(margins, weights, color=VERMILION, linestyle="--", label="weight of the gradient")
-    axes.plot(*start, "o", color=BLUE)
+    axes.plot(margins, weights, color=GREY, linestyle="--", label="weight of the gradient")
+    axes.plot(*start, "o", color="black")
     arrow = {"arrowstyle": "->", "color": GREY}
     axes.annotate("start: margin 0, loss ln 2", start, (0.5, 1.5), arrowprops=arrow)
     ratios = r"[\log\pi(y_w)/\pi_{ref}(y_w) - \log\pi(y_l)/\pi_{ref}(y_l)]"
@@ -218,10 +247,12 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
     figure, axes = new_axes(height=3.2)
     places, beside, margin = np.linspace(-40, 40, 401), np.array([-12, 12]), beta * contrast
     loss, slope = np.logaddexp(0, -margin), -beta / (1 + math.exp(margin))
-    axes.plot(places, np.logaddexp(0, -beta * places), color=BLUE, label=f"loss, beta = {beta:.3g}")
-    tangent = {"color": VERMILION, "linestyle": "--", "label": f"slope {slope:.3g} (tangent)"}
+    axes.plot(
+        places, np.logaddexp(0, -beta * places), color="black", label=f"loss, beta = {beta:.3g}"
+    )
+    tangent = {"color": GREY, "linestyle": "--", "label": f"slope {slope:.3g} (tangent)"}
     axes.plot(contrast + beside, loss + slope * beside, **tangent)
-    axes.plot(contrast, loss, "o", color=BLUE)
+    axes.plot(contrast, loss, "o", color="black")
     axes.set_title(f"margin {margin:+.2f}, loss {loss:.3f}", fontsize=10.5, loc="left")
     axes.set_xlabel("contrast: log-ratio of chosen minus log-ratio of rejected (nats)")
     # The pair stays in sight.
@@ -231,24 +262,22 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
 
 
 def plot_training(log: Sequence[Measured], title: str = "") -> Figure:
-    """Show a round's loss, margin, log-probabilities and gradient norm."""
+    """Show a round's loss, margin, answers since step 0, and gradient norm."""
     figure, grid = new_axes(2, 2, width=8.5, height=6.2)
     loss, margin, answers, gradient = grid.flat
     train = [row for row in log if row["split"] == "train"]
     held_out = [row for row in log if row["split"] == "held_out"]
     for axis, key, label in ((loss, "loss", "DPO loss"), (margin, "margin", "reward margin")):
-        _curve(axis, train, key, label="training", **CHOSEN)
-        _curve(axis, held_out, key, label="held-out questions", marker="o", **REJECTED)
+        _curve(axis, train, key, label="training", **TRAINING)
+        _curve(axis, held_out, key, label="held-out questions", **HELD_OUT)
         axis.set_ylabel(f"{label} (nats)")
     loss.axhline(math.log(2), **ZERO)
     loss.annotate("ln 2", (0.98, math.log(2)), xycoords=("axes fraction", "data"), color=GREY,
                   ha="right", va="bottom")  # fmt: skip
     margin.axhline(0, **ZERO)
-    _curve(answers, held_out or train, "logp_chosen", label="chosen", marker="o", **CHOSEN)
-    _curve(answers, held_out or train, "logp_rejected", label="rejected", marker="s", **REJECTED)
-    answers.set_ylabel("log-probability of the answer (nats)")
+    _answers(answers, held_out or train)
     answers.set_title("held-out" if held_out else "training", fontsize=10)
-    _curve(gradient, train, "grad_norm", label="before clipping", **CHOSEN)
+    _curve(gradient, train, "grad_norm", label="before clipping", **TRAINING)
     gradient.set(ylabel="norm of the gradient", ylim=(0, None))
     for axis in grid.flat:
         axis.set_xlabel("optimiser step")
@@ -257,26 +286,34 @@ def plot_training(log: Sequence[Measured], title: str = "") -> Figure:
     return figure
 
 
-def _curve(axis: Axes, rows: Sequence[Measured], key: str, *, begin: int = 0, **look: Any) -> None:
-    """Draw a number of a training log over its steps, where it was logged."""
+def _curve(axis: Axes, rows: Sequence[Measured], key: str, *, begin: int = 0, change: bool = False,
+           **look: Any) -> None:  # fmt: skip
+    """Draw a number of a training log, or its change, over its steps, where it was logged."""
     points = [(begin + row["step"], row[key]) for row in rows if key in row]
     if points:
-        axis.plot(*zip(*points, strict=True), **look)
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, np.subtract(values, values[0] if change else 0), **look)
+
+
+def _answers(axis: Axes, rows: Sequence[Measured], begin: int = 0) -> None:
+    """Draw by how much chosen and rejected answers have changed since a round's first row."""
+    hidden = "_" if begin else ""  # one legend entry for all rounds
+    how = {"begin": begin, "change": True}
+    _curve(axis, rows, "logp_chosen", label=f"{hidden}chosen", marker="o", **how, **CHOSEN)
+    _curve(axis, rows, "logp_rejected", label=f"{hidden}rejected", marker="s", **how, **REJECTED)
+    if not begin:
+        axis.axhline(0, **ZERO)
+    axis.set_ylabel("log-probability since step 0 (nats)")
 
 
 def plot_rounds(logs: Sequence[Sequence[Measured]]) -> Figure:
-    """Show log-probabilities and the margin over all rounds; held out where there are such rows."""
+    """Show answers since each round's step 0, and the margin; held out where there are any."""
     figure, axes = new_axes(1, 2, width=9.6, height=3.3)
-    answers, margin = axes
     begin = 0
     for t, log in enumerate(logs):
         rows = [row for row in log if row["split"] == "held_out"] or log
-        hidden = "_" if t else ""  # one legend entry for all rounds
-        chosen = {"label": f"{hidden}chosen", "marker": "o", "begin": begin, **CHOSEN}
-        rejected = {"label": f"{hidden}rejected", "marker": "s", "begin": begin, **REJECTED}
-        _curve(answers, rows, "logp_chosen", **chosen)
-        _curve(answers, rows, "logp_rejected", **rejected)
-        _curve(margin, rows, "margin", **chosen)
+        _answers(axes[0], rows, begin)
+        _curve(axes[1], rows, "margin", begin=begin, **HELD_OUT)
         end = begin + max(row["step"] for row in log)
         for axis in axes:
             axis.axvspan(begin, end, color=GREY, alpha=0.10 if t % 2 else 0.03, linewidth=0)
@@ -284,30 +321,22 @@ def plot_rounds(logs: Sequence[Sequence[Measured]]) -> Figure:
                           xycoords=("data", "axes fraction"), fontsize=9.5)  # fmt: skip
             axis.set_xlabel("optimiser step, all rounds")
         begin = end
-    answers.set_ylabel("log-probability of the answer (nats)")
-    answers.legend(fontsize=9)
-    margin.set_ylabel("reward margin (nats)")
-    margin.axhline(0, **ZERO)
+    axes[0].legend(fontsize=9)
+    axes[1].set_ylabel("reward margin (nats)")
+    axes[1].axhline(0, **ZERO)
     return figure
 
 
 def plot_dashboard(panels: Sequence[Any]) -> Figure:
     """Show each of :func:`.dashboard.dashboard_panels` in a small panel, over the rounds."""
-    figure, axes = _panels(len(panels), 4, 2.05, width=10.0)
+    figure, axes = _panels(len(panels), 4, 2.6, width=10.4)
     labels = sorted({label for panel in panels for label, *_ in panel.points}, key=_model_order)
     for axis, panel in zip(axes, panels, strict=True):
-        _models(axis, labels, panel.points, capsize=3, markersize=5)
-        if panel.line:
-            name, height = panel.line
-            axis.axhline(height, color=GREY, linewidth=1, linestyle="--")
-            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-            axis.annotate(name, (1, height), fontsize=7.5, color=GREY, **place)
-        if panel.unit == "share":
-            axis.set_ylim(-0.03, 1.03)
-        axis.set_title(panel.title, fontsize=9.5)
-        axis.set_ylabel(panel.unit, fontsize=8.5)
-        axis.tick_params(labelsize=8)
-        axis.set_xlim(-0.5, len(labels) - 0.5)
+        _models(axis, labels, panel.points, capsize=3, markersize=6)
+        axis.set(ylabel=panel.unit, xlim=(-0.5, len(labels) - 0.5))
+        _chance(axis, panel.level, panel.named)
+        axis.set_title(panel.title, fontsize=10)
+        axis.tick_params(labelsize=8.5)
     return figure
 
 
@@ -318,15 +347,15 @@ def plot_levels(levels: Numbers, weights: Numbers, codes: Sequence[int], shown: 
     indices of the levels that the weights are rounded to, which the first ``shown`` show.
     """
     figure, (left, right) = new_axes(1, 2, width=10.0, height=3.3)
-    left.hist(weights, bins=60, range=(-1, 1), color=SKY, density=True)
+    left.hist(weights, bins=60, range=(-1, 1), color="#bbbbbb", density=True)
     before, after = weights[:shown], [levels[code] for code in codes[:shown]]
     places = range(len(before))
     for level in levels:
-        left.axvline(level, color=VERMILION, linewidth=1)
-        right.axhline(level, color=VERMILION, linewidth=0.4)
+        left.axvline(level, color="black", linewidth=1)
+        right.axhline(level, color=GREY, linewidth=0.5)
     right.vlines(places, before, after, color=GREY, linewidth=1.5)
-    right.plot(places, before, "o", color=BLUE, label="weight")
-    right.plot(places, after, "_", color=VERMILION, markersize=13, mew=2.5, label="rounded")
+    right.plot(places, before, "o", color=GREY, label="weight")
+    right.plot(places, after, "_", color="black", markersize=13, mew=2.5, label="rounded")
     left.set(xlabel="weight / largest weight of its block", ylabel="density of the weights")
     left.set_title(f"the {len(levels)} levels (lines)", fontsize=10)
     right.set_xlabel(f"first {len(before)} weights of a row")
@@ -346,6 +375,10 @@ METRIC_NAMES = {
 }
 
 
+def _metric(name: str) -> str:
+    return METRIC_NAMES.get(name, name).replace("\n", " ")
+
+
 def plot_metrics(results: Mapping[str, Mapping[str, Measured]]) -> Figure:
     """Show every metric of every model of :func:`.state.results`, with its 95 % interval."""
     panels = [
@@ -360,11 +393,11 @@ def plot_metrics(results: Mapping[str, Mapping[str, Measured]]) -> Figure:
         points = [(label, *in_percent(r, metric)) for label, r in results[benchmark].items()]
         _models(axis, list(results[benchmark]), points, capsize=4, markersize=7)
         for i, (_, value, _) in enumerate(points):
-            beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-            axis.annotate(f"{value:.1f}", (i, value), fontsize=9, **beside)
+            _beside(axis, f"{value:.1f}", (i, value), size=9)
         axis.tick_params(axis="x", labelsize=9)
         axis.set_title(f"{benchmark}\n{METRIC_NAMES[metric]}", fontsize=10)
         axis.set_xlim(-0.5, len(points) - 0.2)
+        _chance(axis, chance_level(next(iter(results[benchmark].values())), metric))
     shown = (r["metrics"][metric]["ci95"] for b, metric in panels for r in results[b].values())
     axes[0].set_ylabel(f"percent, {_with_interval(shown)}")
     return figure
@@ -373,12 +406,16 @@ def plot_metrics(results: Mapping[str, Mapping[str, Measured]]) -> Figure:
 def plot_choices(
     choices: Sequence[str], scores: Numbers, labels: Sequence[int], *, unit: str = LOGPROB
 ) -> Figure:
-    """Show the score of each answer to one question; false ones (label 0) are hatched."""
+    """Show the score of each answer to one question; false ones (label 0) are hatched.
+
+    The more probable an answer, the longer its bar.
+    """
     figure, axes = new_axes(width=8.6, height=0.9 + 0.42 * len(choices))
     kinds = ["true" if label else "false" for label in labels]
     names = [textwrap.fill(f"{c}  ({k})", 46) for c, k in zip(choices, kinds, strict=True)]
-    _bars(axes, names, scores, labels, "%.1f" if max(map(abs, scores)) > 1 else "%.3f")
-    axes.set(xlabel=unit, xmargin=0.2)
+    looks = [(BLUE, "") if label else (VERMILION, "///") for label in labels]
+    _bars(axes, names, scores, looks, "%.1f" if max(map(abs, scores)) > 1 else "%.3f")
+    axes.set_xlabel(unit)
     return figure
 
 
@@ -408,7 +445,7 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Measured]]]) -> Figure:
     for place, (axis, (title, cells)) in enumerate(zip(axes, panels, strict=True)):
         for i, cell in enumerate(cells):
             for value in cell["seeds"]:
-                axis.plot(100 * value, i + 0.22, "|", color=ORANGE, markersize=9)
+                axis.plot(100 * value, i + 0.22, "|", color=GREY, markersize=9)
         named = place % columns == 0
         _changes(axis, [(c["name"] if named else "", c["mean"], c["ci95"]) for c in cells])
         _centre_on_zero(axis, n)
@@ -426,31 +463,36 @@ def plot_arms(rows: Sequence[Measured]) -> Figure:
 
     A marker is filled where the interval excludes 0.
     """
-    tests = _grouped(rows, "benchmark")
-    arms = [arm for arm in ARMS if arm in _grouped(rows, "arm")]
-    metrics = {test: list(_grouped(found, "metric")) for test, found in tests.items()}
-    tall = [len(names) * (len(arms) + 1) for names in metrics.values()]
-    figure, grid = new_axes(len(tests), 2, width=9.6, height=1.2 + 0.2 * sum(tall), sharex=True,
-                            squeeze=False, height_ratios=tall, sharey="row")  # fmt: skip
-    for (left, right), (test, found) in zip(grid, tests.items(), strict=True):
-        for row in found:
-            place = metrics[test].index(row["metric"]) * (len(arms) + 1) + arms.index(row["arm"])
-            for axis, gain in ((left, row), (right, row.get("over_random"))):
-                if gain:
-                    _arm_gain(axis, place, gain, row["arm"])
-        middles = [(len(arms) + 1) * i + (len(arms) - 1) / 2 for i in range(len(metrics[test]))]
-        left.set_yticks(middles, map(_metric_name, metrics[test]))
-        left.set_ylim((len(arms) + 1) * len(metrics[test]) - 1, -1)
-        left.set_title(f"{test}, n = {found[0]['n']}", fontsize=10, loc="left")
-        for axis in (left, right):
-            axis.axvline(0, color="black", linewidth=1)
-            axis.grid(axis="y", visible=False)
-    grid[-1, 0].set_xlabel(
-        "change from the base model (points)\nwith 95 % interval; filled: without 0"
-    )
-    grid[-1, 1].set_xlabel("gain over the placebo (points)\nthe same items, paired")
+    tests = {f"{r['benchmark']}\n{_metric(r['metric'])}, n = {r['n']}": r for r in rows}
+    tests = {(r["benchmark"], r["metric"]): name for name, r in tests.items()}
+    arms, step = _arms(rows), len(_arms(rows)) + 1  # from a test to the next one
+    height = 1.4 + 0.19 * step * len(tests)
+    figure, axes = new_axes(1, 2, width=9.6, height=height, sharex=True, sharey=True)
+    for row in rows:
+        _, colour, marker = ARMS[row["arm"]]
+        test = list(tests).index((row["benchmark"], row["metric"]))
+        place = step * test + arms.index(row["arm"])
+        for axis, gain in zip(axes, (row, row.get("over_random")), strict=True):
+            if gain:
+                value, (low, high) = gain["change"], gain["ci95"]
+                look = {"fmt": marker, "color": colour, "capsize": 3}
+                look["mfc"] = colour if low * high > 0 else "white"
+                axis.errorbar(value, place, xerr=_reach(value, (low, high)), **look)
+                _beside(axis, f"{value + 0:+.1f}", (high, place))
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=1)
+    axes[0].set_xlabel("change from the base model (points)\n95 % interval; filled: without 0")
+    axes[1].set_xlabel("gain over the placebo (points)\nthe same items, paired")
+    middles = [step * i + (len(arms) - 1) / 2 for i in range(len(tests))]
+    axes[0].set(yticks=middles, yticklabels=tests.values(), ylim=(step * len(tests) - 1, -1))
     _name_arms(figure, arms, linestyle="none")
     return figure
+
+
+def _beside(axes: Axes, text: str, place: tuple[float, float], size: float = 8) -> None:
+    """Write to the right of a place."""
+    how = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": size}
+    axes.annotate(text, place, **how)
 
 
 def _grouped(rows: Sequence[Measured], key: str) -> dict[Any, list[Measured]]:
@@ -458,68 +500,51 @@ def _grouped(rows: Sequence[Measured], key: str) -> dict[Any, list[Measured]]:
     return {k: [row for row in rows if row[key] == k] for k in dict.fromkeys(r[key] for r in rows)}
 
 
-def _metric_name(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric)
-
-
-def _arm_gain(axis: Axes, place: float, gain: Measured, arm: str) -> None:
-    """Draw a gain in points with its interval and its number, in the look of an arm."""
-    (_, colour, marker), (low, high) = ARMS[arm], gain["ci95"]
-    look = {"fmt": marker, "color": colour, "markersize": 6, "capsize": 3}
-    look["mfc"] = colour if low > 0 or high < 0 else "white"
-    axis.errorbar(gain["change"], place, xerr=_reach(gain["change"], gain["ci95"]), **look)
-    beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-    axis.annotate(f"{gain['change'] + 0:+.1f}", (max(high, gain["change"]), place), **beside)
+def _arms(rows: Sequence[Measured]) -> list[str]:
+    return [arm for arm in ARMS if arm in _grouped(rows, "arm")]
 
 
 def _name_arms(figure: Figure, arms: Sequence[str], **look: Any) -> None:
     """Say above a figure which colour and marker is which arm."""
-    handles = [
-        Line2D([], [], label=name, color=colour, marker=marker, **look)
-        for name, colour, marker in map(ARMS.__getitem__, arms)
-    ]
+    named = [ARMS[arm] for arm in arms]
+    handles = [Line2D([], [], label=n, color=c, marker=m, **look) for n, c, m in named]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
+
+
+NO_DOSE = {"steps": 0, "change": 0, "ci95": (0, 0), "nats_true": 0, "nats_false": 0}
 
 
 def plot_dose(rows: Sequence[Measured]) -> Figure:
     """Show what the arms change with the steps of training: rows of ``recipe_dose.jsonl``.
 
-    One line of panels for each benchmark: its metrics with their 95 % bands, then by how many nats
-    the true answers (solid) and the false ones (dashed) have moved.
+    For each benchmark its metrics with their 95 % bands, then by how many nats the true answers
+    (solid) and the false ones (dashed) have moved.
     """
-    tests = _grouped(rows, "benchmark")
-    columns = 1 + max(len(_grouped(found, "metric")) for found in tests.values())
-    figure, grid = new_axes(len(tests), columns, width=3.3 * columns, height=0.7 + 2.6 * len(tests),
-                            squeeze=False)  # fmt: skip
-    for axes, (test, found) in zip(grid, tests.items(), strict=True):
-        metrics = _grouped(found, "metric")
-        for axis, (metric, measured) in zip(axes, metrics.items(), strict=False):
-            for arm, some in _grouped(measured, "arm").items():
-                change = [(r["steps"], r["change"], *r["ci95"]) for r in _by_steps(some)]
-                steps, middle, *ends = zip((0, 0, 0, 0), *change, strict=True)  # no step, no change
-                _, colour, marker = ARMS[arm]
+    tests, panels = _grouped(rows, "benchmark"), []
+    for test, found in tests.items():
+        for metric, some in _grouped(found, "metric").items():
+            panels.append((some, f"{test}, {_metric(metric)}", {"change": "-"}))
+        lines = {"nats_true": "-", "nats_false": "--"}
+        panels.append((some, "log-probability of true\nanswers (dashed: false)", lines))
+    columns = math.ceil(len(panels) / len(tests))
+    figure, axes = _panels(len(panels), columns, 2.9, width=3.3 * columns)
+    for axis, (some, title, lines) in zip(axes, panels, strict=True):
+        for arm, doses in _grouped(some, "arm").items():
+            _, colour, marker = ARMS[arm]
+            doses = [NO_DOSE, *sorted(doses, key=lambda row: row["steps"])]
+            steps = [row["steps"] for row in doses]
+            for key, line in lines.items():
+                look = {"color": colour, "marker": marker, "markersize": 5}
+                axis.plot(steps, [row[key] for row in doses], line, **look)
+            if "change" in lines:
+                ends = zip(*(row["ci95"] for row in doses), strict=True)
                 axis.fill_between(steps, *ends, color=colour, alpha=0.15, linewidth=0)
-                axis.plot(steps, middle, color=colour, marker=marker, markersize=5)
-            axis.set(ylabel="change (points)", title=f"{test}, {_metric_name(metric)}")
-        nats = axes[len(metrics)]
-        for arm, some in _grouped(next(iter(metrics.values())), "arm").items():
-            for key, line in (("nats_true", "-"), ("nats_false", "--")):
-                points = [(0, 0), *((r["steps"], r[key]) for r in _by_steps(some))]
-                look = {"color": ARMS[arm][1], "marker": ARMS[arm][2], "markersize": 4}
-                nats.plot(*zip(*points, strict=True), line, **look)
-        nats.set(ylabel="change (nats)", title="log-probability of true answers\n(dashed: false)")
-        for axis in axes[: len(metrics) + 1]:
-            axis.axhline(0, **ZERO)
-            axis.set_xlabel("optimiser steps")
-            axis.title.set_fontsize(10)
-        for spare in axes[len(metrics) + 1 :]:
-            spare.set_axis_off()
-    _name_arms(figure, [arm for arm in ARMS if arm in _grouped(rows, "arm")])
+        axis.axhline(0, **ZERO)
+        unit = "points" if "change" in lines else "nats"
+        axis.set(xlabel="optimiser steps", ylabel=f"change ({unit})")
+        axis.set_title(title, fontsize=10)
+    _name_arms(figure, _arms(rows))
     return figure
-
-
-def _by_steps(rows: Sequence[Measured]) -> list[Measured]:
-    return sorted((row for row in rows if row["steps"]), key=lambda row: row["steps"])
 
 
 KINDS = {"plain": "facts", "misconception": "popular errors"}
@@ -569,8 +594,9 @@ def plot_controls(results: Mapping[str, Measured]) -> Figure:
         axes.errorbar(value, i, xerr=_reach(value, ci95), capsize=4, **MODEL_LOOKS[i % 6])
     look = {"height": 0.55, "color": "#dddddd", "hatch": "///", "edgecolor": "white"}
     bars = axes.barh(rows[n:], rules.values(), **look)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    axes.bar_label(bars, fmt="%.1f", padding=5, fontsize=9)
     axes.axhline(n - 0.5, color=GREY, linewidth=0.8)
+    axes.axvline(rules["chance"], **CHANCE)
     _name_rows(axes, [*map(_model_name, results), *(rule.replace("_", " ") for rule in rules)])
     axes.set(xlim=(0, None), xlabel="MC1, percent (hatched: never read the question)")
     return figure
@@ -585,24 +611,17 @@ def plot_category_change(before: Measured, after: Measured) -> Figure:
     for first, second in zip(before["items"], after["items"], strict=True):
         both = (first["metrics"]["mc2"], second["metrics"]["mc2"])
         values.setdefault(first.get("category") or "all", []).append(both)
-    means = {name: np.mean(both, axis=0) for name, both in values.items()}
-    names = sorted(values, key=lambda name: np.diff(means[name]))
-    height = 1.2 + 0.3 * len(names)
-    figure, (left, right) = new_axes(1, 2, width=10.0, height=height, width_ratios=(3, 2))
-    for i, name in enumerate(names):
-        was, now = 100 * means[name]
-        left.plot([was, now], [i, i], color=GREY, linewidth=1.2)
-        left.plot(was, i, "o", color=GREY, label="" if i else "before")
-        left.plot(now, i, "D", color=BLUE, label="" if i else "after")
-    changes = [np.diff(values[name])[:, 0] for name in names]
-    _changes(right, [("", change.mean(), t_interval(change)) for change in changes], "white")
-    counted = [f"{name} (n = {len(values[name])})" for name in names]
-    left.set_yticks(range(len(names)), counted, fontsize=9)
-    left.set_xlabel("MC2, percent")
-    right.set_xlabel("change in points, with 95 % interval\n(filled diamond: without 0)")
-    for axis in (left, right):
-        axis.set_ylim(-0.7, len(names) - 0.3)
-    figure.legend(fontsize=9, loc="outside upper left", ncols=2)  # inside, it could hide a point
+    rows = []
+    for name, both in values.items():
+        was, now = 100 * np.mean(both, axis=0)
+        change = np.diff(both)[:, 0]
+        row = f"{name} (n = {len(both)}): {was:.0f} to {now:.0f}"
+        rows.append((row, change.mean(), t_interval(change)))
+    rows.sort(key=lambda row: -row[1])
+    figure, axes = new_axes(width=8.6, height=1.1 + 0.3 * len(rows))
+    _changes(axes, rows, "white")
+    _centre_on_zero(axes, len(rows))
+    axes.set_xlabel("change of MC2 in points, with 95 % interval (diamond: without 0)")
     return figure
 
 

@@ -124,12 +124,12 @@ def test_category_changes_are_sorted_and_have_their_paired_interval() -> None:
     before = {"a": [0.5, 0.5, 0.5], "b": [0.2, 0.4, 0.6], "c": [0.3]}
     after = {"a": [0.2, 0.3, 0.7], "b": [0.5, 0.7, 0.901], "c": [0.31]}
     figure = plots.plot_category_change(result(before), result(after))
-    left, right = figure.axes
-    names = [label.get_text() for label in left.get_yticklabels()]
-    assert names == ["a (n = 3)", "c (n = 1)", "b (n = 3)"]
-    markers = [container.lines[0].get_marker() for container in right.containers]
-    assert markers == ["o", "o", "D"], "only b rose beyond its interval; one item has none"
-    assert right.containers[2].lines[0].get_xdata()[0] == pytest.approx(100 * 0.901 / 3)
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["b (n = 3): 40 to 70", "c (n = 1): 30 to 31", "a (n = 3): 50 to 40"]
+    markers = [container.lines[0].get_marker() for container in axes.containers]
+    assert markers == ["D", "o", "o"], "only b rose beyond its interval; one item has none"
+    assert axes.containers[0].lines[0].get_xdata()[0] == pytest.approx(100 * 0.901 / 3)
 
 
 def test_category_changes_are_of_the_same_items() -> None:
@@ -156,6 +156,59 @@ def test_a_value_without_an_interval_is_shown_and_says_why() -> None:
     assert "a single item has none" in axes.get_xlabel()
     markers = [container.lines[0] for container in axes.containers if hasattr(container, "lines")]
     assert [line.get_markerfacecolor() for line in markers] == ["white", plots.GREY]
+
+
+def levels(axes) -> list[float]:
+    """Where dashed lines lie: what chance reaches."""
+    return [x.get_ydata()[0] for x in axes.lines if x.get_linestyle() == "--"]
+
+
+def test_accuracies_have_their_chance_line_and_a_cut_axis_its_mark() -> None:
+    values = {"mc1": 0.4, "mc2": 0.6, "mc3": 0.3}
+    metrics = {m: {"value": v, "ci95": [v - 0.05, v + 0.05], "n": 9} for m, v in values.items()}
+    result = {"metrics": metrics, "controls": {"chance": 0.25, "uniform_mc2": 0.5}}
+    figure = plots.plot_metrics({"probe": {"base": result, "iter_0": result}})
+    assert [levels(axes) for axes in figure.axes] == [[25], [50], [25]]
+    for axes in figure.axes:
+        assert axes.get_ylim()[0] > 0
+        strokes = [x for x in axes.lines if x.get_transform() == axes.transAxes]
+        assert len(strokes) == 1
+    free = {"metrics": {"mc1": {"value": 0.5, "ci95": [0.0, 0.9], "n": 9}}, "controls": {}}
+    (axes,) = plots.plot_metrics({"answers": {"base": free}}).axes
+    assert levels(axes) == [], "free answers have no chance level"
+
+
+@pytest.mark.parametrize("scores", [[-7.0, -12.0, -8.0], [0.7, 0.1, 0.2], [-3.0, -3.0, -3.0]])
+def test_the_more_probable_the_longer_the_bar(scores: list[float]) -> None:
+    (axes,) = plots.plot_choices(["a", "b", "c"], scores, [1, 0, 0]).axes
+    widths = [bar.get_width() for bar in axes.patches]
+    assert min(widths) > 0
+    np.testing.assert_allclose(np.subtract(widths, widths[0]), np.subtract(scores, scores[0]))
+    assert bool(axes.lines) == (axes.get_xlim()[0] != 0), "a cut axis has its mark"
+    assert [bar.get_hatch() for bar in axes.patches] == ["", "///", "///"]
+
+
+def training_log(begin: float, steps: int) -> list[dict]:
+    held = [
+        {"step": s, "split": "held_out", "loss": 0.7, "margin": 0.1 * s, "logp_chosen": begin - s,
+         "logp_rejected": begin - 3 * s} for s in range(steps + 1)
+    ]  # fmt: skip
+    return [*held, {"step": 1, "split": "train", "loss": 0.7, "margin": 0.0, "grad_norm": 1.0}]
+
+
+def test_answers_are_shown_as_their_change_since_step_0_of_each_round() -> None:
+    logs = [training_log(-20.0, 4), training_log(-31.0, 3)]
+    answers = plots.plot_training(logs[0]).axes[2]
+    assert [list(x.get_ydata()) for x in answers.lines[:2]] == [
+        [0, -1, -2, -3, -4],
+        [0, -3, -6, -9, -12],
+    ]
+    answers = plots.plot_rounds(logs).axes[0]
+    curves = [line for line in answers.lines if line.get_color() == plots.BLUE]
+    assert [list(x.get_xydata().ravel()) for x in curves] == [
+        [0, 0, 1, -1, 2, -2, 3, -3, 4, -4],
+        [4, 0, 5, -1, 6, -2, 7, -3],
+    ]
 
 
 def test_a_sweep_s_equal_seeds_have_no_interval() -> None:
