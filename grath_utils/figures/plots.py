@@ -37,13 +37,14 @@ Looks = Mapping[str, tuple[str, str]]  # part -> colour, and the hatch that says
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILION, PURPLE, SKY, GREY = "#D55E00", "#CC79A7", "#56B4E9", "#666666"
 LOGPROB = "summed log-probability (nats)"
-MODEL_COLOURS = (GREY, "#66C2A5", "#00795A", "#003D2C", "#A5DCC8", "black")  # base, round 1, ...
+# Of the base model, of round 1, and so on.
+MODEL_COLOURS = ("#8C8C8C", "#66C2A5", "#00694E", "#003324", "#B5E5D5", "black")
 MODEL_LOOKS = [{"fmt": m, "color": c} for m, c in zip("osD^vP", MODEL_COLOURS, strict=True)]
 ARMS = {  # labels of a run's pairs -> the arm's name, colour and marker
     "own": ("the model judges", GREEN, "D"),
     "random": ("labels by a coin (placebo)", ORANGE, "o"),
     "annotated": ("annotated answers", SKY, "s"),
-    "mismatched": ("another pair's question", PURPLE, "^"),
+    "mismatched": ("another pair's question", "#882E72", "^"),
     "inverted": ("turned round", "black", "v"),
     "unjudged": ("not judged", "#8B5A2B", "P"),
 }
@@ -271,6 +272,7 @@ def plot_training(log: Sequence[Measured], title: str = "") -> Figure:
         _curve(axis, train, key, label="training", **TRAINING)
         _curve(axis, held_out, key, label="held-out questions", **HELD_OUT)
         axis.set_ylabel(f"{label} (nats)")
+    loss.set_ylim(0, None)
     loss.axhline(math.log(2), **ZERO)
     loss.annotate("ln 2", (0.98, math.log(2)), xycoords=("axes fraction", "data"), color=GREY,
                   ha="right", va="bottom")  # fmt: skip

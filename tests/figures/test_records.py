@@ -90,7 +90,35 @@ def test_judges_are_shown_by_what_they_keep_and_by_what_of_it_is_right() -> None
     assert {label.get_text() for label in kept.get_yticklabels()} == {r["judge"] for r in rows}
 
 
-def test_things_that_stand_side_by_side_differ_in_colour_and_in_mark() -> None:
-    looks = list(plots.ARMS.values())
-    assert len({to_rgb(colour) for _, colour, _ in looks}) == len(looks)
-    assert len({marker for *_, marker in looks}) == len(looks)
+# How linear RGB looks to people without one kind of cone: Machado, Oliveira and Fernandes (2009).
+CONES = {
+    "all": np.eye(3),
+    "no long": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "no middle": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "no short": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def seen(colour: str, cones: str) -> np.ndarray:
+    """A colour in CIELAB, where a distance of 10 is plain to see."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.434, 0.376, 0.190], [0.213, 0.715, 0.072], [0.018, 0.109, 0.873]]
+    x, y, z = np.cbrt(to_xyz @ np.clip(CONES[cones] @ linear, 0, 1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("cones", CONES)
+@pytest.mark.parametrize(
+    "colours",
+    [[plots.BLUE, plots.VERMILION], plots.MODEL_COLOURS, [c for _, c, _ in plots.ARMS.values()]],
+)
+def test_what_stands_side_by_side_differs_for_colour_blind_readers(cones, colours) -> None:
+    places = [seen(colour, cones) for colour in colours]
+    for i, place in enumerate(places):
+        assert all(np.linalg.norm(place - other) > 12 for other in places[:i]), colours[i]
+
+
+def test_in_a_grey_print_marks_tell_apart() -> None:
+    for marks in ([m for *_, m in plots.ARMS.values()], [x["fmt"] for x in plots.MODEL_LOOKS]):
+        assert len(set(marks)) == len(marks)
