@@ -70,7 +70,7 @@ PARTS = (
     ("The course", ("notebooks/[0-9][0-9]*_*.ipynb",)),
     ("Side trips", ("notebooks/appendix/*.ipynb",)),
     ("Solutions", ("notebooks/solutions/*.ipynb",)),
-    ("Help and teaching", ("notebooks/*.md", "data/README.md", "CONTRIBUTING.md")),
+    ("Results, help and teaching", ("notebooks/*.md", "data/README.md", "CONTRIBUTING.md")),
 )
 
 
@@ -108,6 +108,11 @@ def links_that_lead_out(text: str, folder: str) -> str:
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)", change, text)
 
 
+def without_badges(text: str) -> str:
+    """Leave badges out: the book has a button for Colab, and shows no pictures from elsewhere."""
+    return re.sub(r"^\[!\[.*\]\(https:.*\n?", "", text, flags=re.MULTILINE)
+
+
 def origin(stamp: dict) -> str:
     """Return a line that says what the outputs of a notebook come from."""
     cost, device, profile = stamp["cost"], stamp["device"], stamp["profile"]
@@ -140,7 +145,7 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
     """Turn a page as it stands in the repository into a page of the book."""
     folder = posixpath.dirname(page)
     if app.env.doc2path(page, base=False).suffix == ".md":
-        source[0] = links_that_lead_out(source[0], folder)
+        source[0] = without_badges(links_that_lead_out(source[0], folder))
         if page == root_doc:
             source[0] += "\n\n" + table_of_contents() + "\n"
         return
@@ -148,8 +153,7 @@ def read_page(app: Sphinx, page: str, source: list[str]) -> None:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = links_that_lead_out("".join(cell["source"]), folder)
-            # The book has a button for that on every page, and no pictures from elsewhere.
-            cell["source"] = re.sub(r"^\[!\[Open in .*\n", "", cell["source"], flags=re.MULTILINE)
+            cell["source"] = without_badges(cell["source"])
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     if code and "importlib.util.find_spec" in "".join(code[0]["source"]):
         # The same in every notebook, and of no use to a reader.

@@ -92,5 +92,5 @@ def test_the_citation_names_the_same_repository() -> None:
 
 
 def test_headings_become_the_anchors_that_github_makes() -> None:
-    assert "set-up-in-detail" in anchors(ROOT / "README.md")
+    assert "set-up-in-detail" in anchors(ROOT / "notebooks" / "RUNNING.md")
     assert "1--the-idea-in-one-picture" in anchors(ROOT / "notebooks" / "00_start_here.ipynb")

@@ -1,9 +1,9 @@
 """Numbers in prose are those of a record: a sentence that repeats one goes stale in silence.
 
-The README's tables of results are computed here from the records in ``notebooks/appendix``. Every
-other number with a unit, and every interval, must be found again in the notebook's own cells and
-outputs (in the README: in the records), or stand in ``SOURCES`` with where it comes from. One that
-is found nowhere has to go, or to be measured.
+The tables of results in README.md and notebooks/RESULTS.md are computed here from the records in
+``notebooks/appendix``. Every other number with a unit, and every interval, must be found again in
+the notebook's own cells and outputs (on a page: in the records that it names), or stand in
+``SOURCES`` with where it comes from. One that is found nowhere has to go, or to be measured.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from prose import ROOT, without_code
 from scipy.stats import norm, ttest_1samp
 
 from grath_utils.evaluation.statistics import holm
+from grath_utils.figures import plots
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.text import with_interval
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name.rpartition("/")[2]: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "notebooks/RESULTS.md", "notebooks/RUNNING.md")
+}
 APPENDIX = ROOT / "notebooks" / "appendix"
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 COURSE = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -45,9 +49,9 @@ SOURCES = {  # what is no measurement of this project's, or was measured elsewhe
         "93": "the size of the default model's file (engine/course_models.py)",
         "95": LEVEL,
         "90": "INSTRUCTOR.md has the plan",
-        "80": "the size of the GPU",
-        "0.2": "the size of PyTorch's package",
     },
+    "RESULTS.md": {"95": LEVEL},
+    "RUNNING.md": {"0.2": "the size of PyTorch's package"},
     "00_start_here": {"93": "the size of the default model's file"},
     "02_qlora_dpo": {"150": "e to the power of 5"},
     "03_iterative_refinement": {"95": LEVEL},
@@ -96,9 +100,8 @@ def own_numbers(path: Path) -> list[float]:
     return numbers("\n".join(texts))
 
 
-def records(path: Path) -> list[float]:
+def records(text: str) -> list[float]:
     """Return the numbers of those records in the appendix that a notebook or page names."""
-    text = path.read_text(encoding="utf-8")
     named = [p for p in APPENDIX.glob("recipe_*.jsonl") if p.name in text]
     return numbers("\n".join(p.read_text(encoding="utf-8") for p in named))
 
@@ -118,7 +121,7 @@ def p_value(row: dict) -> float:
 
 
 def result_table(recipe: str, change: str) -> str:
-    """Return the README's table of a recipe, as its record has it."""
+    """Return the table of a recipe, as its record has it."""
     shown = {
         ("truthfulqa_mc", "mc1"): ("TruthfulQA MC1", "no"),
         ("truthfulqa_mc", "mc2"): ("TruthfulQA MC2", "no"),
@@ -144,7 +147,7 @@ def result_table(recipe: str, change: str) -> str:
 
 
 def controls_table() -> str:
-    """Return the README's table of what stands beside picked pairs."""
+    """Return the table of what stands beside picked pairs."""
     lines = ["| trained on | scored by | weights | right (%), 95 % interval |", "|---|---|---|---|"]
     for r in CONTROLS:
         low, high = r["ci95"]
@@ -154,34 +157,33 @@ def controls_table() -> str:
 
 
 def arms_table() -> str:
-    """Return the README's table of the arms: the change of each, and what it has over random."""
-    names = {
-        "own": "the model writes and judges",
-        "annotated": "sealed right answers in place of its own",
-        "random": "labels by a coin (the placebo)",
-    }
+    """Return the table of the arms on record: the change of each, and what it has over random."""
     shown = (("truthfulqa_mc", "mc1"), ("truthfulqa_mc", "mc2"), ("probe_testing", "mc1"))
     shown += (("probe_testing", "mc2"), ("retention", "acc"))
     heads = "TruthfulQA MC1 | TruthfulQA MC2 | our probe MC1 | our probe MC2 | retention"
     rows = {(r["arm"], r["benchmark"], r["metric"]): r for r in ARMS}
     base = " | ".join(f"{rows['own', *key]['base']:.1f}" for key in shown)
     lines = [
-        f"| arm | {heads} | nats |",
-        "|---|" + "---|" * 6,
-        f"| the model before (%) | {base} | |",
+        f"| arm | {heads} | nats | seeds |",
+        "|---|" + "---|" * 7,
+        f"| the model before (%) | {base} | | |",
     ]
-    for arm, name in names.items():
-        found = [rows[arm, *key] for key in shown]
+    for arm in ("own", "annotated", "mismatched", "random"):
+        found = [rows[arm, *key] for key in shown if (arm, *key) in rows]
+        if not found:
+            continue
         changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in found)
         moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
-        lines.append(f"| {name} | {changes} | {moved} |")
+        seeds = len(found[0]["seeds"])
+        lines.append(f"| {plots.ARMS[arm][0]} | {changes} | {moved} | {seeds} |")
     over = [rows["own", *key]["over_random"] for key in shown]
     changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
-    return "\n".join([*lines, f"| **first minus placebo** | {changes} | |"])
+    seeds = len(over[0]["seeds"])
+    return "\n".join([*lines, f"| **first minus placebo** | {changes} | | {seeds} |"])
 
 
 def judges_table() -> str:
-    """Return the README's table of how well judges tell sealed answers apart."""
+    """Return the table of how well judges tell sealed answers apart."""
     lines = [
         "| judge | prompts a pair | questions | right of all (%) | kept (%) | right of these (%) |",
         "|---|---|---|---|---|---|",
@@ -195,18 +197,18 @@ def judges_table() -> str:
 
 
 @pytest.mark.parametrize(
-    "table",
+    ("page", "table"),
     [
-        arms_table(),
-        judges_table(),
-        result_table("cpu", "change after two rounds (points)"),
-        result_table("cpu-long", "change (points)"),
-        controls_table(),
+        ("README.md", arms_table()),
+        ("RESULTS.md", judges_table()),
+        ("RESULTS.md", result_table("cpu", "change after two rounds (points)")),
+        ("RESULTS.md", result_table("cpu-long", "change (points)")),
+        ("RESULTS.md", controls_table()),
     ],
     ids=("arms", "judges", "cpu", "cpu-long", "controls"),
 )
-def test_the_readme_holds_the_tables_as_they_are_computed(table: str) -> None:
-    assert table in README, f"README.md, `What it shows`: put in\n{table}"
+def test_a_page_holds_the_table_as_it_is_computed(page: str, table: str) -> None:
+    assert table in PAGES[page], f"{page}: put in\n{table}"
 
 
 def test_what_holm_leaves_is_what_the_side_trip_says() -> None:
@@ -246,7 +248,8 @@ def test_what_holm_leaves_of_the_matched_pairs_is_what_notebook_5_says() -> None
 
 @pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
 def test_a_notebook_costs_what_its_run_took(path: Path) -> None:
-    (row,) = (line for line in README.splitlines() if line.startswith(f"| [{path.stem}]"))
+    lines = PAGES["README.md"].splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| [{path.stem}]"))
     time, unit, memory = re.search(r"([\d.]+) (s|min), ([\d.]+) GB", row).groups()
     seconds, gb = cost(path)
     assert float(time) * (60 if unit == "min" else 1) == pytest.approx(seconds, rel=0.15)
@@ -260,7 +263,7 @@ def test_a_notebook_costs_what_its_run_took(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: "/".join(path.parts[-2:]))
 def test_numbers_in_a_notebook_are_in_its_outputs_or_its_records(path: Path) -> None:
-    known = own_numbers(path) + records(path)
+    known = own_numbers(path) + records(path.read_text(encoding="utf-8"))
     if path in COURSE:
         time, memory = cost(path)
         known += [round(memory, 1), time]
@@ -269,14 +272,14 @@ def test_numbers_in_a_notebook_are_in_its_outputs_or_its_records(path: Path) -> 
     assert not unbacked(text, known, SOURCES.get(path.stem, {}))
 
 
-def test_numbers_in_the_readme_are_in_records() -> None:
-    shown = re.sub(
-        r"\n### How long on what\n.*?(?=\n##)", "", README, flags=re.DOTALL
-    )  # test_costs
-    shown = re.sub(r"\n## The notebooks\n.*?(?=\n## )", "", shown, flags=re.DOTALL)  # tested above
-    known = records(ROOT / "README.md") + [row["measured"] for row in MEASURED]
+@pytest.mark.parametrize("page", PAGES)
+def test_numbers_on_a_page_are_in_records(page: str) -> None:
+    # Two tables have tests of their own, above and in test_costs.py.
+    tested = r"\n## (The notebooks|How long on what)\n.*?(?=\n## )"
+    shown = re.sub(tested, "", PAGES[page], flags=re.DOTALL)
+    known = records(PAGES[page]) + [row["measured"] for row in MEASURED]
     known += [sum(cost(path)[0] for path in COURSE if path.name < "05") / 60]
-    assert not unbacked(shown, known, SOURCES["README.md"])
+    assert not unbacked(shown, known, SOURCES[page])
 
 
 def test_the_check_finds_a_number_without_a_record() -> None:

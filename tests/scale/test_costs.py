@@ -214,7 +214,7 @@ def test_what_no_constant_is_fitted_to_comes_out_within_a_factor() -> None:
         assert row["measured"] / 2 < costs.predict(row) < row["measured"] * 2, row["what"]
 
 
-def test_the_readme_holds_the_table_as_it_is_computed() -> None:
+def test_the_page_of_results_holds_the_table_as_it_is_computed() -> None:
     """Memory, and time for the paper's recipe / for the course's: every stage is counted."""
     rows = []
     for name in ("SMOLLM2_135M", "SMOLLM2_1_7B", "LLAMA2_7B", "LLAMA2_70B"):
@@ -233,8 +233,8 @@ def test_the_readme_holds_the_table_as_it_is_computed() -> None:
         rows.append([shape.name, weights, f"{most / GIB:.1f}", *cells])
     columns = ["model", "weights", "memory, one GPU (GiB)", *(d.name for d in DEVICES.values())]
     table = tabulate(rows, columns, tablefmt="github", disable_numparse=True)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table in text, f"README.md, `How long on what`: put in\n{table}"
+    text = (ROOT / "notebooks" / "RESULTS.md").read_text(encoding="utf-8")
+    assert table in text, f"notebooks/RESULTS.md, `How long on what`: put in\n{table}"
 
 
 @pytest.mark.parametrize("profile", profile_names())
