@@ -122,15 +122,6 @@ def _with_interval(intervals: Iterable[Interval]) -> str:
     return "with 95 % interval" + ("" if all(intervals) else " (a single item has none)")
 
 
-def _models(axis: Axes, labels: Sequence[str], points: Sequence[tuple], **look: Any) -> None:
-    """Draw (label, value, interval) for models side by side."""
-    for label, value, ci95 in points:
-        place = labels.index(label)
-        axis.errorbar(place, value, yerr=_reach(value, ci95), **look, **MODEL_LOOKS[place % 6])
-    axis.set_xticks(range(len(labels)), map(_model_name, labels))
-    axis.grid(axis="x", visible=False)
-
-
 def _model_order(label: str) -> int:
     """Return 0 for the base model and the number of a round's, from 1."""
     return 0 if label == "base" else int(label.rsplit("_", 1)[1]) + 1
@@ -329,16 +320,23 @@ def plot_rounds(logs: Sequence[Sequence[Measured]]) -> Figure:
     return figure
 
 
-def plot_dashboard(panels: Sequence[Any]) -> Figure:
+def plot_dashboard(panels: Sequence[tuple], columns: int = 4) -> Figure:
     """Show each of :func:`.dashboard.dashboard_panels` in a small panel, over the rounds."""
-    figure, axes = _panels(len(panels), 4, 2.6, width=10.4)
-    labels = sorted({label for panel in panels for label, *_ in panel.points}, key=_model_order)
-    for axis, panel in zip(axes, panels, strict=True):
-        _models(axis, labels, panel.points, capsize=3, markersize=6)
-        axis.set(ylabel=panel.unit, xlim=(-0.5, len(labels) - 0.5))
-        _chance(axis, panel.level, panel.named)
-        axis.set_title(panel.title, fontsize=10)
-        axis.tick_params(labelsize=8.5)
+    columns = min(columns, len(panels))
+    figure, axes = _panels(len(panels), columns, 2.9, width=2.1 * columns + 1.4)
+    for axis, (title, unit, points, level, named) in zip(axes, panels, strict=True):
+        for label, value, ci95 in points:
+            place = _model_order(label)
+            look = {"capsize": 4, "markersize": 6, **MODEL_LOOKS[place % len(MODEL_LOOKS)]}
+            axis.errorbar(place, value, yerr=_reach(value, ci95), **look)
+            if value != level:  # a line through a number
+                _beside(axis, f"{value:.1f}", (place, value), size=8.5)
+        places = [_model_order(label) for label, *_ in points]
+        axis.set_xticks(places, [_model_name(label) for label, *_ in points], fontsize=9)
+        axis.set(ylabel=unit, xlim=(-0.5, max(places) + 0.8))
+        axis.set_title(title, fontsize=10)
+        axis.grid(axis="x", visible=False)
+        _chance(axis, level, named)
     return figure
 
 
@@ -383,25 +381,16 @@ def _metric(name: str) -> str:
 
 def plot_metrics(results: Mapping[str, Mapping[str, Measured]]) -> Figure:
     """Show every metric of every model of :func:`.state.results`, with its 95 % interval."""
-    panels = [
-        (benchmark, metric)
-        for benchmark, models in results.items()
-        for metric in next(iter(models.values()))["metrics"]
-        if metric in METRIC_NAMES
-    ]
-    n = len(panels)
-    figure, axes = _panels(n, n, 3.6, width=2.1 * n + 1.4)
-    for axis, (benchmark, metric) in zip(axes, panels, strict=True):
-        points = [(label, *in_percent(r, metric)) for label, r in results[benchmark].items()]
-        _models(axis, list(results[benchmark]), points, capsize=4, markersize=7)
-        for i, (_, value, _) in enumerate(points):
-            _beside(axis, f"{value:.1f}", (i, value), size=9)
-        axis.tick_params(axis="x", labelsize=9)
-        axis.set_title(f"{benchmark}\n{METRIC_NAMES[metric]}", fontsize=10)
-        axis.set_xlim(-0.5, len(points) - 0.2)
-        _chance(axis, chance_level(next(iter(results[benchmark].values())), metric))
-    shown = (r["metrics"][metric]["ci95"] for b, metric in panels for r in results[b].values())
-    axes[0].set_ylabel(f"percent, {_with_interval(shown)}")
+    panels = []
+    for benchmark, models in results.items():
+        first = next(iter(models.values()))
+        for metric in filter(METRIC_NAMES.get, first["metrics"]):
+            points = [(label, *in_percent(result, metric)) for label, result in models.items()]
+            title, level = f"{benchmark}\n{METRIC_NAMES[metric]}", chance_level(first, metric)
+            panels.append((title, "", points, level, "chance"))
+    figure = plot_dashboard(panels, len(panels))
+    shown = _with_interval(ci95 for _, _, points, *_ in panels for *_, ci95 in points)
+    figure.axes[0].set_ylabel(f"percent, {shown}")
     return figure
 
 
