@@ -147,6 +147,13 @@ def test_links_to_files_outside_the_book_lead_to_the_repository(conf: ModuleType
         assert conf.links_that_lead_out(kept, "") == kept
 
 
+def test_badges_are_left_out_and_other_pictures_stay(conf: ModuleType) -> None:
+    badge = "[![Open in Colab](https://a.b/c.svg)](https://a.b/d)"
+    picture = "![The loop](images/loop.png)"
+    assert conf.without_badges(f"# A\n\n{badge}\n{badge}\n\n{picture}\n") == f"# A\n\n\n{picture}\n"
+    assert conf.without_badges(badge) == ""
+
+
 def test_a_stamp_becomes_a_line_for_readers(conf: ModuleType) -> None:
     stamp = {
         "profile": "cpu",
