@@ -179,7 +179,7 @@ def arms_table() -> str:
     over = [rows["own", *key]["over_random"] for key in shown]
     changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
     seeds = len(over[0]["seeds"])
-    return "\n".join([*lines, f"| **first minus placebo** | {changes} | | {seeds} |"])
+    return "\n".join([*lines, f"| **the model judges, minus the coin** | {changes} | | {seeds} |"])
 
 
 def judges_table() -> str:
