@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 from grath_utils.config import ModelConfig, config_from_dict
 from grath_utils.engine import processes
+from grath_utils.engine.course_models import COURSE_MODELS
 from grath_utils.engine.machine import has_fast_bfloat16, keep_freed_memory, quiet_transformers
 from grath_utils.engine.quantization import (
     Quantized,
@@ -32,7 +34,7 @@ from grath_utils.engine.stored import (
     pinned,
 )
 from grath_utils.errors import ModelError, UsageError, reason_of
-from grath_utils.files import fingerprint, fingerprint_folder, read_json
+from grath_utils.files import cache_dir, fingerprint, fingerprint_folder, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +94,11 @@ def load_base(config: ModelConfig) -> Policy:
     part = None
     if quantized:
         with explained("weights", config):
-            part = quantized_part(model) if on_gpu else round_weights(model, config.quantization)
+            part = (
+                quantized_part(model)
+                if on_gpu
+                else round_weights(model, config.quantization, _codes_file(config))
+            )
     if "device_map" not in options:
         model = model.to(config.device)
     rows = model.get_input_embeddings().num_embeddings
@@ -112,6 +118,18 @@ def load_base(config: ModelConfig) -> Policy:
     identity = [base_weights_fingerprint(config), config.quantization, config.dtype]
     weights = fingerprint(identity)
     return Policy(model, tokenizer, config.name, config, weights, quantized=part)
+
+
+def _codes_file(config: ModelConfig) -> Path | None:
+    """Return where the 4-bit codes of one of the course's models are kept; of others they are not.
+
+    The course loads its model a dozen times.
+    """
+    if config.name not in COURSE_MODELS:
+        return None
+    library = version("bitsandbytes")
+    made_of = [base_weights_fingerprint(config), config.quantization, config.dtype, library]
+    return cache_dir() / "rounded" / f"{fingerprint(made_of)}.safetensors"
 
 
 def part_to_quantize(config: ModelConfig) -> Quantized | None:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.errors import ModelError
+from grath_utils.errors import ModelError, RunError, UsageError
+from grath_utils.files import atomic_path
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
+
+Codes = dict[str, torch.Tensor]
+CODES, SEPARATOR = "codes", "/"
 
 
 @dataclass(frozen=True)
@@ -102,26 +112,42 @@ def quantized_part(model: PreTrainedModel) -> Quantized:
     return Quantized(matrices, matrices + len(outside), weights, weights + sum(outside))
 
 
-def round_weights(model: PreTrainedModel, quantization: str) -> Quantized:
+def round_weights(model: PreTrainedModel, quantization: str, kept: Path | None = None) -> Quantized:
     """Round the weights that a GPU would hold quantized, in place, and count them.
 
     Forward and backward passes then give what QLoRA's dequantize-then-multiply gives. This is how
     the course runs QLoRA without a GPU: bitsandbytes' own CPU layers are 10 to 20 times slower than
     bfloat16, and stop giving gradients once they have run inference.
 
+    Args:
+        kept: a file of this model's 4-bit codes; it is made where it is missing or damaged. To read
+            them takes a twentieth of the time of finding them.
+
     Raises:
         ModelError: there is nothing to round.
     """
     skeleton = quantized_skeleton(model, quantization)
     part = quantized_part(skeleton)
+    known, found = _read_codes(kept) if kept else {}, {}
     for name in quantized_layers(skeleton):
-        round_layer(model.get_submodule(name), quantization)
+        codes = round_layer(model.get_submodule(name), quantization, known.get(name))
+        if kept and name not in known:
+            found[name] = codes
+    if any(found.values()):
+        _keep_codes(kept, found)
     return part
 
 
 @torch.no_grad()
-def round_layer(layer: nn.Module, quantization: str) -> None:
-    """Round the weight of a ``Linear``, or of GPT-2's ``Conv1D``, to a quantized type, in place."""
+def round_layer(layer: nn.Module, quantization: str, codes: Codes | None = None) -> Codes:
+    """Round the weight of a ``Linear``, or of GPT-2's ``Conv1D``, to a quantized type, in place.
+
+    Args:
+        codes: what an earlier call for this weight has returned: it is not asked for again.
+
+    Returns:
+        The 4-bit codes and their scales as bitsandbytes stores them; of 8 bits nothing.
+    """
     from bitsandbytes import functional as bnb
     from transformers.pytorch_utils import Conv1D
 
@@ -129,12 +155,39 @@ def round_layer(layer: nn.Module, quantization: str) -> None:
     if isinstance(layer, Conv1D):  # (in, out); blocks and rows are those of (out, in)
         weight = weight.T.contiguous()
     if quantization == "int8":
-        codes, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
-        rounded = bnb.int8_vectorwise_dequant(codes, scale)
+        numbers, scale, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        rounded = bnb.int8_vectorwise_dequant(numbers, scale)
+        codes = {}
     else:
-        # As one long row: on a CPU, blocks that cross the end of a row come back wrong.
-        codes, state = bnb.quantize_4bit(
-            weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
-        )
-        rounded = bnb.dequantize_4bit(codes, state).view_as(weight)
+        if codes is None:
+            # As one long row: on a CPU, blocks that cross the end of a row come back wrong.
+            packed, state = bnb.quantize_4bit(
+                weight.flatten(), blocksize=64, quant_type=quantization, compress_statistics=True
+            )
+            codes = {CODES: packed, **state.as_dict(packed=True)}
+        scales = {key: value for key, value in codes.items() if key != CODES}
+        state = bnb.QuantState.from_dict(scales, device=weight.device)
+        rounded = bnb.dequantize_4bit(codes[CODES], state).view_as(weight)
     layer.weight.copy_((rounded.T if isinstance(layer, Conv1D) else rounded).to(weight.dtype))
+    return codes
+
+
+def _keep_codes(path: Path, found: Mapping[str, Codes]) -> None:
+    """Keep the codes of layers, where the disk has room; otherwise they only cost time again."""
+    tensors = {
+        f"{name}{SEPARATOR}{key}": value.clone()  # one table of bitsandbytes serves all layers
+        for name, codes in found.items()
+        for key, value in codes.items()
+    }
+    with suppress(RunError, UsageError, OSError, SafetensorError), atomic_path(path) as partial:
+        save_file(tensors, partial)
+
+
+def _read_codes(path: Path) -> dict[str, Codes]:
+    """Return what was kept in a file, by layer; nothing where it is missing or damaged."""
+    found: dict[str, Codes] = defaultdict(dict)
+    with suppress(OSError, SafetensorError):
+        for key, value in load_file(path).items():
+            layer, _, name = key.partition(SEPARATOR)
+            found[layer][name] = value
+    return found

@@ -73,6 +73,44 @@ def test_a_cpu_rounds_what_bitsandbytes_would_quantize(name: str, kind: str) -> 
     assert part == Quantized(*PARTS[name])
 
 
+def test_kept_codes_give_the_same_weights_and_are_made_again_where_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, asked = tmp_path / "codes.safetensors", []
+    find = bnb.functional.quantize_4bit
+    monkeypatch.setattr(
+        bnb.functional, "quantize_4bit", lambda *a, **k: asked.append(1) or find(*a, **k)
+    )
+
+    def rounded(name: str = "gpt2") -> dict[str, torch.Tensor]:  # it has Conv1D
+        asked.clear()
+        model = tiny_model(name, 300)
+        round_weights(model, "nf4", kept)
+        return model.state_dict()
+
+    first = rounded()
+    assert len(asked) == 8
+    assert all(map(torch.equal, first.values(), rounded().values()))
+    assert not asked
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert all(map(torch.equal, first.values(), rounded().values()))
+    assert len(asked) == 8
+    rounded()
+    assert not asked  # the damaged file was replaced
+    kept.unlink()
+    kept.mkdir()  # nothing can be written there, and nothing fails
+    (kept / "x").touch()
+    assert all(map(torch.equal, first.values(), rounded().values()))
+
+
+def test_only_codes_of_the_courses_models_are_kept(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRATH_CACHE", str(tmp_path))
+    load(tiny_llama, "nf4")
+    assert not (tmp_path / "rounded").exists()
+
+
 def test_the_part_is_known_before_and_after_loading(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "moe")
     tiny_model("qwen2-moe", 300).save_pretrained(tmp_path / "moe")
