@@ -60,7 +60,7 @@ def do_run(options: argparse.Namespace) -> None:
         notebooks = course.numbered_notebooks() if options.all else course.main_line()
         run = loop.start_run(folder, config)
         course.run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
-        if not all(stage.done for stage in loop.plan_stages(run)):  # the placebo is in no notebook
+        if not all(stage.done for stage in loop.plan_stages(run)):  # what was deleted since
             loop.run_stages(run)
 
     def conclude() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from grath_utils.config import load_config
 from grath_utils.course.execute import execute_notebook
-from grath_utils.course.exercises import EXERCISES, check, nb00, nb04, nb06
+from grath_utils.course.exercises import EXERCISES, check, nb00, nb06
 from grath_utils.course.exercises.judging import NONE_YET, NOT_YET, RIGHT, score_answers
 from grath_utils.course.notebooks import numbered_notebooks
 from grath_utils.dpo.loss import dpo_loss
@@ -24,10 +24,8 @@ from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
 from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run, load_run
-from grath_utils.loop.stages import run_pairs
 from grath_utils.loop.state import run_state
 from grath_utils.scale import costs
-from grath_utils.scale.experiments import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
@@ -99,18 +97,71 @@ def test_no_answer_is_no_failure_and_needs_nothing(name: str) -> None:
 
 
 def test_an_answer_of_the_wrong_kind_is_told_what_is_wanted() -> None:
-    verdict = check(None, "02.easy", "many")
+    verdict = check(None, "00b.hard", lambda *five: "many")
     assert verdict.state == NOT_YET
-    assert "three rises" in verdict.text
+    assert "four log-probabilities" in verdict.text
 
 
-def test_the_rise_of_the_easy_beta_exercise() -> None:
-    right = [-np.log(np.expm1(0.1)) / beta for beta in (0.01, 0.1, 1.0)]
-    assert check(None, "02.easy", right).state == RIGHT
-    assert "still" in check(None, "02.easy", [30, *right[1:]]).text
-    assert "earlier" in check(None, "02.easy", [*right[:2], 30]).text
-    assert check(None, "02.easy", right[::-1]).state == NOT_YET
-    assert check(None, "02.easy", right[:2]).state == NOT_YET
+def own_dpo(
+    pc: torch.Tensor, pr: torch.Tensor, rc: torch.Tensor, rr: torch.Tensor, beta: float
+) -> torch.Tensor:
+    return -torch.nn.functional.logsigmoid(beta * ((pc - rc) - (pr - rr)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (own_dpo, RIGHT, "the losses that train"),
+        (lambda *a: own_dpo(*a).mean(), NOT_YET, "6 numbers are wanted"),
+        (lambda pc, pr, rc, rr, beta: own_dpo(pr, pc, rr, rc, beta), NOT_YET, "the rejected"),
+        (lambda *a: own_dpo(*a[:4], 1.0), NOT_YET, "beta is missing"),
+        (lambda *a: own_dpo(*a[:4], 0.1), NOT_YET, "other losses"),
+        (lambda pc, pr, rc, rr, beta: own_dpo(pc, pr, 0, 0, beta), NOT_YET, "reference is missing"),
+        (lambda *a: -own_dpo(*a), NOT_YET, "never negative"),
+        (lambda *a: -torch.exp(-own_dpo(*a)).log(), NOT_YET, "not finite"),
+        (lambda *a: 0.693, NOT_YET, "a tensor is wanted"),
+        (0.693, NOT_YET, "the function itself"),
+    ],
+)
+def test_an_own_dpo_loss_is_tried(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "02.easy", answer)
+    assert verdict.state == state
+    assert says in verdict.text
+
+
+def own_sums(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    log_p = logits[:, :-1].log_softmax(-1)
+    return (log_p.gather(2, ids[:, 1:, None]).squeeze(2) * mask[:, 1:]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (own_sums, RIGHT, "the library's"),
+        (lambda logits, ids, mask: own_sums(logits, ids, mask) / mask.sum(1), NOT_YET, "the mean"),
+        (lambda logits, ids, mask: own_sums(logits, ids, mask * 0 + 1), NOT_YET, "outside"),
+        (lambda logits, ids, mask: own_sums(logits, ids, mask.roll(1, 1)), NOT_YET, "off by one"),
+        (lambda logits, ids, mask: own_sums(logits.roll(1, 1), ids, mask), NOT_YET, "other sums"),
+        (
+            lambda logits, ids, mask: (
+                logits.log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0] * mask
+            ).sum(1),
+            NOT_YET,
+            "*next* token",
+        ),
+        (
+            lambda logits, ids, mask: (
+                logits[:, :-1].gather(2, ids[:, 1:, None])[:, :, 0] * mask[:, 1:]
+            ).sum(1),
+            NOT_YET,
+            "no log-probabilities yet",
+        ),
+    ],
+)
+def test_sums_of_log_probabilities_are_tried(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "02.medium", answer)
+    assert verdict.state == state
+    assert says in verdict.text
 
 
 def positive(
@@ -145,6 +196,17 @@ def test_a_design_changes_one_thing_only() -> None:
     assert "20 steps" in check(run, "05.hard", (long, two | {"dpo.steps": 20})).text
     assert "dpo.beta" in check(run, "05.hard", (long, two | {"dpo.beta": 1.0})).text
     assert check(run, "05.hard", (long, long)).state == NOT_YET
+
+
+def test_an_interval_tells_how_many_items_are_needed() -> None:
+    def items_for(effect: float, ci95: list[float], n: int, width: float = 2 * 1.96) -> float:
+        return n * (2.8016 * (ci95[1] - ci95[0]) / width / effect) ** 2
+
+    assert check(None, "05.easy", items_for).state == RIGHT
+    whole = check(None, "05.easy", lambda *case: items_for(*case, width=1.96))
+    assert "four times too many" in whole.text
+    assert "another number" in check(None, "05.easy", lambda effect, ci95, n: n).text
+    assert "the function itself" in check(None, "05.easy", 200).text
 
 
 def test_the_record_is_asked_for_an_interaction() -> None:
@@ -229,33 +291,93 @@ def test_checks_of_notebook_0(run: Run, default_policy: Policy) -> None:
     assert judge("hard", [s.logprob for s in scores]) == NOT_YET
 
 
-@pytest.mark.model
-def test_checks_of_notebook_1(run: Run, default_policy: Policy) -> None:
-    train, _ = run_pairs(run, 0)
-    n = min(10, len(train))
-    assert check(run, "01.easy", [0] * n).state == RIGHT
-    assert check(run, "01.easy", [0] * (n - 1)).state == NOT_YET
-    assert check(run, "01.easy", [0.5] * n).state == NOT_YET
-    assert check(run, "01.medium", Counter(nonsense=8), default_policy).state == NOT_YET
-    assert check(run, "01.medium", Counter(usable=3), default_policy).state == NOT_YET
-    longer = np.sign([len(p.correct) - len(p.incorrect) for p in train])
-    accuracy = (longer.mean() + 1) / 2
-    assert check(run, "01.hard", (lambda pair, side: len(side), accuracy)).state == RIGHT
-    assert check(run, "01.hard", (lambda pair, side: len(side), accuracy - 0.1)).state == NOT_YET
-    cheat = check(run, "01.hard", (lambda pair, side: side == pair.correct, 1.0))
-    assert cheat.state == NOT_YET
-    assert "which side" in cheat.text
+def own_fate(first: float, second: float, keep: float, turn: float) -> str:
+    mean = (first + second) / 2
+    return "kept" if mean >= keep else "turned round" if mean <= turn else "dropped"
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (own_fate, RIGHT, "the same fate"),
+        (lambda first, second, *edges: own_fate(first, first, *edges), NOT_YET, "is not"),
+        (lambda first, second, keep, turn: own_fate(first, second, turn, keep), NOT_YET, "is not"),
+        (lambda *a: own_fate(*a[:2], a[2] + 1e-9, a[3] - 1e-9), NOT_YET, "on a threshold"),
+        (lambda *a: own_fate(*a) == "kept", NOT_YET, "none of kept, turned round, dropped"),
+        ("kept", NOT_YET, "the function itself"),
+    ],
+)
+def test_an_own_verdict_is_tried_on_both_sides_of_the_thresholds(
+    answer: Any, state: str, says: str
+) -> None:
+    verdict = check(None, "01.easy", answer)
+    assert verdict.state == state
+    assert says in verdict.text
+
+
+def own_parser(
+    text: str, labels=("Correct answer:", "Incorrect answer:"), *, last=False, glue=False
+) -> tuple[str, str] | str:
+    found = {}
+    for line in text.splitlines():
+        for label in labels:
+            if line.startswith(label) and (last or label not in found):
+                found[label] = line.removeprefix(label).strip()
+        if glue and line.startswith("Reason:") and found:
+            found[list(found)[-1]] += f" {line}"
+    if missing := [label for label in labels if label not in found]:
+        return f"no_{missing[0].split()[0].lower()}"
+    correct, incorrect = (found[label] for label in labels)
+    return "equal" if correct.lower()[:-1] == incorrect.lower()[:-1] else (correct, incorrect)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (own_parser, RIGHT, "are pairs"),
+        (lambda text: own_parser(text, last=True), NOT_YET, "another text"),
+        (lambda text: own_parser(text, glue=True), NOT_YET, "another text"),
+        (lambda text: "equal", NOT_YET, "holds a pair"),
+        (lambda text: own_parser(text) if "no_" not in own_parser(text) else None, NOT_YET,
+         "nothing is returned"),
+        (lambda text: ("", ""), NOT_YET, "another text"),
+        (lambda text: own_parser(text)[::-1], NOT_YET, "the other order"),
+        (lambda text: "no_correct" if own_parser(text) == "equal" else own_parser(text), NOT_YET,
+         "another reason"),
+    ],
+)  # fmt: skip
+def test_an_own_parser_is_tried_on_what_models_write(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "01.medium", answer)
+    assert verdict.state == state
+    assert says in verdict.text
 
 
 @pytest.mark.model
-def test_wrong_answers_in_notebooks_2_to_4(run: Run, default_policy: Policy) -> None:
+def test_an_own_judge_is_tried_on_sealed_answers(run: Run, default_policy: Policy) -> None:
+    def words(policy: Policy, question: str, first: str, second: str) -> float:
+        return 1 / (1 + math.exp(len(second) - len(first)))
+
+    fair = check(run, "01.hard", words, default_policy)
+    assert fair.state == RIGHT
+    assert "of 12 right" in fair.text
+    for answer, says in (
+        (lambda *a: 0.5, "the same of every pair"),
+        (lambda *a: 0.7, "sum to 1"),
+        (lambda *a: 50 * words(*a), "not a probability"),
+        (lambda policy, question: 0.5, "could not be used"),
+        (0.5, "the function itself"),
+    ):
+        verdict = check(run, "01.hard", answer, default_policy)
+        assert verdict.state == NOT_YET
+        assert says in verdict.text
+
+
+@pytest.mark.model
+def test_wrong_answers_in_notebooks_3_and_4(run: Run, default_policy: Policy) -> None:
     for name, answer in (
-        ("02.medium", (0.1, 0.1)),
-        ("02.medium", (11.4, 13.0)),
-        ("02.medium", (0.5,)),
         ("03.easy", [0.0, 0.0, 0.0]),
         ("03.medium", (1.5, 0.5)),
-        ("04.easy", ([0, 0, 1], [2, 3, 4])),
+        ("04.easy", 0.75),
         ("04.medium", (0.123, 0.123)),
         ("04.hard", {10: 0.1, 20: 0.2}),
         ("04.hard", {10: 0.1, 20: 0.2, 30: 0.9}),
@@ -265,18 +387,118 @@ def test_wrong_answers_in_notebooks_2_to_4(run: Run, default_policy: Policy) -> 
     assert "the run itself" in check(run, "03.hard", own).text
 
 
-@pytest.mark.model
-def test_without_a_changed_item_nobody_can_say_how_many_are_needed(run: Run) -> None:
-    twice = [Trial("the same", {}, run)] * 2
-    assert check(run, "05.easy", (*twice, None, None)).state == RIGHT
-    assert check(run, "05.easy", (*twice, 100, 100)).state == NOT_YET
-    assert check(run, "05.easy", twice).state == NOT_YET
+def preferred(signals: dict) -> np.ndarray:
+    return np.subtract(signals["chosen"], signals["rejected"])
 
 
-@pytest.mark.model
-def test_movers_are_judged_by_value(run: Run) -> None:
-    items, before, after = nb04._measured(run)[0]
-    moved = [b["metrics"]["mc2"] - a["metrics"]["mc2"] for a, b in zip(before, after, strict=True)]
-    order = sorted(range(len(items)), key=moved.__getitem__)
-    assert check(run, "04.easy", (order[-3:], order[:3])).state == RIGHT
-    assert check(run, "04.easy", (order[:3], order[-3:])).state == NOT_YET
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (lambda base, after: preferred(after) - preferred(base), RIGHT, "mean"),
+        (lambda base, after: (preferred(after) - preferred(base)).mean(), NOT_YET, "each pair"),
+        (lambda base, after: preferred(base) - preferred(after), NOT_YET, "sign"),
+        (lambda base, after: preferred(after), NOT_YET, "before"),
+        (lambda base, after: np.subtract(after["chosen"], base["chosen"]), NOT_YET, "alone"),
+    ],
+)
+def test_the_margin_over_the_base(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "03.easy", answer)
+    assert verdict.state == state
+    assert says in verdict.text
+
+
+def error(values: np.ndarray) -> float:
+    return values.std(ddof=1) / len(values) ** 0.5
+
+
+def kept(gains: list, alarms: list, *, within=True, above=True, heed=True) -> int | None:
+    """The rule of notebook 3; each of its three parts can be left out."""
+    fit = [t for t, alarm in enumerate(alarms) if not (alarm and heed)]
+    fit = [t for t in fit if gains[t].mean() > above * error(gains[t])]
+    if not fit:
+        return None
+    best = max(fit, key=lambda t: gains[t].mean())
+    behind = (gains[best] - gains[t] for t in fit)
+    near = [t for t, b in zip(fit, behind, strict=True) if b.mean() <= within * error(b)]
+    return near[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (kept, RIGHT, "this run"),
+        (lambda *a: kept(*a, within=False), NOT_YET, "an earlier round"),
+        (lambda *a: kept(*a, above=False), NOT_YET, "far enough above 0"),
+        (lambda *a: kept(*a, heed=False), NOT_YET, "with an alarm was kept"),
+        (lambda gains, alarms: None, NOT_YET, "a round is fit"),
+        (lambda gains, alarms: 7, NOT_YET, "index"),
+    ],
+)
+def test_the_choice_rule_is_tried_on_cases(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "03.medium", answer)
+    assert verdict.state == state
+    assert says in verdict.text
+
+
+def share(scores: np.ndarray, true: np.ndarray) -> float:
+    weights = np.exp(scores - scores.max())
+    return weights[true].sum() / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (lambda scores, labels: share(scores, labels == 1), RIGHT, "long answers"),
+        (lambda scores, labels: share(scores, labels == 0), NOT_YET, "false"),
+        (lambda scores, labels: (labels == 1).mean(), NOT_YET, "another share"),
+        (lambda scores, labels: share(scores, np.arange(4) < 2), NOT_YET, "not the places"),
+        (
+            lambda scores, labels: np.exp(scores)[labels == 1].sum() / np.exp(scores).sum(),
+            NOT_YET,
+            "largest score first",
+        ),
+        (
+            lambda scores, labels: math.exp(scores[labels == 1][0]) / sum(map(math.exp, scores)),
+            NOT_YET,
+            "another share",
+        ),
+    ],
+)
+def test_mc2_is_tried_on_cases(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "04.easy", answer)
+    assert verdict.state == state
+    assert says in verdict.text
+
+
+def test_mc2_in_plain_python_that_divides_by_zero_is_told_why() -> None:
+    def plain(scores: np.ndarray, labels: np.ndarray) -> float:
+        weights = [math.exp(score) for score in scores]
+        return sum(w for w, true in zip(weights, labels, strict=True) if true) / sum(weights)
+
+    verdict = check(None, "04.easy", plain)
+    assert verdict.state == NOT_YET
+    assert "largest score first" in verdict.text
+
+
+def resampled(before: np.ndarray, after: np.ndarray, *, paired=True, n=None) -> tuple:
+    rng, size = np.random.default_rng(1), (2000, n or len(before))
+    drawn = rng.integers(len(before), size=size)
+    others = drawn if paired else rng.integers(len(before), size=size)
+    return tuple(np.quantile(after[drawn].mean(1) - before[others].mean(1), [0.025, 0.975]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "says"),
+    [
+        (resampled, RIGHT, "the table"),
+        (lambda b, a: resampled(b, a, paired=False), NOT_YET, "too wide"),
+        (lambda b, a: resampled(b, a, n=1500), NOT_YET, "too narrow"),
+        (lambda b, a: resampled(a, b), NOT_YET, "sign"),
+        (lambda b, a: resampled(b, a)[::-1], NOT_YET, "lower end"),
+        (lambda b, a: [end + 0.02 for end in resampled(b, a)], NOT_YET, "elsewhere"),
+    ],
+)
+def test_the_paired_interval(answer: Any, state: str, says: str) -> None:
+    verdict = check(None, "04.medium", answer)
+    assert verdict.state == state
+    assert says in verdict.text

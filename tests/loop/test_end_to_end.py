@@ -160,8 +160,10 @@ def test_a_loop_that_ended_early_is_read_by_the_notebooks_as_it_is(smoke, tmp_pa
     assert "round 2 collapsed" in run.report.read_text(encoding="utf-8")
 
 
-def test_the_notebooks_follow_a_run_whose_pairs_were_picked(tmp_path: Path, tiny_llama) -> None:
-    """As in the profile ``cpu-long``, on questions with options that need no network.
+def test_the_notebooks_follow_a_run_of_picked_pairs_with_a_placebo(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Picked as in the profile ``cpu-long``, on questions with options that need no network.
 
     A tiny model does: that the notebooks hold on a real one is shown above.
     """
@@ -176,10 +178,15 @@ def test_the_notebooks_follow_a_run_whose_pairs_were_picked(tmp_path: Path, tiny
         "pairs.mode": long.pairs.mode,
         "dpo.prompt_format": long.dpo.prompt_format,
         "lora.targets": list(long.lora.targets),
+        "loop.placebo": True,
     }
     config = config_for(tiny_llama, tmp_path / "options.jsonl", **settings)
     run = start_run(tmp_path / "run", config)
-    run_notebooks(run, main_line()[1:], say=str)
+    texts = list(map(shown, run_notebooks(run, main_line()[1:], say=str)))
+    assert all(stage.done for stage in plan_stages(run)), "the notebooks train the placebo, too"
+    assert "placebo: trained, rounds: 2, in arms/random" in texts[-2]
+    assert "(the same pairs with random labels), in points: probe mc1 " in texts[-1]
+    assert not re.search(r"mc[12]", texts[-2]), "no test is opened before notebook 4"
     offered = {row["id"]: row["candidates"] for row in options}
     for t in range(2):
         for row in read_jsonl(run.pairs(t)):

@@ -1,51 +1,89 @@
-"""Notebook 03: what a round changed, and what it is compared with."""
+"""Notebook 03: the margin, the choice of a round, and what a round is compared with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import (
-    ROUNDING,
-    exercise,
-    finite_numbers,
-    hold,
-    hold_in_order,
-    near,
-    two_shares,
-)
+from grath_utils.course.exercises.judging import ROUNDING, exercise, hold, near
 from grath_utils.dpo.data import tokenize_pairs
 from grath_utils.dpo.round import reference_log_probs
 from grath_utils.engine.models import Policy
 from grath_utils.files import read_jsonl
+from grath_utils.loop.choice import choose_round, displacement, margins
 from grath_utils.loop.run_dir import LOG_ROW, Run
 from grath_utils.loop.stages import load_model, run_pairs
 from grath_utils.loop.state import run_state
-from grath_utils.pairs.words import ngram_f1
 
 
-@exercise("03.easy", "the three lowest similarities")
-def changed_similarity(run: Run, answer: Any, policy: Policy | None) -> str:
-    before = {p.id: p.correct for p in run_pairs(run, 0)[0]}
-    later = run_pairs(run, run_state(run).planned[-1])[0]
-    changed = sorted(
-        ngram_f1(before[p.id], p.correct)
-        for p in later
-        if p.id in before and p.correct != before[p.id]
-    )
-    wanted = changed[:3]
-    found = sorted(finite_numbers(answer, len(wanted)))
-    hold(
-        len(changed) <= 3 or not near(found, changed[-3:], 0.005),
-        "these changed least. A similarity of 1 means equal.",
-    )
-    hold(
-        near(found, wanted, 0.005),
-        "these are not the lowest similarities. Compare round 1 with the last round, training "
-        "pairs only, and only answers that differ.",
-    )
-    return f"{len(changed)} of {len(later)} correct answers changed."
+@exercise("03.easy", "your function, called with the signals of the base and of a round")
+def margin_over_base(run: Run, answer: Any, policy: Policy | None) -> str:
+    base = {"chosen": [-20.0, -8.0, -31.5], "rejected": [-24.0, -6.0, -30.0]}
+    after = {"chosen": [-23.0, -5.0, -31.0], "rejected": [-36.0, -6.5, -28.0]}
+    now, then = (np.subtract(of["chosen"], of["rejected"]) for of in (after, base))
+    wanted = margins(*({"pairs": ["a", "b", "c"], **of} for of in (base, after)))
+    found = np.asarray(answer(base, after), dtype=float)
+    hold(found.shape == wanted.shape, "one number for each pair is wanted: the mean comes later.")
+    for other, nudge in (
+        (displacement(base, after), "this is the gain of the chosen answers alone."),
+        (-wanted, "the sign is turned: a pair that is preferred more strongly counts above 0."),
+        (now, "this is what the trained model prefers; take off what the base preferred before."),
+        (then, "this is what the base model prefers; the round is missing."),
+        (run.config.dpo.beta * wanted if run else now, "in nats: without beta."),
+    ):
+        hold(not near(found, other, 1e-6), nudge)
+    hold(near(found, wanted, 1e-6), "another number. Follow the equation, term by term.")
+    return "the choice of a round stands on the mean of these numbers."
+
+
+@exercise("03.medium", "your function, called with the gains and the alarms of all rounds")
+def choice_rule(run: Run, answer: Any, policy: Policy | None) -> str:
+    for gains, alarms in _clear_cases():
+        found, wanted = answer(list(gains), list(alarms)), _chosen(gains, alarms)
+        found = None if found is None else int(found)
+        case = ", ".join(
+            f"{gain.mean():+.2f}{' with an alarm' if alarm else ''}"
+            for gain, alarm in zip(gains, alarms, strict=True)
+        )
+        where = f"in a case with the mean margins {case}: "
+        if found is not None:
+            hold(found in range(len(gains)), "the index of a round, from 0, or None is wanted.")
+            hold(not alarms[found], f"{where}a round with an alarm was kept.")
+        if found is None or wanted is None:
+            hold(found is not None or wanted is None, f"{where}a round is fit to be kept.")
+            hold(wanted is not None or found is None, f"{where}no round is far enough above 0.")
+            continue
+        hold(found <= wanted, f"{where}an earlier round is within one standard error of the best.")
+        hold(found >= wanted, f"{where}the round that was kept is too low: compare it with 0, and "
+             "with the best pair by pair.")  # fmt: skip
+    return "the same rule chose the round of this run."
+
+
+def _clear_cases() -> list[tuple[list[np.ndarray], list[bool]]]:
+    """Return made-up runs whose choice does not hang on how a standard error is rounded."""
+    rng, found = np.random.default_rng(0), []
+    while len(found) < 40:
+        shared, means = rng.normal(0, 2, 16), rng.normal(0.4, 0.8, rng.integers(1, 5)).cumsum()
+        gains = [shared * mean + rng.normal(mean, 1.5, 16) for mean in means]
+        alarms = (rng.random(len(gains)) < 0.15).tolist()
+        spread = [[g.mean() + by * (g - g.mean()) for g in gains] for by in (0.9, 1.1)]
+        if len({_chosen(each, alarms) for each in (gains, *spread)}) == 1:
+            found.append((gains, alarms))
+    return found
+
+
+def _chosen(gains: Sequence[np.ndarray], alarms: Sequence[bool]) -> int | None:
+    """Return which round the package would keep of rounds that have these margins and alarms."""
+
+    def signals(gain: np.ndarray, alarm: bool) -> dict[str, Any]:
+        none, health = [0.0] * len(gain), {"words": 9, "distinct": 1, "repetition": 0}
+        sides = {"chosen": gain.tolist(), "rejected": none, "kl": [2.0 * alarm] * len(gain)}
+        return {"pairs": list(map(str, none)), **sides, "health": {**health, "non_answers": 0}}
+
+    rounds = [signals(*each) for each in zip(gains, alarms, strict=True)]
+    return choose_round(signals(0 * gains[0], False), rounds, max_kl=1.0, seed=0).iteration
 
 
 def _held_out_margins(run: Run, iteration: int | None, round_of_pairs: int) -> np.ndarray:
@@ -60,22 +98,6 @@ def _held_out_margins(run: Run, iteration: int | None, round_of_pairs: int) -> n
     )
     chosen, rejected = reference_log_probs(policy, data.examples, progress=False)
     return np.array(chosen) - np.array(rejected)
-
-
-@exercise("03.medium", "(share for the base model, share for the last round)")
-def consistency(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = two_shares(answer, "shares")
-    margins = [_held_out_margins(run, t, 0) for t in (None, run_state(run).planned[-1])]
-    wanted = [float((margin > 0).mean()) for margin in margins]
-    # Pairs that rounding could tip either way.
-    slack = [float((np.abs(margin) < ROUNDING).mean()) + 0.005 for margin in margins]
-    hold_in_order(found, wanted, slack, "base")
-    hold(
-        near(found, wanted, slack),
-        "at least one share is another one. The held-out pairs of round 1, summed "
-        "log-probabilities, base and the last round.",
-    )
-    return "whether that is more than luck, only the paired interval tells."
 
 
 @exercise("03.hard", "the log of your second round, `report.log`")

@@ -1,79 +1,76 @@
-"""Notebook 04: the items that moved, another MC1, and how many items an effect needs."""
+"""Notebook 04: MC2, the paired bootstrap, and how many items an effect needs."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import NotYetError, exercise, hold, near, two_shares
+from grath_utils.course.exercises.judging import NotYetError, exercise, hold, near
 from grath_utils.engine.models import Policy
-from grath_utils.evaluation.benchmarks import BENCHMARKS, Item, load_benchmark
+from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.evaluation.measure import RESULT
-from grath_utils.evaluation.metrics import mc1
+from grath_utils.evaluation.metrics import mc2
 from grath_utils.evaluation.statistics import bootstrap_means, interval
 from grath_utils.files import read_json
 from grath_utils.loop.run_dir import Run, model_label
 from grath_utils.loop.state import run_state
 
 
-def _measured(run: Run) -> list[tuple[tuple[Item, ...], list[Any], list[Any]]]:
-    """Return (items, base, kept round) of each measured benchmark for truthfulness."""
-    labels = (model_label(None), model_label(run_state(run).final))
-    settings, found = run.config.evaluation, []
+def _differences(run: Run) -> list[np.ndarray]:
+    """Return the change of MC2 of each item, on each measured benchmark of truthfulness."""
+    labels, found = (model_label(None), model_label(run_state(run).final)), []
     for name in (name for name, row in BENCHMARKS.items() if "mc2" in row.metrics):
         files = [run.evaluation(label, name) for label in labels]
         if all(path.exists() for path in files):
-            test = load_benchmark(name, limit=settings.limit, seed=run.config.seed)
-            found.append((tuple(test.items), *(read_json(path, RESULT)["items"] for path in files)))
+            items = [read_json(path, RESULT)["items"] for path in files]
+            before, after = ([item["metrics"]["mc2"] for item in each] for each in items)
+            found.append(np.subtract(after, before))
     hold(bool(found), "the run has no evaluation of base and kept round yet: run section 3.")
     return found
 
 
-def _moved(before: list[Any], after: list[Any]) -> np.ndarray:
-    pairs = zip(before, after, strict=True)
-    return np.array([b["metrics"]["mc2"] - a["metrics"]["mc2"] for a, b in pairs])
+@exercise("04.easy", "your function, called with scores and labels")
+def mc2_by_hand(run: Run, answer: Any, policy: Policy | None) -> str:
+    scores, labels = np.array([-7.0, -9.0, -8.0, -11.0]), np.array([1, 1, 0, 0])
+    order = [2, 0, 3, 1]
+    wanted = mc2(scores, labels)
+    with np.errstate(all="ignore"):
+        found = float(answer(scores, labels))
+        turned = float(answer(scores[order], labels[order]))
+        try:
+            low = float(answer(scores - 800, labels))
+        except ZeroDivisionError:
+            low = math.nan
+    hold(not near([found], [1 - wanted], 1e-6), "this is the share of the false answers.")
+    hold(near([found], [wanted], 1e-6), "another share. Sum exp(score) over the true answers, "
+         "and divide by the same sum over all.")  # fmt: skip
+    hold(near([turned], [wanted], 1e-6), "right as long as the true answers stand first: the "
+         "labels say which are true, not the places.")  # fmt: skip
+    hold(math.isfinite(low), "scores near -800 leave nothing to divide by: exp of them is 0. "
+         "Subtract the largest score first.")  # fmt: skip
+    hold(near([low], [wanted], 1e-6), "800 nats less on every answer must not change the share.")
+    return "it holds for long answers, and for labels in any order."
 
 
-@exercise("04.easy", "(three positions that rose most, three that fell most)")
-def movers(run: Run, answer: Any, policy: Policy | None) -> str:
-    rose, fell = (sorted(int(index) for index in part) for part in answer)
-    hold(len(set(rose)) == len(set(fell)) == 3, "three different items on each side.")
-    for items, before, after in _measured(run):
-        if max(rose + fell) >= len(items) or min(rose + fell) < 0:
-            continue
-        # By value, not by item: equally large changes are equally right.
-        moved = _moved(before, after)
-        order, up, down = np.sort(moved), np.sort(moved[rose]), np.sort(moved[fell])
-        if near(down, order[:3], 1e-9) and near(up, order[-3:], 1e-9):
-            return "these moved most. A story about them needs other items to be tested on."
-        hold(not near(up, order[:3], 1e-9), "rose and fell are exchanged.")
-    raise NotYetError(
-        "other items moved further. Positions in `test.items`, counted from 0; MC2 after minus "
-        "before."
-    )
-
-
-@exercise("04.medium", "(MC1 by the mean before, after), as fractions")
-def mean_mc1(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = two_shares(answer, "fractions")
-    for items, before, after in _measured(run):
-        wanted, by_sum = [], []
-        for rows in (before, after):
-            means, sums = [], []
-            for item, row in zip(items, rows, strict=True):
-                gold = item.mc1.index(item.gold)
-                means.append(mc1([row["scores"][i] / row["tokens"][i] for i in item.mc1], gold))
-                sums.append(mc1([row["scores"][i] for i in item.mc1], gold))
-            wanted.append(float(np.mean(means)))
-            by_sum.append(float(np.mean(sums)))
-        if near(found, wanted, 0.001):
-            return "does the paired interval tell the same story as by the sum?"
-        hold(not near(found, by_sum, 0.001), "this is MC1 by the sum, as it was.")
-    raise NotYetError(
-        "at least one is another one. Only the choices in `item.mc1`, each score divided by its "
-        "own number of tokens."
-    )
+@exercise("04.medium", "your function, called with the values before and after")
+def paired_interval(run: Run, answer: Any, policy: Policy | None) -> str:
+    rng = np.random.default_rng(0)
+    before = rng.random(150)  # items that differ much more than the two models do
+    after = before + rng.normal(0.03, 0.06, 150)
+    low, high = (float(end) for end in answer(before, after))
+    wanted = interval(bootstrap_means(after - before, 4000, 0))
+    width = wanted[1] - wanted[0]
+    hold(low < high, "the lower end comes first.")
+    hold(not near([-high, -low], wanted, 0.2 * width), "the sign is turned: after minus before.")
+    hold(high - low < 1.6 * width, "too wide, as if the two models had answered different items: "
+         "draw items, and take both values of each.")  # fmt: skip
+    hold(high - low > 0.7 * width, "too narrow: draw as many items as there are, with repetition, "
+         "and take what lies between the quantiles 0.025 and 0.975 of the means.")  # fmt: skip
+    hold(near([low, high], wanted, 0.2 * width), "the interval lies elsewhere: the mean of after "
+         "minus before has to be in its middle.")  # fmt: skip
+    return "up to chance, it is the interval of the table in section 5."
 
 
 @exercise("04.hard", "{number of items: share that finds the effect}")
@@ -84,8 +81,7 @@ def power_curve(run: Run, answer: Any, policy: Policy | None) -> str:
     hold(max(curve.values()) >= 0.7, "the curve ends too early: it never comes near 80 %.")
     sizes = sorted(curve)
     sizes = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
-    for _, before, after in _measured(run):
-        moved = _moved(before, after)
+    for moved in _differences(run):
         shifted = moved - moved.mean() + 0.02
         simulated = [_power(shifted, n, run.config.seed) for n in sizes]
         # Two simulations of some two hundred tests each differ by chance.
