@@ -204,7 +204,7 @@ def test_trls_lines_train(hand: dict, tiny_policy: Policy, tmp_path: Path) -> No
     (lines,) = re.findall(r"```python\n(.*?)```", PROSE, re.DOTALL)
     lines = lines.replace('"somewhere"', f"{str(tmp_path)!r}, logging_steps=1, report_to='none'")
     space = {**hand, "policy": tiny_policy, "pairs": PAIRS}
-    exec(lines.replace('"max_steps": 10', '"max_steps": 2'), space)
+    exec(lines.replace('"max_steps": 12', '"max_steps": 2'), space)
     losses = [row["loss"] for row in space["trainer"].state.log_history if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3)
     assert losses[1] != losses[0]

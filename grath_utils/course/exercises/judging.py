@@ -93,6 +93,12 @@ def hold(condition: bool, nudge: str) -> None:
         raise NotYetError(nudge)
 
 
+def hold_function(answer: Any) -> Callable[..., Any]:
+    """Return what was handed in, if it can be called."""
+    hold(callable(answer), "hand in the function itself, without calling it.")
+    return answer
+
+
 def finite_numbers(answer: Any, count: int) -> list[float]:
     """Return an answer as ``count`` finite numbers."""
     values = [float(value) for value in answer]

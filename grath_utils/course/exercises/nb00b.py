@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from grath_utils.course.exercises.judging import exercise, finite_numbers, hold
+from grath_utils.course.exercises.judging import (
+    exercise,
+    finite_numbers,
+    hold,
+    hold_function,
+)
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run
@@ -20,12 +25,6 @@ from grath_utils.pairs.parsing import parse_pair
 CASES = 40  # random ones, the same for everybody
 WORDS = "warm air rises because it is lighter than the cold water below and carries heat".split()
 WRAPS = ("{}: ", "**{}:** ", "**{}**: ", "- {}: ", "* {}: ", "- **{}:** ")
-
-
-def hold_function(answer: Any) -> Callable[..., Any]:
-    """Return what was handed in, if it can be called."""
-    hold(callable(answer), "hand in the function itself, without calling it.")
-    return answer
 
 
 def decorated_completions() -> Iterator[str]:

@@ -1,64 +1,100 @@
-"""Notebook 02: beta, the levels of NF4, and a loss that holds the chosen answer up."""
+"""Notebook 02: the loss, the sums that it gets, and a loss that holds the chosen answer up."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from grath_utils.course.exercises.judging import base_model, exercise, finite_numbers, hold, near
+from grath_utils.course.exercises.judging import exercise, hold, hold_function
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run
 
+CASES = 20  # random ones, the same for everybody
 
-@exercise("02.easy", "three rises in nats, for beta 0.01, 0.1 and 1")
-def beta_rises(run: Run, answer: Any, policy: Policy | None) -> str:
-    betas, goal = (0.01, 0.1, 1.0), 0.1
-    found = finite_numbers(answer, len(betas))
-    hold(all(value > 0 for value in found), "the chosen log-probability has to rise.")
-    zero = torch.zeros(1, dtype=torch.float64)
-    for beta, rise in zip(betas, found, strict=True):
-        loss = dpo_loss(zero + rise, zero, zero, zero, beta)[0].item()
-        hold(
-            loss < goal * 1.1,
-            f"for beta {beta:g} the loss is still {loss:.3f} after that rise. Is the range that "
-            "you look at long enough?",
+
+def hold_tensor(mine: Any, wanted: torch.Tensor) -> torch.Tensor:
+    """Return a result, if it is a tensor with a finite number for each row."""
+    hold(isinstance(mine, torch.Tensor), f"a tensor is wanted, not {type(mine).__name__}.")
+    hold(
+        mine.shape == wanted.shape,
+        f"{len(wanted)} numbers are wanted, in shape {tuple(wanted.shape)}; yours has shape "
+        f"{tuple(mine.shape)}.",
+    )
+    hold(bool(mine.isfinite().all()), "a result is not finite. See the hint.")
+    return mine
+
+
+def same(mine: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(mine.double(), wanted.double(), rtol=1e-4, atol=1e-4)
+
+
+@exercise("02.easy", "your function, called with four tensors and beta")
+def own_loss(run: Run, answer: Any, policy: Policy | None) -> str:
+    function, draw = hold_function(answer), torch.Generator().manual_seed(0)
+    for case in range(CASES):
+        scale = 1000 if case % 4 == 3 else 5
+        four = torch.randn(4, 6, generator=draw, dtype=torch.float64) * scale - 40
+        beta = 0.05 + float(torch.rand((), generator=draw))
+        wanted, turned = (dpo_loss(*sides, beta)[0] for sides in (four, four[[1, 0, 3, 2]]))
+        mine = hold_tensor(function(*four, beta), wanted)
+        slips = (
+            (turned, "this is the loss of preferring the rejected answer."),
+            (dpo_loss(*four, 1.0)[0], "beta is missing."),
+            (-wanted, "a loss is never negative: mind the sign in front of the logarithm."),
+            (dpo_loss(*four[:2], *torch.zeros(2, 6), beta)[0], "the reference is missing."),
         )
-        hold(loss > goal * 0.9, f"for beta {beta:g} the loss is below {goal} earlier than you say.")
-    return "now read the three as one rule: how does the rise depend on beta?"
+        for slip, nudge in slips:
+            hold(same(mine, wanted) or not same(mine, slip), nudge)
+        hold(same(mine, wanted), f"for beta {beta:.2f} these are other losses.")
+    return "these are the losses that train, far below a margin of 0 as well."
 
 
-@exercise("02.medium", "(error of NF4, error of even levels), as fractions")
-def level_errors(run: Run, answer: Any, policy: Policy | None) -> str:
-    from bitsandbytes.functional import get_4bit_type
+def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield logits, ids, mask, and the summed log-probabilities, of random batches."""
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(CASES):
+        rows, length, vocabulary = 3, 9, 11
+        logits = torch.randn(rows, length, vocabulary, generator=draw, dtype=torch.float64) * 3
+        ids = torch.randint(vocabulary, (rows, length), generator=draw)
+        begin = torch.randint(1, 5, (rows, 1), generator=draw)
+        end = torch.randint(6, length + 1, (rows, 1), generator=draw)  # padding follows
+        places = torch.arange(length)
+        mask = ((places >= begin) & (places < end)).long()
+        yield logits, ids, mask, summed(logits[:, :-1].log_softmax(-1), ids[:, 1:], mask[:, 1:])
 
-    found = finite_numbers(answer, 2)
-    weight = base_model(run, policy).model.get_input_embeddings().weight.detach().float().cpu()
-    blocks = weight[:64].reshape(-1, 64)
-    scales = blocks.abs().max(dim=1, keepdim=True).values
-    whole, by_block = [], []
-    for levels in (get_4bit_type("nf4", device="cpu"), torch.linspace(-1, 1, 16)):
-        codes = ((blocks / scales).unsqueeze(2) - levels).abs().argmin(dim=2)
-        off = levels[codes] * scales - blocks
-        whole.append((off.norm() / blocks.norm()).item())
-        by_block.append((off.norm(dim=1) / blocks.norm(dim=1)).mean().item())
-    hold(max(found) < 1, "give fractions, not percent.")
-    hold(
-        not any(near(found[::-1], w, 0.003) for w in (whole, by_block)),
-        "these are the two numbers, in the other order: NF4 first.",
-    )
-    hold(
-        any(near(found, w, 0.003) for w in (whole, by_block)),
-        "at least one error is another one. Same blocks, same scales (the largest absolute value "
-        "of each block), the nearest level; error relative to the weights' norm.",
-    )
-    return f"NF4's error is {1 - found[0] / found[1]:.0%} smaller on these weights."
+
+def summed(values: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the mask of what a row has for its tokens."""
+    return (values.gather(2, ids[:, :, None])[:, :, 0] * mask).sum(dim=1)
+
+
+@exercise("02.medium", "your function, called with logits, ids and mask")
+def own_sums(run: Run, answer: Any, policy: Policy | None) -> str:
+    function = hold_function(answer)
+    for logits, ids, mask, wanted in batches():
+        mine = hold_tensor(function(logits, ids, mask), wanted)
+        log_p = logits.log_softmax(-1)
+        slips = (
+            (summed(log_p, ids, mask), "the logits at a place are about the *next* token."),
+            (wanted / mask.sum(dim=1), "DPO wants the sum, not the mean."),
+            (summed(log_p[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:])),
+             "tokens outside the mask are counted as well."),
+            (summed(log_p[:, :-1], ids[:, 1:], mask[:, :-1]), "the mask is off by one place."),
+            (summed(logits[:, :-1], ids[:, 1:], mask[:, 1:]),
+             "logits are no log-probabilities yet: what do they sum to?"),
+        )  # fmt: skip
+        for slip, nudge in slips:
+            hold(same(mine, wanted) or not same(mine, slip), nudge)
+        hold(same(mine, wanted), "these are other sums.")
+    return "the same sums as the library's, without a look at prompt or padding."
 
 
 @exercise("02.hard", "your function, called as dpo_loss is")
 def positive_loss(run: Run, answer: Any, policy: Policy | None) -> str:
-    hold(callable(answer), "hand in the function itself, without calling it.")
+    hold_function(answer)
     beta = 0.1
     chosen, rejected = torch.tensor([-20.0]), torch.tensor([-24.0])
 
