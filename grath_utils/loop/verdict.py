@@ -19,6 +19,7 @@ from grath_utils.text import with_interval
 
 DISPLACED = 3.0  # nats that the chosen answers have lost: each is then e^3, twenty times, as rare
 TRUTH = ("mc1", "mc2")  # metrics of truthfulness
+RIGHT = ("acc", "acc_norm")  # of plain questions: both, or one would be picked by its outcome
 KEPT = "retention"  # the benchmark of what must not be lost
 
 
@@ -29,7 +30,7 @@ def what_happened(run: Run) -> list[str]:
         over_placebo(benchmark, metric, gain)
         for benchmark, metrics in gains(run, state).items()
         for metric, gain in metrics.items()
-        if metric in TRUTH
+        if metric in TRUTH + RIGHT
     ]
     rows = {(row["benchmark"], row["metric"]): row for row in comparison_rows(run)}
     if not found:
@@ -48,7 +49,7 @@ def over_placebo(benchmark: str, metric: str, gain: Mapping[str, Any]) -> str:
     match _side(gain):
         case "above":
             return (
-                f"On {benchmark} the truth in the labels is seen: {metric} stands {points} points "
+                f"On {benchmark} what the labels teach is seen: {metric} stands {points} points "
                 "above the placebo, which had the same pairs and steps and a coin for labels."
             )
         case "below":

@@ -26,7 +26,7 @@ def change(value: float, low: float, high: float) -> dict:
     [
         (
             change(0.05, 0.001, 0.1),
-            "On probe the truth in the labels is seen: mc2 stands +5.0 [+0",
+            "On probe what the labels teach is seen: mc2 stands +5.0 [+0",
         ),
         (
             change(0.05, 0.0, 0.1),
