@@ -1,88 +1,126 @@
-"""Notebook 01: pairs read by hand, prompts without demonstrations, rules that see no question."""
+"""Notebook 01: a pair's fate, a parser that gives reasons, and a judge by the reader's own hand."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from grath_utils.config import PairsConfig
 from grath_utils.course.exercises.judging import base_model, exercise, finite_numbers, hold
-from grath_utils.engine.generation import Stop, generate
+from grath_utils.course.exercises.nb00b import CASES, WORDS, hold_function
 from grath_utils.engine.models import Policy
-from grath_utils.evaluation.statistics import summarize
 from grath_utils.loop.run_dir import Run
-from grath_utils.loop.stages import run_pairs, run_questions
-from grath_utils.pairs.parsing import check_pair, pair_is_complete, parse_pair
-from grath_utils.pairs.prompts import pair_messages, render_chat
-from grath_utils.pairs.words import ngram_f1
+from grath_utils.pairs.audit import wilson
+from grath_utils.pairs.judge import JUDGES, Case, verdict
+from grath_utils.pairs.labels import read_sealed
+from grath_utils.pairs.parsing import Reason, check_pair, parse_pair
+from grath_utils.pairs.questions import Question
+from grath_utils.pairs.writers import Task, WrittenPair
+
+FATES = {False: "kept", True: "turned round", None: "dropped"}  # by `swapped`
+ASKED = "Why does warm air rise?"
+TRIED = 12  # sealed answers that a judge is tried on
+FAIR = 0.02  # by how much the probabilities of the two orders may miss the sum 1: rounding
 
 
-@exercise("01.easy", "a list of your verdicts, 1 or 0, in the order of the draw")
-def by_hand(run: Run, answer: Any, policy: Policy | None) -> str:
-    train, _ = run_pairs(run, 0)
-    drawn = random.Random(run.config.seed).sample(train, min(10, len(train)))
-    verdicts = finite_numbers(answer, len(drawn))
-    hold(set(verdicts) <= {0.0, 1.0}, "each verdict is 1 (right on both sides) or 0.")
-    for number, (verdict, pair) in enumerate(zip(verdicts, drawn, strict=True), start=1):
+def fate_of(mean: float, keep: float, turn: float) -> str:
+    """Return what the package's judge makes of a pair."""
+    config = replace(PairsConfig(), judge_keep=keep, judge_swap=turn)
+    pair = verdict(Task(Question("x", ASKED)), WrittenPair("yes", "no"), mean, config)
+    return FATES[pair.swapped]
+
+
+@exercise("01.easy", "your function, called with two probabilities and the two thresholds")
+def own_fate(run: Run, answer: Any, policy: Policy | None) -> str:
+    function, draw = hold_function(answer), random.Random(0)
+    for case in range(CASES):
+        turn, keep = (draw.choice((0.25, 0.375, 0.5)), draw.choice((0.5, 0.625, 0.75)))
+        first, second = draw.random(), draw.random()
+        if case % 4 == 3:  # a mean that lies on a threshold
+            edge = draw.choice((turn, keep))
+            first, second = edge + 0.125, edge - 0.125
+        wanted = fate_of((first + second) / 2, keep, turn)
+        mine = function(first, second, keep, turn)
+        where = f"shown first {first:.3f}, shown second {second:.3f}, from {keep} and up to {turn}"
+        hold(mine in FATES.values(), f"{mine!r} is none of {', '.join(FATES.values())}.")
         hold(
-            not (verdict and ngram_f1(pair.correct, pair.incorrect) > 0.95),
-            f"look at pair {number} again: its two sides say the same, so one of them is wrong.",
+            mine == wanted or case % 4 != 3,
+            f"{where}: the mean lies on a threshold, and what lies on it counts as beyond it.",
         )
-    found = summarize(verdicts, 2000, run.config.seed)
-    low, high = found["ci95"]
+        hold(mine == wanted, f"{where}: the pair is not {mine}.")
+    return "the same fate as in the package, for every pair and on the thresholds too."
+
+
+def messy_completions() -> Iterator[str]:
+    """Yield completions with a preamble, explanations, a label too many or one too few."""
+    draw = random.Random(1)
+    for case in range(CASES):
+        sides = [" ".join(draw.sample(WORDS, n)).capitalize() + "." for n in (5, 6)]
+        if case % 5 == 1:
+            sides[1] = sides[0].lower().replace(".", "!")
+        lines = [f"{kind} answer: {side}" for kind, side in zip(("Correct", "Incorrect"), sides,
+                                                                strict=True)]  # fmt: skip
+        draw.shuffle(lines)
+        if case % 5 == 2:
+            lines.pop(draw.randrange(2))
+        if case % 5 == 3:
+            lines += [f"{line} It is a second try." for line in lines]
+        if draw.random() < 0.5:
+            lines.insert(1, "Reason: the cold water below is heavier.")
+        yield "\n".join([f"Sure! Here they are.\nQuestion: {ASKED}", *lines])
+
+
+@exercise("01.medium", "your function, called with a completion")
+def own_parser_with_reasons(run: Run, answer: Any, policy: Policy | None) -> str:
+    function, pairs = hold_function(answer), 0
+    for text in messy_completions():
+        parsed = parse_pair(text)
+        reason = check_pair(ASKED, parsed, filters=[Reason.EQUAL])
+        mine = function(text)
+        hold(mine is not None, f"nothing is returned, neither a pair nor a reason, for {text!r}")
+        if reason is not None:
+            hold(
+                mine == str(reason),
+                f"{mine!r}, but this completion is no pair, or for another reason: {text!r}",
+            )
+            continue
+        hold(not isinstance(mine, str), f"{mine!r} for a completion that holds a pair: {text!r}")
+        hold(
+            tuple(mine) != parsed.sides[::-1],
+            "the two answers are in the other order: correct first, whichever is written first.",
+        )
+        hold(
+            tuple(mine) == parsed.sides, f"another text than the first bare answers, from {text!r}"
+        )
+        pairs += 1
+    return f"{pairs} of {CASES} completions are pairs, and each of the others has its one reason."
+
+
+@exercise("01.hard", "your function, called with the policy, a question and two answers")
+def own_judge(run: Run, answer: Any, policy: Policy | None) -> str:
+    function, model = hold_function(answer), base_model(run, policy)
+    plain = [Case(i, s.question, s[1:3]) for i, s in read_sealed().items() if s.kind == "plain"]
+    cases, right = random.Random(run.config.seed).sample(plain, TRIED), 0
+    values = []
+    for _, question, (true, false) in cases:
+        value, other = finite_numbers(
+            [function(model, question, *two) for two in ((true, false), (false, true))], 2
+        )
+        hold(0 <= value <= 1, f"{value:.3f} is not a probability.")
+        hold(
+            math.isclose(value + other, 1, abs_tol=FAIR),
+            f"its two words on {question!r} are {value:.3f} and {other:.3f}: they must sum to 1, "
+            "or the order has a say. Ask in both orders and average.",
+        )
+        right += value > 0.5
+        values.append(value)
+    hold(max(values) - min(values) > FAIR, "it says the same of every pair.")
+    theirs = sum(float(shares[0]) > 0.5 for shares in JUDGES["exam"].weigh(model, cases))
+    low, high = wilson(right, TRIED)
     return (
-        f"{found['value']:.0%} right on both sides, 95 % interval {low:.0%} to {high:.0%}. Nobody "
-        "but you can check the verdicts; that is the point of this exercise."
+        f"a fair judge, whose word does not depend on the order: {right} of {TRIED} right, 95 % "
+        f"interval {low:.0%} to {high:.0%}. The judge `exam` has {theirs} of the same right."
     )
-
-
-@exercise("01.medium", "the counts, such as Counter(verdicts)")
-def zero_shot(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = Counter({str(reason): int(count) for reason, count in dict(answer).items()})
-    model, some = base_model(run, policy), run_questions(run, "train")[:8]
-    hold(
-        found.total() == len(some),
-        f"the counts add up to {found.total()}; there are {len(some)} questions.",
-    )
-    prompts = [render_chat(model.tokenizer, pair_messages(q.text, [])) for q in some]
-    texts = generate(model, prompts, max_new_tokens=60, stop=Stop(pair_is_complete, "\n"))
-    wanted = Counter(
-        str(check_pair(q.text, parse_pair(c.text)) or "usable")
-        for q, c in zip(some, texts, strict=True)
-    )
-    # One completion may end otherwise where batches round otherwise.
-    differ = (found - wanted).total() + (wanted - found).total()
-    hold(
-        differ <= 2,
-        f"{differ // 2} completions have another verdict here. Zero-shot means no demonstrations "
-        "at all; 60 new tokens, greedy, verdicts from check_pair.",
-    )
-    return f"{wanted['usable']} of {len(some)} parse without demonstrations."
-
-
-@exercise("01.hard", "(your function, its accuracy)")
-def blind_rule(run: Run, answer: Any, policy: Policy | None) -> str:
-    rule, accuracy = answer
-    train, _ = run_pairs(run, 0)
-    outcomes = []
-    for pair in train:
-        swapped = replace(pair, correct=pair.incorrect, incorrect=pair.correct)
-        first, second = scores = [float(rule(pair, x)) for x in (pair.correct, pair.incorrect)]
-        hold(all(map(math.isfinite, scores)), "a score is not finite.")
-        hold(
-            scores == [float(rule(swapped, x)) for x in (pair.correct, pair.incorrect)],
-            "the rule looks at which side a text stands on. It may use the question and the text, "
-            "nothing else.",
-        )
-        outcomes.append(0.5 if first == second else float(first > second))
-    found = summarize(outcomes, 2000, run.config.seed)
-    low, high = found["ci95"]
-    hold(
-        abs(float(accuracy) - found["value"]) < 0.005,
-        "the rule is a fair one, but its accuracy on the training pairs is another (as a fraction, "
-        "ties count one half).",
-    )
-    sees = "nothing beyond chance" if low <= 0.5 <= high else "something that DPO can find, too"
-    return f"a fair rule; with an interval from {low:.0%} to {high:.0%} it sees {sees}."
