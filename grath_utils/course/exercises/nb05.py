@@ -1,52 +1,59 @@
-"""Notebook 05: comparisons of two runs."""
+"""Notebook 05: what the records say, and what they could have said."""
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import exercise, finite_numbers, hold, hold_in_order, near
+from grath_utils.course.exercises.judging import (
+    NotYetError,
+    exercise,
+    finite_numbers,
+    hold,
+    hold_in_order,
+    near,
+)
 from grath_utils.engine.models import Policy
 from grath_utils.evaluation.statistics import items_needed
 from grath_utils.files import notebooks_dir, read_jsonl
 from grath_utils.loop.run_dir import Run
 
 
-@exercise(
-    "05.easy", "(trial, other trial, items needed by MC1, by MC2), None where it cannot be said"
-)
-def metric_items(run: Run, answer: Any, policy: Policy | None) -> str:
-    first, second, *found = answer
-    hold(len(found) == 2, "two trials and two numbers of items are wanted.")
-    name, wanted = run.config.evaluation.benchmarks[0], []
-    for metric in ("mc1", "mc2"):
-        values = [
-            [float(item["metrics"][metric]) for item in trial.result(name)["items"]]
-            for trial in (first, second)
-        ]
-        spread = float(np.std(np.subtract(values[1], values[0]), ddof=1))
-        wanted.append(items_needed(0.02, spread) if spread else None)
-    for value, right, metric in zip(found, wanted, ("MC1", "MC2"), strict=True):
-        hold(
-            (value is None) == (right is None),
-            f"by {metric}: None where no item changed (there is no spread then), else a number.",
-        )
-        hold(
-            right is None or abs(float(value) - right) <= 1 + 0.02 * right,
-            f"another number of items by {metric}. The spread is the standard deviation of the "
-            "paired differences, second minus first; the effect is 0.02.",
-        )
-    if None in wanted:
-        return "and where no item changed, this test cannot say how many it would take."
-    return f"MC{1 if wanted[0] < wanted[1] else 2} needs fewer. Why?"
+def _record(name: str) -> list[dict[str, Any]]:
+    folder = notebooks_dir()
+    if folder is None:
+        raise NotYetError("the records lie beside the notebooks, and they are not here.")
+    return list(read_jsonl(folder / "appendix" / f"recipe_{name}.jsonl"))
+
+
+@exercise("05.easy", "a function items_for(effect, ci95, n) that returns a number of items")
+def items_for_an_effect(run: Run, answer: Any, policy: Policy | None) -> str:
+    hold(callable(answer), "hand in the function itself, without calling it.")
+    cases = [(row["n"], row["over_random"]) for row in _record("arms") if "over_random" in row]
+    for n, found in cases:
+        low, high = found["ci95"]
+        standard_error = (high - low) / 2 / NormalDist().inv_cdf(0.975)
+        for effect in (1.0, 4.0):
+            wanted = items_needed(effect, standard_error * n**0.5)
+            given = float(answer(effect, [low, high], n))
+            case = f"{effect:g} points, the interval [{low}, {high}] and {n} items"
+            hold(
+                abs(given / wanted / 4 - 1) > 0.02,
+                f"four times too many for {case}: 1.96 standard errors are half of the interval.",
+            )
+            hold(
+                abs(given - wanted) <= 1 + 0.02 * wanted,
+                f"another number for {case}. The spread of the items is the standard error times "
+                "the root of n, and an effect has to be 2.8 standard errors.",
+            )
+    return "so every interval also says how large the experiment should have been."
 
 
 @exercise("05.medium", "(mean gain with annotated pairs, with self-made ones)")
 def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
-    folder = notebooks_dir()
-    hold(folder is not None, "the record lies beside the notebooks, and they are not here.")
-    record = list(read_jsonl(folder / "appendix" / "recipe_search.jsonl"))[1:]
+    record = _record("search")[1:]
     same = ("pairs", "prompt_format", "targets", "beta", "loss", "label_smoothing")
     gains: dict[bool, list[float]] = {True: [], False: []}
     for a in record:
