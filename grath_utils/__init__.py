@@ -10,7 +10,7 @@ No room imports one below it (import-linter holds that, see pyproject.toml)::
     evaluation   benchmarks, protocols, metrics, rules that never read the question, statistics
     loop         the run directory, the stages of the gradual loop, the choice of the round
     figures      plots of what was measured, drawings of ideas
-    scale        what a run costs; grids, sweeps and small experiments
+    scale        what a run costs; grids, sweeps, rounds beside a run
     course       what notebooks show: tables, widgets, dashboard, report, exercises
     workshop     the environment, checkpoints, a classroom without network, rendering, timings
     cli          the command line
