@@ -22,9 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from grath_utils.errors import StatisticsError
 from grath_utils.evaluation.blind_rules import chance_level
-from grath_utils.evaluation.statistics import t_interval
 from grath_utils.pairs.audit import wilson
 from grath_utils.text import in_percent
 
@@ -96,13 +94,13 @@ def _reach(value: float, ci95: Interval) -> np.ndarray | None:
     return None if ci95 is None else np.clip([[value - ci95[0]], [ci95[1] - value]], 0, None)
 
 
-def _changes(axes: Axes, rows: Sequence[tuple], unclear: str = GREY) -> None:
+def _changes(axes: Axes, rows: Sequence[tuple]) -> None:
     """Draw rows of (name, change or None, interval or None) around a line of no change, in points.
 
     A diamond's interval excludes 0, a circle's does not; without one it is hollow.
     """
     for i, (_, value, ci95) in enumerate(rows):
-        look = {"fmt": "o", "color": GREY, "mfc": "white" if ci95 is None else unclear}
+        look = {"fmt": "o", "color": GREY, "mfc": "white" if ci95 is None else GREY}
         if ci95 is not None and (ci95[0] > 0 or ci95[1] < 0):
             look = {"fmt": "D", "color": "black"}
         if value is not None:
@@ -214,22 +212,6 @@ def plot_lengths(pairs: Sequence[Any]) -> Figure:
     return figure
 
 
-def plot_dpo_loss(beta: float = 0.1) -> Figure:
-    """Show the DPO loss and the weight of its gradient as functions of the margin."""
-    figure, axes = new_axes(height=3.2)
-    margins, start = np.linspace(-5, 5, 501), (0, math.log(2))
-    axes.plot(margins, np.logaddexp(0, -margins), color="black", label="loss")
-    weights = 1 / (1 + np.exp(margins))
-    axes.plot(margins, weights, color=GREY, linestyle="--", label="weight of the gradient")
-    axes.plot(*start, "o", color="black")
-    arrow = {"arrowstyle": "->", "color": GREY}
-    axes.annotate("start: margin 0, loss ln 2", start, (0.5, 1.5), arrowprops=arrow)
-    ratios = r"[\log\pi(y_w)/\pi_{ref}(y_w) - \log\pi(y_l)/\pi_{ref}(y_l)]"
-    axes.set(xlabel=rf"margin  $\beta\,{ratios}$  (nats)", ylabel="nats")
-    axes.legend()
-    return figure
-
-
 def plot_dpo_point(beta: float, contrast: float) -> Figure:
     """Show the DPO loss against the contrast that it is made from, and where one pair stands.
 
@@ -239,9 +221,8 @@ def plot_dpo_point(beta: float, contrast: float) -> Figure:
     figure, axes = new_axes(height=3.2)
     places, beside, margin = np.linspace(-40, 40, 401), np.array([-12, 12]), beta * contrast
     loss, slope = np.logaddexp(0, -margin), -beta / (1 + math.exp(margin))
-    axes.plot(
-        places, np.logaddexp(0, -beta * places), color="black", label=f"loss, beta = {beta:.3g}"
-    )
+    curve = {"color": "black", "label": f"loss, beta = {beta:.3g}"}
+    axes.plot(places, np.logaddexp(0, -beta * places), **curve)
     tangent = {"color": GREY, "linestyle": "--", "label": f"slope {slope:.3g} (tangent)"}
     axes.plot(contrast + beside, loss + slope * beside, **tangent)
     axes.plot(contrast, loss, "o", color="black")
@@ -269,7 +250,8 @@ def plot_training(log: Sequence[Measured], title: str = "") -> Figure:
                   ha="right", va="bottom")  # fmt: skip
     margin.axhline(0, **ZERO)
     _answers(answers, held_out or train)
-    answers.set_title("held-out" if held_out else "training", fontsize=10)
+    of_what = "held-out" if held_out else "training: other pairs in each step"
+    answers.set_title(of_what, fontsize=10)
     _curve(gradient, train, "grad_norm", label="before clipping", **TRAINING)
     gradient.set(ylabel="norm of the gradient", ylim=(0, None))
     for axis in grid.flat:
@@ -550,26 +532,23 @@ def plot_judge(rows: Sequence[Measured]) -> Figure:
     judges, kinds = list(_grouped(rows, "judge")), list(_grouped(rows, "kind"))
     figure, axes = new_axes(1, 2, width=9.6, height=1.3 + 0.62 * len(judges), sharey=True)
     for row in rows:
-        i = kinds.index(row["kind"])
+        i, kind = kinds.index(row["kind"]), KINDS.get(row["kind"], row["kind"])
         place = judges.index(row["judge"]) + 0.36 * i - 0.18
+        label = f"{kind} (n = {row['pairs']})" if row["judge"] == judges[0] else ""
         look = {"fmt": "os"[i], "color": "black", "mfc": ("black", "white")[i], "capsize": 3}
         for axis, part, n in zip(axes, ("kept", "kept_right"), ("pairs", "kept"), strict=True):
-            if not row[n]:  # nothing kept, nothing to be right about
-                continue
-            share, ends = 100 * row[part] / row[n], [100 * e for e in wilson(row[part], row[n])]
-            first = not judges.index(row["judge"])
-            label = f"{KINDS.get(row['kind'], row['kind'])} (n = {row['pairs']})" if first else ""
-            axis.errorbar(share, place, xerr=_reach(share, ends), label=label, **look)
-            beside = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
-            axis.annotate(f"{share:.0f}", (share, place), fontsize=8, **beside)
+            if row[n]:  # of nothing kept, nothing is right
+                share, ends = 100 * row[part] / row[n], [100 * e for e in wilson(row[part], row[n])]
+                axis.errorbar(share, place, xerr=_reach(share, ends), label=label, **look)
+                above = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(f"{share:.0f}", (share, place), fontsize=8, **above)
     _name_rows(axes[0], judges)
-    axes[0].set_ylim(len(judges) - 0.6, -0.6)
-    axes[1].grid(axis="y", visible=False)
-    axes[0].set(xlim=(0, 100), xlabel="pairs that the judge keeps, percent")
-    axes[1].set(xlim=(0, 100), xlabel="of these, labelled right, percent")
+    axes[0].set(xlabel="pairs that the judge keeps, percent", ylim=(len(judges) - 0.6, -0.6))
+    axes[1].set_xlabel("of these, labelled right, percent (dashed: by a coin)")
     axes[1].axvline(50, **CHANCE)
-    axes[1].annotate("a coin", (50, 1), xycoords=("data", "axes fraction"), ha="center",
-                     va="bottom", fontsize=9, color=GREY)  # fmt: skip
+    for axis in axes:
+        axis.set_xlim(0, 100)
+        axis.grid(axis="y", visible=False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
 
@@ -590,29 +569,6 @@ def plot_controls(results: Mapping[str, Measured]) -> Figure:
     axes.axvline(rules["chance"], **CHANCE)
     _name_rows(axes, [*map(_model_name, results), *(rule.replace("_", " ") for rule in rules)])
     axes.set(xlim=(0, None), xlabel="MC1, percent (hatched: never read the question)")
-    return figure
-
-
-def plot_category_change(before: Measured, after: Measured) -> Figure:
-    """Show MC2 in each category in two results on the same items, and the paired change."""
-    first, second = ([item.get("id") for item in result["items"]] for result in (before, after))
-    if first != second:
-        raise StatisticsError("the two results are of different items; measure both on the same")
-    values: dict[str, list[tuple[float, float]]] = {}
-    for first, second in zip(before["items"], after["items"], strict=True):
-        both = (first["metrics"]["mc2"], second["metrics"]["mc2"])
-        values.setdefault(first.get("category") or "all", []).append(both)
-    rows = []
-    for name, both in values.items():
-        was, now = 100 * np.mean(both, axis=0)
-        change = np.diff(both)[:, 0]
-        row = f"{name} (n = {len(both)}): {was:.0f} to {now:.0f}"
-        rows.append((row, change.mean(), t_interval(change)))
-    rows.sort(key=lambda row: -row[1])
-    figure, axes = new_axes(width=8.6, height=1.1 + 0.3 * len(rows))
-    _changes(axes, rows, "white")
-    _centre_on_zero(axes, len(rows))
-    axes.set_xlabel("change of MC2 in points, with 95 % interval (diamond: without 0)")
     return figure
 
 

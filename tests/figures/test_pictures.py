@@ -13,7 +13,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from grath_utils.errors import StatisticsError
 from grath_utils.evaluation import paired_difference, t_interval
 from grath_utils.figures import drawings, plots
 
@@ -110,34 +109,6 @@ def test_mc_scoring_shows_the_metrics_of_the_library(scores, mc1: int, mc3: str)
     shown = [text.get_text() for text in right.texts]
     assert f"{metrics.mc2(np.array(scores), np.array(labels)):.3f}" in shown
     assert sum(bar.get_width() for bar in right.patches) == pytest.approx(1)
-
-
-def result(values: dict[str, list[float]]) -> dict:
-    """An evaluation's items: a metric's values in each category."""
-    rows = [(c, v) for c, row in values.items() for v in row]
-    return {
-        "items": [{"id": i, "category": c, "metrics": {"mc2": v}} for i, (c, v) in enumerate(rows)]
-    }
-
-
-def test_category_changes_are_sorted_and_have_their_paired_interval() -> None:
-    before = {"a": [0.5, 0.5, 0.5], "b": [0.2, 0.4, 0.6], "c": [0.3]}
-    after = {"a": [0.2, 0.3, 0.7], "b": [0.5, 0.7, 0.901], "c": [0.31]}
-    figure = plots.plot_category_change(result(before), result(after))
-    (axes,) = figure.axes
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["b (n = 3): 40 to 70", "c (n = 1): 30 to 31", "a (n = 3): 50 to 40"]
-    markers = [container.lines[0].get_marker() for container in axes.containers]
-    assert markers == ["D", "o", "o"], "only b rose beyond its interval; one item has none"
-    assert axes.containers[0].lines[0].get_xdata()[0] == pytest.approx(100 * 0.901 / 3)
-
-
-def test_category_changes_are_of_the_same_items() -> None:
-    before, after = result({"a": [0.5, 0.5]}), result({"a": [0.5, 0.5]})
-    after["items"].reverse()
-    for other in (after, result({"a": [0.5]})):
-        with pytest.raises(StatisticsError, match="different items"):
-            plots.plot_category_change(before, other)
 
 
 def test_a_value_without_an_interval_is_shown_and_says_why() -> None:
