@@ -426,7 +426,7 @@ def kept(gains: list, alarms: list, *, within=True, above=True, heed=True) -> in
 @pytest.mark.parametrize(
     ("answer", "state", "says"),
     [
-        (kept, RIGHT, "this run"),
+        (kept, RIGHT, "same rule"),
         (lambda *a: kept(*a, within=False), NOT_YET, "an earlier round"),
         (lambda *a: kept(*a, above=False), NOT_YET, "far enough above 0"),
         (lambda *a: kept(*a, heed=False), NOT_YET, "with an alarm was kept"),

@@ -58,7 +58,7 @@ def choice_rule(run: Run, answer: Any, policy: Policy | None) -> str:
         hold(found <= wanted, f"{where}an earlier round is within one standard error of the best.")
         hold(found >= wanted, f"{where}the round that was kept is too low: compare it with 0, and "
              "with the best pair by pair.")  # fmt: skip
-    return "the same rule chose the round of this run."
+    return "the loop keeps a round by the same rule (loop.keep=best)."
 
 
 def _clear_cases() -> list[tuple[list[np.ndarray], list[bool]]]:
