@@ -24,7 +24,7 @@ from tqdm import tqdm
 from grath_utils.config import BUILT_IN_MODELS, ModelConfig
 from grath_utils.engine.gguf_files import convert_gguf
 from grath_utils.engine.hub import LateBar, hub_reason, quiet_hub
-from grath_utils.engine.machine import free_memory, total_memory
+from grath_utils.engine.machine import free_memory, return_freed_memory, total_memory
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import (
     atomic_path,
@@ -257,6 +257,7 @@ def _make(model: CourseModel) -> None:
     print(f"Converting the model `{model.name}` to safetensors in {model.folder} (once) ...")
     with atomic_path(model.folder) as partial:
         convert_gguf(file, partial, tie=model.tie)
+    return_freed_memory()  # more than a gigabyte, and a run's first process lives as long as the run
     shutil.rmtree(download, ignore_errors=True)
     stem = model.conversion.rpartition("-v")[0]
     if old := [f.name for f in cache_dir().glob(f"{stem}-v*") if f != model.folder]:

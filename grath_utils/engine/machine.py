@@ -56,10 +56,16 @@ def keep_freed_memory(device: str, largest: int = INFERENCE_BLOCK) -> bool:
         libc = ctypes.CDLL("libc.so.6")
         done = libc.mallopt(mmap_threshold, largest)
         done = done and libc.mallopt(trim_threshold, min(4 * largest, 2**31 - 1))
-        libc.malloc_trim(0)
+        return_freed_memory()
         return bool(done)
     except (OSError, AttributeError):  # another C library, such as musl
         return False
+
+
+def return_freed_memory() -> None:
+    """Give the system what this process has freed: glibc keeps gigabytes after large work."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, such as musl
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager
