@@ -257,7 +257,7 @@ def _make(model: CourseModel) -> None:
     print(f"Converting the model `{model.name}` to safetensors in {model.folder} (once) ...")
     with atomic_path(model.folder) as partial:
         convert_gguf(file, partial, tie=model.tie)
-    return_freed_memory()  # more than a gigabyte, and a run's first process lives as long as the run
+    return_freed_memory()  # over a gigabyte, in a process that lives as long as the run
     shutil.rmtree(download, ignore_errors=True)
     stem = model.conversion.rpartition("-v")[0]
     if old := [f.name for f in cache_dir().glob(f"{stem}-v*") if f != model.folder]:
