@@ -100,8 +100,9 @@ def displaced(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
             f"chosen answers themselves lost {-chosen:.1f}. What both sides lose can move a score "
             "without any truth in it."
         )
+    kept = "did not fall" if chosen >= 0 else f"lost less than {DISPLACED:g}"
     return (
-        f"The margin on held-out pairs rose by {margin:.1f} nats, and the chosen answers stayed: "
+        f"The margin on held-out pairs rose by {margin:.1f} nats, and the chosen answers {kept}: "
         f"{chosen:+.1f} nats each."
     )
 

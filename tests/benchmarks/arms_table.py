@@ -5,6 +5,10 @@ such as ``notebooks/appendix/recipe_arms.jsonl``::
 
     python tests/benchmarks/arms_table.py SWEEP [SWEEP ...] --out FILE
 
+With ``--dose`` the folder is that of the grid ``dose``, and each number of steps an arm of its own:
+``recipe_dose.jsonl``. (That record is of one training for each arm, an adapter saved on the way
+at each dose, and not yet of a sweep, which trains each from the start.)
+
 Differences are paired by item within a seed. Their intervals are percentiles of a bootstrap that
 draws items and seeds; changes in nats are means over all answers that are true, or false.
 """
@@ -27,11 +31,16 @@ Results = dict[str, dict[int, dict[str, Any]]]
 """Arm -> seed -> benchmark -> (result before, result after)."""
 
 
-def finished(sweeps: list[Path]) -> Results:
-    """Return the results of all runs that have been measured on all of their benchmarks."""
+def finished(sweeps: list[Path], steps: int | None = None) -> Results:
+    """Return the results of all runs that have been measured on all of their benchmarks.
+
+    Given ``steps``, of those alone that were trained for so many.
+    """
     found: Results = defaultdict(dict)
     for path in (path for sweep in sweeps for path in sorted((sweep / "runs").iterdir())):
         run = load_run(path)
+        if steps not in (None, run.config.dpo.steps):
+            continue
         names = run.config.evaluation.benchmarks
         files = {n: [run.evaluation(m, n) for m in (BASE, model_label(0))] for n in names}
         if all(file.exists() for pair in files.values() for file in pair):
@@ -112,8 +121,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dose", nargs="*", type=int, metavar="STEPS", help="a row for each")
     given = parser.parse_args()
-    rows = rows_of(finished(given.sweeps))
+    doses = given.dose or [14, 28, 42, 56] if given.dose is not None else [None]
+    rows = [
+        ({} if steps is None else {"steps": steps}) | row
+        for steps in doses
+        for row in rows_of(finished(given.sweeps, steps))
+    ]
     for row in rows:
         print(row)
     if given.out:
