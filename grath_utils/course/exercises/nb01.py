@@ -117,7 +117,7 @@ def own_judge(run: Run, answer: Any, policy: Policy | None) -> str:
         )
         right += value > 0.5
         values.append(value)
-    hold(max(values) - min(values) > FAIR, "it says the same of every pair.")
+    hold(len(set(values)) > 1, "it says the same of every pair.")
     theirs = sum(float(shares[0]) > 0.5 for shares in JUDGES["exam"].weigh(model, cases))
     low, high = wilson(right, TRIED)
     return (
