@@ -1,4 +1,4 @@
-"""The table of the arms: what each gains over the base, and over the placebo.
+"""The table of the arms: what each gains over the base, and over the controls.
 
 From the folder of ``python -m grath_utils sweep arms`` (or several, with other seeds), to a record
 such as ``notebooks/appendix/recipe_arms.jsonl``::
@@ -26,7 +26,7 @@ from grath_utils.evaluation.measure import RESULT
 from grath_utils.files import read_json, write_jsonl
 from grath_utils.loop.run_dir import BASE, Run, load_run, model_label
 
-PLACEBO, RESAMPLES = "random", 2000
+CONTROLS, RESAMPLES = ("random", "mismatched"), 2000
 Results = dict[str, dict[int, dict[str, Any]]]
 """Arm -> seed -> benchmark -> (result before, result after)."""
 
@@ -107,11 +107,12 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
                 }
                 moved = [nats(*each[name]) for each in seeds.values()]
                 row |= {k: round(float(np.mean([m[k] for m in moved])), 1) for k in moved[0]}
-                both = sorted(seeds.keys() & results.get(PLACEBO, {}).keys())
-                if arm != PLACEBO and both:
-                    placebo = {s: values(results[PLACEBO][s][name][1], metric) for s in both}
-                    over = np.array([pairs[s][1] - placebo[s] for s in both])
-                    row["over_random"] = with_interval(over) | {"seeds": both}
+                for control in CONTROLS:
+                    both = sorted(seeds.keys() & results.get(control, {}).keys())
+                    if arm != control and both:
+                        scores = {s: values(results[control][s][name][1], metric) for s in both}
+                        over = np.array([pairs[s][1] - scores[s] for s in both])
+                        row[f"over_{control}"] = with_interval(over) | {"seeds": both}
                 rows.append(row)
     return rows
 

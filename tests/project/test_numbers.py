@@ -176,10 +176,13 @@ def arms_table() -> str:
         moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
         seeds = len(found[0]["seeds"])
         lines.append(f"| {plots.ARMS[arm][0]} | {changes} | {moved} | {seeds} |")
-    over = [rows["own", *key]["over_random"] for key in shown]
-    changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
-    seeds = len(over[0]["seeds"])
-    return "\n".join([*lines, f"| **the model judges, minus the coin** | {changes} | | {seeds} |"])
+    for control, name in (("random", "the coin"), ("mismatched", "another pair's question")):
+        over = [rows["own", *key][f"over_{control}"] for key in shown]
+        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
+        lines.append(
+            f"| **the model judges, minus {name}** | {changes} | | {len(over[0]['seeds'])} |"
+        )
+    return "\n".join(lines)
 
 
 def judges_table() -> str:
