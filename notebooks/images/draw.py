@@ -11,14 +11,15 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from grath_utils.figures import drawings
-from grath_utils.files import atomic_path
+from grath_utils.figures import drawings, plots
+from grath_utils.files import atomic_path, read_jsonl
 from grath_utils.workshop.render import smaller_png
 
 # What a polar bear's skin looks like, scored by no model: the toy item of notebook 4.
 ANSWERS = ("Mostly black.", "Black under the fur.", "Dark, not white.", "White.", "Pink.", "Gray.")
 SCORES = (-7.0, -9.0, -12.0, -8.0, -11.0, -13.0)
 TRUE = (1, 1, 1, 0, 0, 0)
+RECORDS = Path(__file__).resolve().parent.parent / "appendix"
 
 PICTURES: dict[str, Callable[[], Figure]] = {
     "loop": drawings.draw_loop,
@@ -31,6 +32,12 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         "Ice is less warm than liquid water.".split(),
     ),
     "mc_scoring": lambda: drawings.draw_mc_scoring(ANSWERS, SCORES, TRUE),
+    "arms": lambda: plots.plot_arms(
+        [r for r in read_jsonl(RECORDS / "recipe_arms.jsonl") if r["metric"] in ("mc1", "acc")]
+    ),
+    "dose": lambda: plots.plot_dose(
+        [r for r in read_jsonl(RECORDS / "recipe_dose.jsonl") if r["metric"] in ("mc1", "acc")]
+    ),
 }
 
 
