@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "holm",
             "interval",
             "items_needed",
+            "mean_interval",
             "paired_difference",
             "smallest_detectable_effect",
             "summarize",

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "choice": ["text_health"],
+        "choice": ["margins", "text_health"],
         "named_models": ["choose_model", "load_named", "load_policy", "resolve_name"],
         "plan": ["check_settings", "plan_stages"],
         "run_dir": [
@@ -36,6 +36,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "run_questions",
             "run_state",
         ],
-        "verdict": ["what_happened"],
+        "verdict": ["DISPLACED", "displaced", "what_happened"],
     },
 )

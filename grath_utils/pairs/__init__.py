@@ -19,8 +19,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "question_messages",
             "render_chat",
             "token_ids",
+            "training_prompt",
         ],
         "questions": ["Question", "load_questions", "split_held_out"],
-        "words": ["negated", "ngram_f1", "split_words"],
+        "words": ["content_words", "negated", "ngram_f1", "split_words"],
     },
 )
