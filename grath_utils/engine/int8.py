@@ -52,24 +52,29 @@ def int8_layers(policy: Policy) -> dict[nn.Linear, Forward]:
 @torch.no_grad()
 def _product(layer: nn.Linear) -> Forward:
     weight = layer.weight.float()
-    scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    codes = (weight / scale[:, None]).round_().to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(codes, None)
+    step = _steps(weight)
+    packed = torch.ops.onednn.qlinear_prepack((weight / step).round_().to(torch.int8), None)
+    scale = step[:, 0].contiguous()
     zeros = torch.zeros(len(scale), dtype=torch.int32)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2).float()
-        top = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        codes = (rows / top).round_().add_(MIDDLE).to(torch.uint8)
+        step = _steps(rows)
+        codes = (rows / step).round_().add_(MIDDLE).to(torch.uint8)
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, MIDDLE, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = product * top
+        y = product * step
         if layer.bias is not None:
             y += layer.bias
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     return forward
+
+
+def _steps(rows: torch.Tensor) -> torch.Tensor:
+    """Return for each row, as (rows, 1), what one step of its 8 bits is worth."""
+    return rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
 
 
 @contextmanager

@@ -9,8 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from grath_utils.config import PairsConfig
-from grath_utils.course.exercises.judging import base_model, exercise, finite_numbers, hold
-from grath_utils.course.exercises.nb00b import CASES, WORDS, hold_function
+from grath_utils.course.exercises.judging import (
+    base_model,
+    exercise,
+    finite_numbers,
+    hold,
+    hold_function,
+)
+from grath_utils.course.exercises.nb00b import CASES, WORDS
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.audit import wilson
