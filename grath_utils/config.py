@@ -279,8 +279,15 @@ class LoopConfig:
     )
     placebo: bool = option(
         False,
-        "train the same pairs with random labels beside, in RUN_DIR/arms/random: the difference "
-        "to it is the gain",
+        "train the same pairs with other labels beside, in RUN_DIR/arms: the difference to them "
+        "is the gain",
+        added=True,
+    )
+    placebo_labels: tuple[str, ...] = option(
+        ("random",),
+        "these labels (pairs.labels): random, a coin for each pair; mismatched, the answers of "
+        "another question, which differ in the same form and tell no truth about this one",
+        choices=("random", "mismatched"),
         added=True,
     )
     max_kl: float = option(
@@ -527,9 +534,10 @@ LIMITS = {
 
 
 def _check_limits(value: Any, limits: Mapping[str, Any], name: str) -> None:
-    choices = limits.get("choices", [value])
-    if value not in choices:
-        raise ConfigError(f'{name} cannot be "{value}"{did_you_mean(value, choices)}')
+    if choices := limits.get("choices"):
+        for each in value if isinstance(value, tuple) else (value,):
+            if each not in choices:
+                raise ConfigError(f'{name} cannot be "{each}"{did_you_mean(each, choices)}')
     if not isinstance(value, (int, float)):
         return
     if isinstance(value, int):
@@ -573,7 +581,7 @@ def _check_together(config: Config, where: str) -> None:
         )
     if loop.placebo and config.pairs.labels != "own":
         raise ConfigError(
-            f'{where}: "loop.placebo" compares the model\'s own labels with random ones, and '
+            f'{where}: "loop.placebo" compares the model\'s own labels with others, and '
             f'"pairs.labels" is {config.pairs.labels}; leave one of them out'
         )
     if "all-linear" in targets and len(targets) > 1:

@@ -19,14 +19,14 @@ class Stage:
     """One step of a run: what it does, what it leaves, and how to do it."""
 
     id: str
-    """``pairs_0``, ``train_0``, ``measure_base``, ``evaluate_iter_0_probe``, ..."""
+    """``pairs_0``, ``train_0``, ``evaluate_iter_0_probe``, ``train_0@random`` of a placebo, ..."""
     title: str
     iteration: int | None
     """None: about the base model."""
     output: Path
     work: Callable[[], Any]
     run: Run
-    """Whose it is: the run's own, or its placebo's."""
+    """Whose it is: the run's own, or a placebo's."""
     beside: tuple[Path, ...] = ()
     """What else it leaves; written before ``output``, whose presence says that all is there."""
 
@@ -91,9 +91,10 @@ def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
         for name in run.config.evaluation.benchmarks:
             title, out = f"evaluate {label} on {name}", run.evaluation(label, name)
             add(f"evaluate_{label}_{name}", title, t, out, work("evaluate_model", t, name))
-    if run.config.loop.placebo:
+    for labels, placebo in run.placebos(state.final).items():
+        name = "placebo" if labels == "random" else f"placebo, {labels}"
         plan += [
-            replace(stage, id=f"placebo_{stage.id}", title=f"placebo: {stage.title}")
-            for stage in plan_stages(run.placebo(state.final), progress=progress)
+            replace(stage, id=f"{stage.id}@{labels}", title=f"{name}: {stage.title}")
+            for stage in plan_stages(placebo, progress=progress)
         ]
     return plan

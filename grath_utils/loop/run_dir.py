@@ -5,7 +5,7 @@
     RUN/ run.json · manifest.json · questions.jsonl
          iter_0/{pairs.jsonl, rejects.jsonl, training_log.jsonl, adapter/} · iter_1/…
          signals/MODEL.json · evaluation/MODEL/BENCHMARK.json
-         arms/random/ (the placebo: a run directory of its own, see :meth:`Run.placebo`)
+         arms/random/ (a placebo: a run directory of its own, see :meth:`Run.placebos`)
          figures/ · notebooks/ (executed) · report.html
 
 ``run.json`` says what made it. A run directory is continued only by the configuration that made it.
@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from grath_utils.config import (
     Config,
+    LoopConfig,
     ModelConfig,
     config_from_dict,
     differing_keys,
@@ -64,7 +65,6 @@ PACKAGES = (
     "jupyterlab numpy"
 )
 BASE = "base"
-PLACEBO = "random"  # its labels, and the name of its folder
 
 # Change no result: a run may be continued with others.
 WITHOUT_EFFECT = ("dpo.report_to", "pairs.server_url")
@@ -115,20 +115,28 @@ class Run:
         """Return the result file of a model (``base``, ``iter_0``, ...) on a benchmark."""
         return self.path / "evaluation" / model / f"{benchmark}.json"
 
-    def placebo(self, final: int) -> Run:
+    def placebos(self, final: int) -> dict[str, Run]:
+        """Return the placebos that the configuration asks for, by their labels; maybe none."""
+        loop = self.config.loop
+        asked = dict.fromkeys(loop.placebo_labels) if loop.placebo else ()
+        return {labels: self.placebo(final, labels) for labels in asked}
+
+    def placebo(self, final: int, labels: str = "random") -> Run:
         """Return the run that differs in its labels alone, as far as to round ``final``.
 
-        Its pairs are this run's, the correct answer drawn at random; steps and seeds are the same.
-        What this run's model has beyond the placebo's is due to *which* answer it was taught.
+        Its pairs, steps and seeds are this run's. Over ``random`` labels this run's model gains by
+        *which* answer it was taught; over ``mismatched`` ones by what the answers say of their
+        question, form aside.
         """
         config = self.config
         rounds = {"iterations": final + 1, "keep": "last", "early_stop": False, "signals": False}
+        none = {"placebo": False, "placebo_labels": LoopConfig.placebo_labels}
         return Run(
-            self.path / "arms" / PLACEBO,
+            self.path / "arms" / labels,
             replace(
                 config,
-                pairs=replace(config.pairs, labels=PLACEBO, flipped=0.0),
-                loop=replace(config.loop, placebo=False, **rounds),
+                pairs=replace(config.pairs, labels=labels, flipped=0.0),
+                loop=replace(config.loop, **none, **rounds),
                 evaluation=replace(config.evaluation, every_iteration=False),
             ),
             beside=self.path,  # which may not have begun

@@ -129,35 +129,44 @@ def results(run: Run, state: RunState | None = None) -> dict[str, dict[str, dict
     return {name: models for name, models in found.items() if models}
 
 
-def gains(run: Run, state: RunState) -> dict[str, dict[str, Any]]:
-    """Return what the model has beyond its placebo: of each benchmark and metric the difference.
+def gains(run: Run, state: RunState) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return what the model has beyond each placebo: ``{labels: {benchmark: {metric: gain}}}``.
 
-    It is paired, item by item, see :func:`.evaluation.compare` and :meth:`.run_dir.Run.placebo`.
+    It is paired, item by item, see :func:`.evaluation.compare` and :meth:`.run_dir.Run.placebos`.
     """
-    if not run.config.loop.placebo:
-        return {}
     how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
-    placebo, label, found = run.placebo(state.final), model_label(state.final), {}
-    for name, models in results(run, state).items():
-        if label in models and (file := placebo.evaluation(label, name)).exists():
-            other = read_json(file, evaluation.RESULT)
-            found[name] = evaluation.compare(other, models[label], **how)["metrics"]
+    label, measured = model_label(state.final), results(run, state)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for labels, placebo in run.placebos(state.final).items():
+        found[labels] = {}
+        for name, models in measured.items():
+            if label in models and (file := placebo.evaluation(label, name)).exists():
+                other = read_json(file, evaluation.RESULT)
+                found[labels][name] = evaluation.compare(other, models[label], **how)["metrics"]
     return found
 
 
+PLACEBOS = {
+    "random": "the same pairs with random labels",
+    "mismatched": "the same pairs under other questions",
+}
+
+
 def gain_line(run: Run) -> str:
-    """Return what the model has beyond its placebo, in points with intervals; '' without one."""
-    if not run.config.loop.placebo:
-        return ""
-    found = []
-    for benchmark, metrics in gains(run, run_state(run)).items():
-        values = [
-            f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
-            for metric, gain in metrics.items()
-        ]
-        found.append(f"{benchmark} {', '.join(values)}")
-    what = "Gain over the placebo (the same pairs with random labels)"
-    return f"{what}, in points: {'; '.join(found)}" if found else f"{what}: not measured yet"
+    """Return what the model has beyond each placebo, in points with intervals; '' without one."""
+    lines = []
+    for labels, benchmarks in gains(run, run_state(run)).items():
+        found = []
+        for benchmark, metrics in benchmarks.items():
+            values = [
+                f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
+                for metric, gain in metrics.items()
+            ]
+            found.append(f"{benchmark} {', '.join(values)}")
+        what = f"Gain over the placebo ({PLACEBOS[labels]})"
+        points = f", in points: {'; '.join(found)}" if found else ": not measured yet"
+        lines.append(what + points)
+    return "\n".join(lines)
 
 
 def comparison_rows(run: Run) -> list[dict[str, Any]]:

@@ -21,14 +21,23 @@ DISPLACED = 3.0  # nats that the chosen answers have lost: each is then e^3, twe
 TRUTH = ("mc1", "mc2")  # metrics of truthfulness
 RIGHT = ("acc", "acc_norm")  # of plain questions: both, or one would be picked by its outcome
 KEPT = "retention"  # the benchmark of what must not be lost
+PLACEBO_WORDS = {  # what it is called, what a gain over it shows, what it had
+    "random": ("the placebo", "the labels teach", "a coin for labels"),
+    "mismatched": (
+        "the placebo of form",
+        "the answers say of their questions",
+        "the answers of another question",
+    ),
+}
 
 
 def what_happened(run: Run) -> list[str]:
     """Return the sentences about a run, as far as it has been measured."""
     state = run_state(run)
     found = [
-        over_placebo(benchmark, metric, gain)
-        for benchmark, metrics in gains(run, state).items()
+        over_placebo(benchmark, metric, gain, labels)
+        for labels, benchmarks in gains(run, state).items()
+        for benchmark, metrics in benchmarks.items()
         for metric, gain in metrics.items()
         if metric in TRUTH + RIGHT
     ]
@@ -43,19 +52,21 @@ def what_happened(run: Run) -> list[str]:
     return [*found, *filter(None, started)]
 
 
-def over_placebo(benchmark: str, metric: str, gain: Mapping[str, Any]) -> str:
-    """Say whether a model is seen to stand above its placebo; ``gain`` as of ``compare``."""
-    points = _points(gain)
+def over_placebo(
+    benchmark: str, metric: str, gain: Mapping[str, Any], labels: str = "random"
+) -> str:
+    """Say whether a model is seen to stand above a placebo; ``gain`` as of ``compare``."""
+    points, (placebo, taught, had) = _points(gain), PLACEBO_WORDS[labels]
     match _side(gain):
         case "above":
             return (
-                f"On {benchmark} what the labels teach is seen: {metric} stands {points} points "
-                "above the placebo, which had the same pairs and steps and a coin for labels."
+                f"On {benchmark} what {taught} is seen: {metric} stands {points} points "
+                f"above {placebo}, which had the same pairs and steps and {had}."
             )
         case "below":
-            return f"On {benchmark} the placebo did better: {metric} {points} points against it."
+            return f"On {benchmark} {placebo} did better: {metric} {points} points against it."
     seen = f"{metric} {points} points{_least(gain)}"
-    return f"On {benchmark} no gain over the placebo is seen: {seen}."
+    return f"On {benchmark} no gain over {placebo} is seen: {seen}."
 
 
 def over_base(benchmark: str, metric: str, change: Mapping[str, Any]) -> str:

@@ -309,7 +309,7 @@ class CostModel:
         config, n, q = self.config, self.questions, self.question_tokens
         prompt, pair = q + TEMPLATE_TOKENS, q + PAIR_DISTINCT
         held_out = n * config.questions.held_out
-        kind = stage.id.removeprefix("placebo_").partition("_")[0]
+        kind = stage.id.partition("_")[0]
         memory = self.inference_memory(write=kind != "evaluate")
         match kind:
             case "pairs":

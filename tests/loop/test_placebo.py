@@ -26,7 +26,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
     """A finished run with its placebo, to read only."""
     folder = tmp_path_factory.mktemp("placebo")
     questions = write_questions(folder / "questions.jsonl", 16)
-    config = config_for(tiny_llama, questions, **{**SMALL, "loop.placebo": True})
+    both = {"loop.placebo": True, "loop.placebo_labels": ["random", "mismatched"]}
+    config = config_for(tiny_llama, questions, **{**SMALL, **both})
     run = start_run(folder / "run", config)
     for t in range(config.loop.iterations):
         write_pairs(run, t)
@@ -40,7 +41,7 @@ def test_the_placebo_differs_in_its_labels_alone(run: Run) -> None:
     assert arm.config == run.placebo(final).config
     changed = {key for key, value in run.config.flat().items() if arm.config.flat()[key] != value}
     assert changed - {"loop.iterations", "loop.keep", "loop.early_stop", "loop.signals"} == {
-        "pairs.labels", "loop.placebo", "evaluation.every_iteration"
+        "pairs.labels", "loop.placebo", "loop.placebo_labels", "evaluation.every_iteration"
     }  # fmt: skip
     assert arm.questions.read_bytes() == run.questions.read_bytes()
     assert arm.info()["model"] == run.info()["model"]
@@ -58,6 +59,16 @@ def test_the_placebo_differs_in_its_labels_alone(run: Run) -> None:
     assert all(stage.done for stage in plan_stages(arm))
 
 
+def test_the_placebo_of_form_has_the_answers_of_other_questions(run: Run) -> None:
+    arm = run.placebos(loop.run_state(run).final)["mismatched"]
+    for own, other in zip(read_pairs(run.pairs(0)), read_pairs(arm.pairs(0)), strict=True):
+        assert (own.id, own.correct, own.incorrect) == (other.id, other.correct, other.incorrect)
+        assert own.question != other.question
+    assert "under other questions), in points: probe mc1 " in loop.gain_line(run).splitlines()[1]
+    assert any("the placebo of form" in sentence for sentence in loop.what_happened(run))
+    assert all(stage.done for stage in plan_stages(arm))
+
+
 def test_the_gain_is_the_first_thing_that_is_said(run: Run, capsys) -> None:
     label = f"iter_{loop.run_state(run).final}"
     arm = load_run(run.path / "arms" / "random")
@@ -66,8 +77,9 @@ def test_the_gain_is_the_first_thing_that_is_said(run: Run, capsys) -> None:
     gain = compare(*results, **how)["metrics"]["mc2"]
     line = loop.gain_line(run)
     assert line.startswith("Gain over the placebo (the same pairs with random labels), in points: ")
+    line = line.splitlines()[0]
     assert f"mc2 {100 * gain['value']:+.1f} [" in line
-    assert summary_table(run).startswith(f"{line}\n\n")
+    assert summary_table(run).startswith(f"{line}\n")
     page = write_report(run).read_text(encoding="utf-8")
     assert page.index("Gain over the placebo") < page.index("Before and after")
     assert main(["status", "--run-dir", str(run.path)]) == 0
@@ -94,13 +106,13 @@ def test_what_is_missing_of_the_placebo_is_made_again_and_nothing_else(
     run_stages(copy, progress=False, say=said.append)
     assert [line.partition("] ")[2] for line in said] == [f"placebo: evaluate {label} on probe"]
     shutil.rmtree(arm.path)
-    assert loop.gain_line(copy).endswith("random labels): not measured yet")
-    assert not any(s.done for s in plan_stages(copy) if s.id.startswith("placebo_"))
+    assert loop.gain_line(copy).splitlines()[0].endswith("random labels): not measured yet")
+    assert not any(s.done for s in plan_stages(copy) if s.id.endswith("@random"))
 
 
 def test_without_the_setting_nothing_is_different(small_run: Run) -> None:
     assert loop.gain_line(small_run) == ""
-    assert not any(stage.id.startswith("placebo") for stage in plan_stages(small_run))
+    assert not any("@" in stage.id for stage in plan_stages(small_run))
     assert small_run.main is None
 
 
