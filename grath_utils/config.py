@@ -264,6 +264,12 @@ class LoopConfig:
     """The gradual part."""
 
     iterations: int = option(2, "DPO rounds, at most; 2 is the paper's headline", ge=1, le=100)
+    later_steps: int | None = option(
+        None,
+        "optimiser steps of round 2 and later, whose pairs are learned faster; none: dpo.steps",
+        ge=1,
+        added=True,
+    )
     keep: str = option(
         "best",
         "`best`: the round that held-out pairs and collapse signals choose; `last`: the last one",
@@ -321,6 +327,18 @@ class Config:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def round_dpo(self, iteration: int) -> DPOConfig:
+        """Return how an iteration is trained.
+
+        Round 2 trains on answers that round 1 has made likely against answers that it has made
+        unlikely, so that as many steps move the model much further.
+        """
+        steps = self.loop.later_steps
+        if not (iteration and steps):
+            return self.dpo
+        often = min(self.dpo.evaluate_every, steps)  # at its end at least
+        return dataclasses.replace(self.dpo, steps=steps, evaluate_every=often)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dicts and lists, as JSON and YAML hold them."""

@@ -181,7 +181,7 @@ def train_iteration(run: Run, iteration: int, *, progress: bool = True) -> None:
                 resolve(run.base_model()),
                 *run_pairs(run, iteration),
                 run.iteration(iteration),
-                dpo=run.config.dpo,
+                dpo=run.config.round_dpo(iteration),
                 lora=run.config.lora,
                 seed=run.config.seed,
                 previous=run.adapter(iteration - 1) if iteration else None,

@@ -64,11 +64,12 @@ def workload(config: Config) -> dict[str, int]:
     models = 1 + (rounds if config.evaluation.every_iteration else 1)
     mode = find_mode(config.pairs.mode)
     written = sum(sum(mode.asked(config.pairs, t)[:2]) for t in range(rounds))
+    steps = sum(config.round_dpo(t).steps for t in range(rounds))
     return {
         "questions": questions,
         "completions to write, at most": questions * written,
-        "optimiser steps": rounds * config.dpo.steps,
-        "pairs seen in training": rounds * config.dpo.steps * config.dpo.batch_size,
+        "optimiser steps": steps,
+        "pairs seen in training": steps * config.dpo.batch_size,
         "evaluations": models * len(config.evaluation.benchmarks),
     }
 
@@ -326,9 +327,10 @@ class CostModel:
                 return StageCost(stage.id, stage.title, 0.0, 0.0)
             case "train":
                 parts = training_memory(config, self.device, shape=self.shape, pair_tokens=pair)
-                memory, seen = sum(parts.values()), config.dpo.steps * config.dpo.batch_size
+                dpo = config.round_dpo(stage.iteration)
+                memory, seen = sum(parts.values()), dpo.steps * dpo.batch_size
                 # By the reference, once; held-out pairs by the policy, now and then.
-                scored = n + held_out * (config.dpo.steps // config.dpo.evaluate_every + 1)
+                scored = n + held_out * (dpo.steps // dpo.evaluate_every + 1)
                 seconds = [
                     self.training(seen, pair, PAIR_PREDICTED),
                     self.scoring(scored, pair, PAIR_PREDICTED, pair),

@@ -195,6 +195,8 @@ def test_a_design_changes_one_thing_only() -> None:
     assert check(run, "05.hard", (long, two)).state == RIGHT
     assert "20 steps" in check(run, "05.hard", (long, two | {"dpo.steps": 20})).text
     assert "dpo.beta" in check(run, "05.hard", (long, two | {"dpo.beta": 1.0})).text
+    assert check(run, "05.hard", (long, two | {"loop.later_steps": 10})).state == RIGHT
+    assert "15" in check(run, "05.hard", (long, two | {"loop.later_steps": 5})).text
     assert check(run, "05.hard", (long, long)).state == NOT_YET
 
 

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
     folder = tmp_path_factory.mktemp("placebo")
     questions = write_questions(folder / "questions.jsonl", 16)
     both = {"loop.placebo": True, "loop.placebo_labels": ["random", "mismatched"]}
-    config = config_for(tiny_llama, questions, **{**SMALL, **both})
+    config = config_for(tiny_llama, questions, **{**SMALL, **both, "dpo.steps": 2, "loop.later_steps": 1})
     run = start_run(folder / "run", config)
     for t in range(config.loop.iterations):
         write_pairs(run, t)
@@ -67,6 +67,12 @@ def test_the_placebo_of_form_has_the_answers_of_other_questions(run: Run) -> Non
     assert "under other questions), in points: probe mc1 " in loop.gain_line(run).splitlines()[1]
     assert any("the placebo of form" in sentence for sentence in loop.what_happened(run))
     assert all(stage.done for stage in plan_stages(arm))
+
+
+def test_a_later_round_has_the_steps_of_later_rounds(run: Run) -> None:
+    rows = [read_jsonl(run.training_log(t)) for t in (0, 1)]
+    assert [row[-1]["step"] for row in rows] == [run.config.dpo.steps, 1]
+    assert rows[1][-1]["split"] == "held_out"  # at its end at least
 
 
 def test_the_gain_is_the_first_thing_that_is_said(run: Run, capsys) -> None:

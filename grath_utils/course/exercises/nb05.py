@@ -75,9 +75,12 @@ def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
 
 @exercise("05.hard", "two designs, as settings: ({...}, {...})")
 def equal_steps(run: Run, answer: Any, policy: Policy | None) -> str:
-    plain = {"loop.iterations": run.config.loop.iterations, "dpo.steps": run.config.dpo.steps}
+    settings = run.config.flat()
+    plain = {key: settings[key] for key in ("loop.iterations", "dpo.steps", "loop.later_steps")}
     first, second = ({**plain, **dict(design)} for design in answer)
-    steps = [int(d["loop.iterations"]) * int(d["dpo.steps"]) for d in (first, second)]
+    steps = []
+    for rounds, one, later in ([int(d[key] or 0) for key in plain] for d in (first, second)):
+        steps.append(one + (rounds - 1) * (later or one))
     hold(
         first["loop.iterations"] != second["loop.iterations"],
         "both have the same number of rounds, so both see the same kind of pairs.",
