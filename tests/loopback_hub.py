@@ -1,7 +1,8 @@
-"""A Hub on the loopback address: it serves local folders, and can refuse, move or break off."""
+"""A Hub on the loopback address: it serves local folders, takes uploads, and can refuse or fail."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -25,6 +26,12 @@ class Hub:
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
     """Repository -> branch or tag -> commit."""
     gated: set[str] = field(default_factory=set)
+    token: str = "hf_loopback"
+    """Who uploads shows this one."""
+    home: Path = Path()
+    """Where uploads are kept."""
+    read_only: set[str] = field(default_factory=set)
+    """Organisations in which the token may not write."""
     breaks_off: str = ""
     """Files with this in their name are sent by half."""
     seen: list[str] = field(default_factory=list)
@@ -40,6 +47,7 @@ class Hub:
         """Let this be the Hub, here and in processes started from here; it is kept in ``home``."""
         from huggingface_hub import constants
 
+        self.home = home
         places = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         for key, value in places.items():
             patch.setenv(key, value)
@@ -50,6 +58,8 @@ class Hub:
             "HUGGINGFACE_CO_URL_TEMPLATE": template,
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(home / "token"),
         }.items():
             patch.setattr(constants, key, value)
 
@@ -87,6 +97,45 @@ class Hub:
         row |= {"siblings": [{"rfilename": file} for file in files], "gated": False}
         return 200, json.dumps(row).encode(), headers
 
+    def take(self, path: str, token: str, body: bytes) -> tuple[int, bytes]:
+        """Return status and body of the answer to what an upload sends."""
+        if path == "/api/validate-yaml":
+            return 200, b"{}"
+        if token != f"Bearer {self.token}":
+            return 401, b'{"error": "Invalid username or password."}'
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            kind = "datasets/" if asked.get("type") == "dataset" else ""
+            repo = f"{kind}{asked['organization'] or 'me'}/{asked['name']}"
+            if asked["organization"] in self.read_only:
+                return 403, b'{"error": "You don\'t have the rights to create a model here"}'
+            if repo not in self.repos:
+                folder = self.home / "uploads" / repo
+                folder.mkdir(parents=True)
+                self.add(repo, folder, "0" * 40)
+            return 200, json.dumps({"url": f"{self.url}/{repo}"}).encode()
+        repo, _, what = (
+            path.removeprefix("/api/")
+            .removeprefix("models/")
+            .rpartition("/main")[0]
+            .rpartition("/")
+        )
+        if what == "preupload":
+            files = [{**each, "uploadMode": "regular"} for each in json.loads(body)["files"]]
+            return 200, json.dumps(
+                {"files": [{**f, "shouldIgnore": False} for f in files]}
+            ).encode()
+        assert what == "commit", path
+        lines = [json.loads(line) for line in body.splitlines()]
+        folder = self.repos[repo][self.refs[repo]["main"]]
+        for file in [line["value"] for line in lines if line["key"] == "file"]:
+            (folder / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file["path"]).write_bytes(base64.b64decode(file["content"]))
+        commit = hashlib.sha1(body).hexdigest()
+        self.add(repo, folder, commit)
+        url = f"{self.url}/{repo}/commit/{commit}"
+        return 200, json.dumps({"commitUrl": url, "commitOid": commit}).encode()
+
 
 @contextmanager
 def loopback_hub() -> Iterator[Hub]:
@@ -113,6 +162,19 @@ def loopback_hub() -> Iterator[Hub]:
             self.wfile.write(body)
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            hub.seen.append(f"{self.command} {self.path}")
+            if "chunked" in self.headers.get("Transfer-Encoding", ""):
+                raise NotImplementedError("chunks")
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            path = self.path.partition("?")[0]
+            status, body = hub.take(path, self.headers.get("Authorization", ""), sent)
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

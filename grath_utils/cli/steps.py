@@ -1,4 +1,4 @@
-"""Commands for single steps: pairs, train, evaluate, merge, chat, mirror, options."""
+"""Commands for single steps: pairs, train, evaluate, merge, push, export, chat, mirror."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grath_utils.config import (
 )
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
-from grath_utils.files import user_path
+from grath_utils.files import check_output, read_jsonl, user_path, write_jsonl
 from grath_utils.pairs.judge import JUDGES, describe_judges
 from grath_utils.pairs.modes import MODES, check_pairs_config, describe_modes
 from grath_utils.text import metric_line, quantization_line
@@ -185,6 +185,61 @@ def do_merge(options: argparse.Namespace) -> None:
         f"{options.to}: a model folder that loads like any other, with README.md as its card\n"
         f"largest difference of a logit to {options.model}: {difference:.2g}"
     )
+
+
+WHAT = {"dest": "what", "action": "store_const", "default": "adapter"}
+ROUND = "a run, whose chosen round is meant, or RUN_DIR@ITERATION"
+
+
+@arg.command(
+    "upload a round of a run to the Hugging Face Hub, with a card: its adapter, or what you say",
+    "push runs/cpu@0 --to org/name --merged",
+    arg.argument("name", metavar="RUN_DIR[@ITERATION]", help=ROUND),
+    arg.option("--to", "ORG/NAME", "the repository, made if it is not there", required=True),
+    arg.either(
+        arg.argument("--merged", help="a model that stands alone", **WHAT, const="merged"),
+        arg.argument("--pairs", help="the round's pairs, as a data set", **WHAT, const="pairs"),
+    ),
+    arg.argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"merged: {MERGED_HELP}"),
+    arg.flag("--private", "make the repository a private one"),
+    arg.flag("--dry-run", "list what would be uploaded; upload nothing"),
+)
+def do_push(options: argparse.Namespace) -> None:
+    place = course.push(
+        options.name,
+        options.to,
+        what=options.what,
+        dtype=options.dtype,
+        private=bool(options.private),
+        dry_run=bool(options.dry_run),
+    )
+    print("Nothing was uploaded (--dry-run)" if options.dry_run else f"Uploaded: {place}")
+
+
+@arg.command(
+    "write pairs as prompt, chosen and rejected, for TRL, LLaMA-Factory and axolotl",
+    "export runs/cpu --to pairs.jsonl --form plain",
+    arg.argument("name", metavar="PAIRS", help=f"a file of pairs; or {ROUND}"),
+    arg.option("--to", "FILE.jsonl", OUT_HELP.format("export"), required=True, type=arg.file),
+    arg.argument(
+        "--form",
+        choices=pairs.FORMS,
+        default=pairs.FORMS[0],
+        help="lists of messages (TRL; default), or texts (LLaMA-Factory); axolotl takes either",
+    ),
+)
+def do_export(options: argparse.Namespace) -> None:
+    source, held_out = user_path(options.name), []
+    if source.is_file():
+        written = pairs.read_pairs(source)
+    else:
+        written, held_out = loop.run_pairs(*loop.named_round(options.name))
+    loop.check_not_of_a_run(options.to)
+    own = ("prompt", "chosen", "rejected", "id", "iteration")
+    check_output(options.to, read_jsonl, own, [source])
+    write_jsonl(options.to, (pairs.preference_row(pair, options.form) for pair in written))
+    left = f"; the {len(held_out)} held out are left out" if held_out else ""
+    print(f"{len(written)} pairs{left}\nPairs: {options.to}")
 
 
 @arg.command(

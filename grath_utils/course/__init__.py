@@ -23,5 +23,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "open_notebook_run",
         ],
         "report": ["choice_line", "summary_table", "write_report"],
+        "upload": ["push"],
     },
 )

@@ -14,6 +14,7 @@ from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
 from grath_utils.config import LoraConfig, ModelConfig
+from grath_utils.engine.course_models import published
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import (
     ADAPTER_RECORD,
@@ -178,7 +179,8 @@ def save_adapter(
     """Save the adapter with a record of the base it belongs to and of what was merged before."""
     with atomic_path(folder) as partial, quiet_transformers():
         settings = policy.model.peft_config[TOP]
-        settings.base_model_name_or_path = base.name  # a name, not this machine's cache path
+        origin = published(base)  # plain peft looks there, on the Hub
+        settings.base_model_name_or_path, settings.revision = origin.name, origin.revision
         # A set is written in another order by each process; equal adapters should be equal files.
         settings.target_modules = sorted(settings.target_modules)
         # Never the embeddings: they are not trained, and peft would ask the Hub about them.

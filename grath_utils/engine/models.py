@@ -271,10 +271,11 @@ def adapter_base(folder: Path, configured: ModelConfig) -> ModelConfig:
     if "model" in record:
         return config_from_dict({"model": record["model"]}, where=str(folder)).model
     file, key = folder / "adapter_config.json", "base_model_name_or_path"
-    name = read_json(file, {key: (str, None)}).get(key)
-    if not name:
+    made = read_json(file, {key: (str, None), "revision": (str, None)})
+    if not made.get(key):
         raise ModelError(f"{file} does not name its base model")
-    return another_base(configured, name)
+    base = another_base(configured, made[key])
+    return replace(base, revision=made.get("revision") or base.revision)
 
 
 def another_base(configured: ModelConfig, name: str) -> ModelConfig:

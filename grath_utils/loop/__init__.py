@@ -6,7 +6,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "choice": ["margins", "text_health"],
-        "named_models": ["choose_model", "load_named", "load_policy", "resolve_name"],
+        "named_models": [
+            "choose_model",
+            "load_named",
+            "load_policy",
+            "named_round",
+            "resolve_name",
+        ],
         "plan": ["check_settings", "plan_stages"],
         "run_dir": [
             "BASE",

@@ -17,7 +17,8 @@ from grath_utils.engine.models import (
     merged_before,
 )
 from grath_utils.errors import ModelError, UsageError
-from grath_utils.loop.run_dir import load_run
+from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.state import run_state
 
 
 def load_policy(
@@ -107,14 +108,31 @@ def resolve_name(
             return adapter_base(folder, configured), [*merged_before(folder), folder]
         return another_base(configured, absolute_name(name, os.path.isdir)), []
     path, _, which = name.rpartition("@")
-    run = load_run(path)
     if which == "base":
-        return run.base_model(), []
+        return load_run(path).base_model(), []
+    run, iteration = named_round(name)
+    adapter = run.adapter(iteration)
+    return run.base_model(), [*merged_before(adapter), adapter]
+
+
+def named_round(name: str) -> tuple[Run, int]:
+    """Return the run and the trained iteration of ``RUN_DIR@ITERATION``, or of ``RUN_DIR``.
+
+    The latter means the round that the run shows as its result.
+
+    Raises:
+        ModelError: there is no such iteration, or it is not trained yet.
+    """
+    path, _, which = name.rpartition("@")
+    if not path or os.path.exists(os.path.expanduser(name)):
+        run = load_run(name)
+        which = str(run_state(run).final)
+    else:
+        run = load_run(path)
     if not which.isdigit():
         raise ModelError(f'"{name}": after @ comes an iteration (0, 1, ...) or `base`')
-    adapter = run.adapter(int(which))
-    if not adapter.is_dir():
+    if not run.adapter(int(which)).is_dir():
         done = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
         trained = ", ".join(map(str, done)) or "none yet"
         raise ModelError(f'"{name}": iteration {which} has no adapter (trained so far: {trained})')
-    return run.base_model(), [*merged_before(adapter), adapter]
+    return run, int(which)

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "token_ids",
             "training_prompt",
         ],
+        "preferences": ["FORMS", "preference_row"],
         "questions": ["Question", "load_questions", "split_held_out"],
         "words": ["content_words", "negated", "ngram_f1", "split_words"],
     },

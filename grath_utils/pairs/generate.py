@@ -20,11 +20,19 @@ from typing import TYPE_CHECKING, Any
 from grath_utils.config import PairsConfig, own_settings
 from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError
-from grath_utils.files import Journal, check_output, fingerprint, read_jsonl, write_jsonl
+from grath_utils.files import (
+    Journal,
+    check_output,
+    fingerprint,
+    read_json,
+    read_jsonl,
+    write_jsonl,
+)
 from grath_utils.pairs.judge import find_judge, judged
 from grath_utils.pairs.labels import answers_for, as_written, relabelled, sealed_answer
 from grath_utils.pairs.modes import find_mode, make_writer
 from grath_utils.pairs.parsing import Reason, unusable
+from grath_utils.pairs.preferences import is_preference, own_row
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import is_blank
 from grath_utils.pairs.writers import Rejected, Task, Writer, WrittenPair
@@ -64,15 +72,20 @@ class Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Read ``pairs.jsonl``.
+    """Read ``pairs.jsonl``, or a file of ``prompt``, ``chosen`` and ``rejected`` by another tool.
+
+    Such a file (:mod:`.preferences`) may also be a JSON array, and needs no ids.
 
     Raises:
         DataError: missing or empty file, a field that is missing, empty or of the wrong kind, an id
             that comes twice, or equal answers; file and row are named.
     """
     pairs: dict[str, Pair] = {}
-    for number, row in enumerate(read_jsonl(path), start=1):
+    rows = read_json(path, [dict]) if Path(path).suffix == ".json" else read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
         where = f"{path}, pair {number}"
+        if is_preference(row):
+            row = {"id": f"p-{number:05}", **own_row(row, where)}
         texts = {name: row.get(name) for name in ("id", "question", "correct", "incorrect")}
         if type(texts["id"]) is int:  # true and false are of that kind, too
             texts["id"] = str(texts["id"])

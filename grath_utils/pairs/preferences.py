@@ -1,0 +1,74 @@
+"""Pairs in the form that other tools share: ``prompt``, ``chosen`` and ``rejected``.
+
+*Conversational*, each is a list of messages, to which TRL applies the chat template; *plain*, each
+is a text, around which LLaMA-Factory and axolotl put theirs. axolotl (``chat_template.default``
+with ``field_messages: prompt``) takes either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from grath_utils.errors import DataError, brief
+
+if TYPE_CHECKING:
+    from grath_utils.pairs.generate import Pair
+
+FORMS = ("conversational", "plain")
+
+
+def preference_row(pair: Pair, form: str) -> dict[str, Any]:
+    """Return a pair in one of :data:`FORMS`, followed by what else is known of it."""
+    sides = {"prompt": pair.question, "chosen": pair.correct, "rejected": pair.incorrect}
+    if form == "conversational":
+        sides = {
+            key: [{"role": "user" if key == "prompt" else "assistant", "content": text}]
+            for key, text in sides.items()
+        }
+    row = pair.to_row()
+    more = {key: row[key] for key in row.keys() - {"question", "correct", "incorrect"}}
+    return {**sides, **dict(sorted(more.items()))}
+
+
+def is_preference(row: Mapping[str, Any]) -> bool:
+    """Return True for a row of other tools, which has two answers by other names than ours."""
+    return {"chosen", "rejected"} <= row.keys() and "question" not in row
+
+
+def own_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a row of other tools with our names: ``question``, ``correct``, ``incorrect``.
+
+    The prompt may also begin both conversations, as in UltraFeedback and Argilla's data sets.
+
+    Raises:
+        DataError: it has no prompt or more than one turn; what and where is said.
+    """
+    prompt = row.get("prompt")
+    sides = {key: row[key] for key in ("chosen", "rejected")}
+    for key, side in sides.items():
+        if isinstance(side, list) and len(side) > 1:  # the conversation from its beginning
+            *asked, answer = side
+            if isinstance(prompt, list) and prompt != asked:
+                raise DataError(f'{where}: "{key}" does not begin with "prompt"')
+            prompt, sides[key] = asked, [answer]
+    question = _text(prompt, "user", f'{where}: "prompt"')
+    correct, incorrect = (_text(sides[k], "assistant", f'{where}: "{k}"') for k in sides)
+    own = {key: value for key, value in row.items() if key not in ("prompt", *sides)}
+    return {**own, "question": question, "correct": correct, "incorrect": incorrect}
+
+
+def _text(value: Any, role: str, where: str) -> str:
+    """Return a text, or that of a conversation's only message, without space around it."""
+    if isinstance(value, list) and len(value) > 1:
+        raise DataError(
+            f"{where} has {len(value)} messages; a question has one, without a system prompt or "
+            "earlier turns: leave such rows out"
+        )
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        if value[0].get("role") != role:
+            raise DataError(f'{where} is not by the {role} but by "{value[0].get("role")}"')
+        value = value[0].get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where} is missing or no text; found {brief(value)}")
+    return value.strip()
