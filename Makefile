@@ -1,5 +1,4 @@
 # Two commands do all the set-up: `make run` and `make test`. `make help` lists the rest.
-PYTHON  ?= python3
 PROFILE ?= cpu
 RUN_DIR ?= runs/$(PROFILE)
 CLASSROOM ?= classroom
@@ -8,7 +7,9 @@ MODEL   ?= default
 
 ifeq ($(OS),Windows_NT)
 VENV_PYTHON := .venv/Scripts/python.exe
+PYTHON  ?= python
 else
+PYTHON  ?= python3
 VENV_PYTHON := .venv/bin/python
 endif
 

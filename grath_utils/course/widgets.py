@@ -36,7 +36,8 @@ def explore_dpo_loss(beta: float, contrast: float) -> kit.Box:
         with plt.rc_context({"savefig.bbox": "standard"}):  # equal sizes: no jumping while dragging
             figure.savefig(buffer, format="png", dpi=figure.dpi)
         plt.close(figure)  # pyplot would keep every one of them
-        return Image(buffer.getvalue(), alt="The DPO loss against the contrast of a pair")
+        alt = {"alt": "The DPO loss against the contrast of a pair"}
+        return Image(buffer.getvalue(), metadata=alt)  # Image(alt=) came with IPython 8
 
     shown = DisplayHandle()
     shown.display(draw(beta, contrast))

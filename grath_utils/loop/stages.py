@@ -310,7 +310,8 @@ def check_ready(run: Run, needed: Sequence[Path], notebook: str) -> None:
     if missing:
         same = f"--profile {run.config.profile} --run-dir {run.path}"
         raise RunError(
-            f"{run.path} lacks {', '.join(missing)}. Run the notebook {notebook} first; or let it "
-            f"be made: python -m grath_utils checkpoint --at {int(notebook[:2]) + 1:02} {same}; or "
+            f"{run.path} lacks {', '.join(missing)}. Run the notebook {notebook} first; or set "
+            "make_missing = True in this cell and run it again; or let it be made: "
+            f"python -m grath_utils checkpoint --at {int(notebook[:2]) + 1:02} {same}; or "
             f"everything at once: python -m grath_utils run {same}"
         )

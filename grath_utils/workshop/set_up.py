@@ -4,7 +4,8 @@ Standard library only, because nothing is installed yet when this runs::
 
     python3 grath_utils/workshop/set_up.py [--dev] [--wheels DIR]
 
-A second call finds its stamp and does nothing. All versions are those of requirements.lock, except
+A second call finds its stamp and does nothing. Where uv is on the PATH it installs, in seconds
+instead of a minute; otherwise pip. All versions are those of requirements.lock, except
 what comes with torch (:func:`torch_arguments`).
 """
 
@@ -24,7 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # documented at pytorch.org, "Get started"
-OLDEST_PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 15))  # from, and below; as in pyproject.toml
+OLDEST_MACOS = 14  # for the pinned torch
 PIP = ["-m", "pip", "--disable-pip-version-check"]
 
 
@@ -35,12 +37,31 @@ def main(arguments: list[str] | None = None) -> None:
         "--wheels", metavar="DIR", type=Path, help="take all packages from here, with no network"
     )
     options = parser.parse_args(arguments)
-    if sys.version_info < OLDEST_PYTHON:
-        sys.exit(
-            f"error: Python 3.11 or newer is needed, this is {platform.python_version()} "
-            f"({sys.executable}). Name a newer one: make PYTHON=python3.12 ..."
-        )
+    if reason := unsuitable():
+        sys.exit(f"error: {reason}")
     install(dev=options.dev, wheels=options.wheels)
+
+
+def unsuitable() -> str | None:
+    """Return why the course cannot be installed with this Python, or on this machine, or None."""
+    if not PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]:
+        return (
+            f"Python 3.11, 3.12, 3.13 or 3.14 is needed, this is {platform.python_version()} "
+            f"({sys.executable}). Name another: make PYTHON=python3.12 ..."
+        )
+    if platform.system() != "Darwin":
+        return None
+    if platform.machine() != "arm64":
+        return (
+            "PyTorch has no packages for Macs with an Intel processor (on a newer Mac, for a "
+            "Python that was built for one). Use Colab: the badge in README.md opens it"
+        )
+    if int(platform.mac_ver()[0].partition(".")[0] or OLDEST_MACOS) < OLDEST_MACOS:
+        return (
+            f"{torch_pin()} needs macOS {OLDEST_MACOS} or newer, this is {platform.mac_ver()[0]}. "
+            "Update macOS, or use Colab: the badge in README.md opens it"
+        )
+    return None
 
 
 def install(*, dev: bool, wheels: Path | None = None) -> None:
@@ -89,13 +110,26 @@ def python_of(venv: Path) -> Path:
 
 
 def pip_install(*arguments: str) -> None:
-    """Run ``pip install`` in the environment; it prints only warnings and errors."""
-    command = [*PIP, "install", *arguments, "--quiet"]
-    if subprocess.run([str(python_of(VENV)), *command]).returncode != 0:
+    """Run ``pip install`` in the environment; it prints only warnings and errors.
+
+    uv takes the same arguments. ``pyproject.toml`` tells it what a lock leaves out, which holds
+    for a lock only; and it does not read pip's settings, so whoever has any keeps pip.
+    """
+    python, options = str(python_of(VENV)), ["install", *arguments, "--quiet"]
+    command = [python, *PIP, *options]
+    if (uv := shutil.which("uv")) and not pip_is_configured(python):
+        command = [uv, "pip", *options, "--no-config", "--python", python]
+    if subprocess.run(command).returncode != 0:
         sys.exit(
-            "error: installing failed (pip's own message is above). Check the network and the "
-            f"disk, then run the same command again; the step was: {' '.join(command)}"
+            "error: installing failed (the reason is above). Check the network and the disk, then "
+            f"run the same command again; the step was: {' '.join(command)}"
         )
+
+
+def pip_is_configured(python: str) -> bool:
+    """Return True if pip was told of another index, a proxy, a certificate or the like."""
+    asked = subprocess.run([python, *PIP, "config", "list"], capture_output=True, text=True)
+    return bool(re.search(r"index|find-links|proxy|cert|constraint", asked.stdout))
 
 
 def torch_pin() -> str:

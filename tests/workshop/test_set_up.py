@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,55 @@ def test_the_user_decides(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_up.torch_arguments(Path("python"))[1:] == ["--index-url", "https://example.org/whl"]
 
 
-def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(set_up.sys, "version_info", (3, 10, 4))
-    with pytest.raises(SystemExit, match="Python 3.11 or newer is needed"):
+@pytest.mark.parametrize("version", [(3, 10, 4), (3, 15, 0)])
+def test_another_python_is_told(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
+    monkeypatch.setattr(set_up.sys, "version_info", version)
+    with pytest.raises(SystemExit, match="Python 3.11, 3.12, 3.13 or 3.14 is needed"):
         set_up.main([])
+
+
+def test_the_pythons_are_those_of_the_package() -> None:
+    project = tomllib.loads((set_up.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest, below = (f"{major}.{minor}" for major, minor in set_up.PYTHONS)
+    assert project["requires-python"] == f">={oldest},<{below}"
+
+
+@pytest.mark.parametrize(
+    ("machine", "macos", "said"),
+    [
+        ("x86_64", "14.5", "no packages for Macs with an Intel processor"),
+        ("arm64", "13.6", "needs macOS 14 or newer, this is 13.6"),
+    ],
+)
+def test_a_mac_without_torch_is_told(monkeypatch, machine: str, macos: str, said: str) -> None:
+    monkeypatch.setattr(set_up.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(set_up.platform, "machine", lambda: machine)
+    monkeypatch.setattr(set_up.platform, "mac_ver", lambda: (macos, ("", "", ""), machine))
+    with pytest.raises(SystemExit, match=said):
+        set_up.main([])
+    monkeypatch.setattr(set_up.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(set_up.platform, "mac_ver", lambda: ("26.1", ("", "", ""), "arm64"))
+    assert set_up.unsuitable() is None
+
+
+def test_uv_installs_where_it_is_and_pip_has_no_settings(monkeypatch) -> None:
+    ran: list[list[str]] = []
+    told = {"pip": ""}
+
+    def run(command, **options):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=told["pip"])
+
+    monkeypatch.setattr(set_up.subprocess, "run", run)
+    for uv, told["pip"], program in (
+        ("uv", "", "uv"),
+        (None, "", str(set_up.python_of(set_up.VENV))),
+        ("uv", "global.index-url='https://example.org'", str(set_up.python_of(set_up.VENV))),
+    ):
+        monkeypatch.setattr(set_up.shutil, "which", lambda name, uv=uv: uv)
+        set_up.pip_install("--requirement", "requirements.txt")
+        assert ran[-1][0] == program
+        assert "--requirement" in ran[-1]
 
 
 def test_a_python_without_venv_is_told(tmp_path, monkeypatch) -> None:
@@ -85,6 +131,7 @@ def test_a_failing_pip_is_told_and_leaves_no_stamp(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(set_up, "torch_arguments", lambda python: ["torch"])
 
     failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(set_up.shutil, "which", lambda name: None)
     monkeypatch.setattr(set_up.subprocess, "run", lambda command: failed)
     with pytest.raises(SystemExit, match="installing failed"):
         set_up.main([])
