@@ -49,9 +49,6 @@ def tokenize_pair(
 
     The prompt's ids are the same for both answers. The end-of-turn token closes each answer: a
     model that is never shown where an answer ends would learn to ramble.
-
-    Raises:
-        ModelError: the tokenizer has no token that could end an answer.
     """
     if not end_of_answer(tokenizer):
         raise ModelError(
@@ -75,11 +72,7 @@ def tokenize_pairs(
     max_prompt_length: int,
     max_length: int,
 ) -> PreferenceData:
-    """Tokenize all pairs, leaving out those longer than the limits (in tokens).
-
-    Raises:
-        DataError: none of the pairs is left.
-    """
+    """Tokenize all pairs, leaving out those longer than the limits (in tokens)."""
     kept, over_long = [], []
     for pair in pairs:
         example = tokenize_pair(tokenizer, pair, prompt_format)

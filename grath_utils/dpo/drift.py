@@ -25,14 +25,8 @@ def kl_per_token(
     """Return KL(policy || base) of each pair, averaged over its answers' tokens, in nats.
 
     The divergence of the two next-token distributions is exact at each place. What is sampled is
-    where to look: in the pairs' answers, chosen and rejected, best of questions held out.
-
-    Args:
-        base: None: the policy without its adapters, so that one model is in memory
-            (:func:`.models.base_of`).
-
-    Raises:
-        UsageError: no examples; or an adapter is folded into the policy, and there is no ``base``.
+    where to look: in the pairs' answers, chosen and rejected, best of questions held out. Without
+    ``base`` it is the policy without its adapters (:func:`.models.base_of`): one model in memory.
     """
     if not examples:
         raise UsageError("there are no pairs to measure the drift on")

@@ -35,11 +35,7 @@ class Split:
 
 
 def split_batch(config: DPOConfig, processes: int) -> Split:
-    """Return how ``dpo.batch_size`` is divided among processes.
-
-    Raises:
-        ConfigError: it cannot be divided evenly; it is never changed silently.
-    """
+    """Return how ``dpo.batch_size`` is divided among processes; it is never changed silently."""
     each, left = divmod(config.batch_size, processes)
     if left:
         raise ConfigError(

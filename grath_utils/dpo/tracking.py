@@ -16,11 +16,7 @@ from grath_utils.errors import ConfigError, did_you_mean
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Make sure that the trackers named by ``dpo.report_to`` can be used here.
-
-    Raises:
-        ConfigError: an unknown name, one that is not installed, or ``none`` beside another.
-    """
+    """Make sure that the trackers named by ``dpo.report_to`` can be used here."""
     if tuple(names) == ("none",):
         return
     valid = [*tracking.LOGGER_TYPE_TO_CLASS, "none"]

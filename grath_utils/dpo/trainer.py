@@ -175,15 +175,10 @@ def run_trainer(
 ) -> list[dict[str, Any]]:
     """Train the policy's adapter in place, and return the log.
 
-    Checkpoints go to ``folder``; an interrupted round resumes from the last whole one.
-
-    Args:
-        train_rows: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps`` and
-            ``ref_rejected_logps`` of each pair; ``held_out_rows`` are the same.
-
-    Returns:
-        Rows ``{"step", "split": "train" | "held_out", ...}`` with the values of :data:`LOGGED`.
-        Step 0 of ``held_out`` is measured before any update.
+    Checkpoints go to ``folder``; an interrupted round resumes from the last whole one. Rows hold
+    ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, ``ref_chosen_logps`` and
+    ``ref_rejected_logps`` of each pair; those of the log ``{"step", "split": "train" | "held_out",
+    ...}`` with the values of :data:`LOGGED`. Step 0 of ``held_out`` is before any update.
 
     Raises:
         TrainingError: the loss is not finite, or the chosen answers have collapsed.

@@ -133,11 +133,7 @@ def _codes_file(config: ModelConfig) -> Path | None:
 
 
 def part_to_quantize(config: ModelConfig) -> Quantized | None:
-    """Return how much of a base model is going to be quantized, without loading its weights.
-
-    Raises:
-        ModelError: none of it can be, or there is no such model.
-    """
+    """Return how much of a base model is going to be quantized, without loading its weights."""
     from transformers import AutoModelForCausalLM
 
     if config.quantization == "none":
@@ -233,11 +229,7 @@ def activate_adapters(model: Any, *, trainable: bool) -> None:
 def base_of(policy: Policy, base: Policy | None = None) -> Iterator[Policy]:
     """Give a policy's base model: the policy itself, with its adapters switched off for a while.
 
-    Args:
-        base: that model, loaded beside the policy: needed where an adapter is folded into it.
-
-    Raises:
-        UsageError: an adapter is folded into the policy's weights, and ``base`` was not given.
+    Where an adapter is folded into its weights, ``base`` is needed: that model, loaded beside it.
     """
     if base is None and policy.folded:
         raise UsageError(
@@ -264,8 +256,7 @@ def adapter_fingerprint(folder: Path) -> str:
 def adapter_base(folder: Path, configured: ModelConfig) -> ModelConfig:
     """Return the base model that an adapter folder names.
 
-    Args:
-        configured: the settings of the base model where no more than its name is recorded.
+    The other settings are the ``configured`` ones where no more than its name is recorded.
     """
     record = _adapter_record(folder)
     if "model" in record:

@@ -83,11 +83,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def quantized_part(model: PreTrainedModel) -> Quantized:
-    """Count what bitsandbytes' layers hold of a model, or of a skeleton.
-
-    Raises:
-        ModelError: they hold nothing.
-    """
+    """Count what bitsandbytes' layers hold of a model, or of a skeleton; ModelError if nothing."""
     layers, head = quantized_layers(model), model.get_output_embeddings()
     if not layers:
         raise ModelError(
@@ -117,14 +113,9 @@ def round_weights(model: PreTrainedModel, quantization: str, kept: Path | None =
 
     Forward and backward passes then give what QLoRA's dequantize-then-multiply gives. This is how
     the course runs QLoRA without a GPU: bitsandbytes' own CPU layers are 10 to 20 times slower than
-    bfloat16, and stop giving gradients once they have run inference.
-
-    Args:
-        kept: a file of this model's 4-bit codes; it is made where it is missing or damaged. To read
-            them takes a twentieth of the time of finding them.
-
-    Raises:
-        ModelError: there is nothing to round.
+    bfloat16, and stop giving gradients once they have run inference. ``kept`` is a file of this
+    model's 4-bit codes, which is made where it is missing or damaged: to read them takes a
+    twentieth of the time of finding them.
     """
     skeleton = quantized_skeleton(model, quantization)
     part = quantized_part(skeleton)
@@ -142,11 +133,8 @@ def round_weights(model: PreTrainedModel, quantization: str, kept: Path | None =
 def round_layer(layer: nn.Module, quantization: str, codes: Codes | None = None) -> Codes:
     """Round the weight of a ``Linear``, or of GPT-2's ``Conv1D``, to a quantized type, in place.
 
-    Args:
-        codes: what an earlier call for this weight has returned: it is not asked for again.
-
-    Returns:
-        The 4-bit codes and their scales as bitsandbytes stores them; of 8 bits nothing.
+    Return the 4-bit codes and their scales as bitsandbytes stores them (of 8 bits nothing): given
+    as ``codes``, they need not be found again.
     """
     from bitsandbytes import functional as bnb
     from transformers.pytorch_utils import Conv1D

@@ -41,13 +41,8 @@ def why_not(model: Any, question: str, size: tuple[int, ...], trial: Trial) -> s
     """Return why a model fails a trial of this size, or '' where it does not.
 
     A model passes every size below one that it passed, and fails every size above one that it
-    failed, so few trials are run. Answers are kept as long as the model is.
-
-    Args:
-        trial: computes logits of a slice in two ways, which have to agree.
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for the slice, which says nothing of the model.
+    failed, so few trials are run. Answers are kept as long as the model is. A lack of room for the
+    slice says nothing of the model: it is raised as it is.
     """
     known = _answers.setdefault(unwrapped(model), {}).setdefault(question, {})
     for tried, reason in known.items():

@@ -142,11 +142,8 @@ def blind_rule_scores(items: Iterable[Answers]) -> dict[str, list[float]]:
 def chance_level(result: Mapping[str, Any], metric: str) -> float | None:
     """Return what a model that finds all choices equally likely gets, in percent; None if unknown.
 
-    MC3's is MC1's: a true answer stands above the same false ones.
-
-    Args:
-        result: what :func:`.measure.evaluate` returns.
-        metric: one of its metrics.
+    Of a result of :func:`.measure.evaluate`. MC3's is MC1's: a true answer stands above the same
+    false ones.
     """
     found = (result.get("controls") or {}).get(UNIFORM_MC2 if metric == "mc2" else "chance")
     return None if found is None else 100 * found

@@ -73,12 +73,7 @@ class Journal:
         return jsonl_line({"identity": self.identity}).encode()
 
     def append(self, part: int, rows: Sequence[Any]) -> None:
-        """Add a finished part and flush it to the disk.
-
-        Raises:
-            RunError: the disk is full or the place cannot be written to; or other work has begun to
-                write the same output.
-        """
+        """Add a finished part and flush it to the disk; RunError if that cannot be done."""
         if self.path is None:
             return
         with explained_write_errors(self.path):

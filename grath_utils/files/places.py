@@ -37,9 +37,6 @@ def cache_dir() -> Path:
     """Return the folder for converted models and other re-creatable files.
 
     ``GRATH_CACHE`` if set, else the platform's cache folder. It may not exist yet.
-
-    Raises:
-        UsageError: there is no home folder, and ``GRATH_CACHE`` is not set.
     """
     try:
         name = os.environ.get("GRATH_CACHE") or platformdirs.user_cache_dir("grath")
@@ -52,11 +49,7 @@ def cache_dir() -> Path:
 
 
 def mirror_dir() -> Path | None:
-    """Return the benchmark mirror that ``GRATH_MIRROR`` names, or None where it is unset.
-
-    Raises:
-        UsageError: the variable names a folder that does not exist.
-    """
+    """Return the benchmark mirror that ``GRATH_MIRROR`` names, or None where it is unset."""
     name = os.environ.get("GRATH_MIRROR")
     if not name:
         return None

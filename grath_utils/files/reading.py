@@ -119,11 +119,7 @@ def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """Read a UTF-8 file as it is, line ends included.
-
-    Args:
-        path: of the file.
-        errors: what becomes of bytes that are not UTF-8, see :meth:`bytes.decode`.
+    """Read a UTF-8 file as it is, line ends included; ``errors`` as in :meth:`bytes.decode`.
 
     Raises:
         DataError: the file is missing, cannot be read or is not UTF-8.

@@ -28,11 +28,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
     That is one rename: whenever the writer is killed, the old one or the new one is there, whole. A
     folder with something in it is never replaced. A symbolic link stays, and what it names is
-    written.
-
-    Raises:
-        UsageError: see :func:`check_place`.
-        RunError: the disk is full or the place cannot be written to.
+    written. Raises what :func:`check_place` and :func:`explained_write_errors` raise.
     """
     target = Path(os.path.realpath(target))
     check_place(target)
@@ -78,11 +74,7 @@ def check_place(target: Path) -> None:
 
 
 def check_new_folder(target: Path) -> None:
-    """Check that a command may make a folder, see :func:`check_place`; an empty one may be there.
-
-    Raises:
-        UsageError: something is there that would be lost.
-    """
+    """Check that a command may make a folder, see :func:`check_place`, or use an empty one."""
     check_place(target)
     if target.is_file():
         raise UsageError(f"{target} is a file; name a folder")
@@ -93,11 +85,8 @@ def check_output(
 ) -> None:
     """Check, before the work, that a command may write a file: at most its own is replaced.
 
-    Args:
-        target: the file to write.
-        read: :func:`read_json` or :func:`read_jsonl`, as such a file is read.
-        keys: what each object in such a file has.
-        inputs: files that the command reads.
+    Each object in such a file has the ``keys``, as :func:`read_json` or :func:`read_jsonl` finds.
+    ``inputs`` are files that the command reads.
 
     Raises:
         UsageError: see :func:`check_place`; or it is a folder, an input (by whatever name), or a

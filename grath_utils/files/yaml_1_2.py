@@ -13,11 +13,7 @@ from grath_utils.files.reading import read_text
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file.
-
-    Raises:
-        ConfigError: the file cannot be read, or see :func:`parse_yaml`.
-    """
+    """Read a YAML file; ConfigError if it cannot be read, or see :func:`parse_yaml`."""
     try:
         return parse_yaml(read_text(path), str(path))
     except DataError as error:

@@ -63,11 +63,7 @@ class Audit:
 
 
 def audit_pairs(pairs: Sequence[Pair], questions: Sequence[Question]) -> Audit:
-    """Measure pairs; ``questions`` are all that were asked, with gold answers where there are any.
-
-    Raises:
-        DataError: no pairs, or a pair whose question is not among the questions.
-    """
+    """Measure pairs; ``questions`` are all that were asked, with gold answers where known."""
     if not pairs:
         raise DataError("there are no pairs to audit")
     by_id = {question.id: question for question in questions}
@@ -152,10 +148,7 @@ def embedding_distance(left: np.ndarray, right: np.ndarray) -> float:
 
     The paper argues with the distance between the distributions of correct and incorrect answers,
     and between source and test questions. 0 = the same mean; around ``sqrt(2 / n)`` by chance for
-    n texts a side.
-
-    Args:
-        left, right: (texts, hidden size), from :func:`embed`, at least two texts each.
+    n texts a side, at least two, from :func:`embed`: (texts, hidden size).
     """
     gap = float(np.linalg.norm(left.mean(0) - right.mean(0)))
     spread = math.sqrt((left.var(0, ddof=1).sum() + right.var(0, ddof=1).sum()) / 2)

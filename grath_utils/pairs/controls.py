@@ -19,7 +19,6 @@ class RandomWriter(Writer):
     """Two options at random. Later rounds draw the correct answer again."""
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
-        """Return what becomes of each task."""
         written = []
         for task in tasks:
             question = task.question

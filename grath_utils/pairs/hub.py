@@ -10,12 +10,7 @@ from grath_utils.errors import DataError, FetchError, reason_of
 def hub_rows(
     data_set: str, subset: str | None, split: str, revision: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of one split, downloaded or from the Hub's cache.
-
-    Raises:
-        DataError: there is no such data set, configuration or split, or it cannot be read.
-        FetchError: the Hub cannot be reached.
-    """
+    """Return the rows of one split, downloaded or from the Hub's cache."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

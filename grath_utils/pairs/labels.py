@@ -50,7 +50,6 @@ def relabelled(
             the sealed answers in place of the pair's, pairs that have none are left out;
             ``mismatched``, the question of the pair that stands half the list further on.
         flipped: share of the labels that are then turned round.
-        seed: of the coins.
         sealed: by the question's id, from :func:`answers_for`; for ``annotated`` only.
     """
     if labels == "annotated":
@@ -108,9 +107,6 @@ def read_sealed() -> dict[str, Sealed]:
     """Return the sealed answers to the project's own questions, by id.
 
     This is the only place that opens their file.
-
-    Raises:
-        DataError: a row without a question, or not of two different answers.
     """
     path = data_dir() / SEALED
     asked = {row["id"]: row["question"] for row in read_jsonl(data_dir() / "questions.jsonl")}

@@ -29,12 +29,8 @@ class Overlap:
 def overlap_with_benchmarks(
     questions: Iterable[Question], references: Mapping[str, Iterable[str]]
 ) -> list[Overlap]:
-    """Return the questions that appear in a benchmark that the model is to be measured on.
-
-    Args:
-        questions: the source questions.
-        references: benchmark name -> its questions, as from :func:`.reference_questions`.
-    """
+    """Return the source questions that appear in a benchmark, of which ``references`` are the names
+    and questions, as from :func:`.reference_questions`."""
     same: dict[tuple[str, ...], tuple[str, str]] = {}
     by_gram: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for benchmark, texts in references.items():

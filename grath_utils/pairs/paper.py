@@ -62,7 +62,6 @@ class PaperWriter(Writer):
     chunk_batches = 4
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
-        """Return what becomes of each task."""
         completions = self.complete("pair", [task.question for task in tasks])
         parsed = list(map(self._parse, tasks, completions))
         reasons = list(map(self._check, tasks, parsed))

@@ -33,7 +33,6 @@ class PickingWriter(Writer):
     """
 
     def prompt_tokens(self, question: Question) -> int:
-        """Return the length of the longest prompt of a question, in tokens."""
         tokenizer = self.policy.tokenizer
         prompts = [training_prompt(tokenizer, question, form) for form in PROMPT_FORMATS]
         if judge := find_judge(self.config):
@@ -42,7 +41,6 @@ class PickingWriter(Writer):
         return max(len(token_ids(tokenizer, prompt)) for prompt in prompts)
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
-        """Return what becomes of each task."""
         offered = [[c for c in task.question.candidates if c != task.incorrect] for task in tasks]
         texts = list(map(Task.judged, tasks, offered))
         judge = find_judge(self.config)

@@ -17,12 +17,7 @@ from grath_utils.pairs.prompts import Demonstration, Labels, Wording, pair_answe
 
 
 def read_wording(config: PairsConfig) -> Wording:
-    """Return the words of ``config.prompt_file``, or our own where there is none.
-
-    Raises:
-        ConfigError: the file cannot be read, or lacks what the other settings need; it is named,
-            with the key.
-    """
+    """Return the words of ``config.prompt_file``, or our own where there is none."""
     if config.prompt_file is None:
         return Wording()
     path = config.prompt_file

@@ -118,11 +118,7 @@ def grid_names() -> list[str]:
 
 
 def read_grid(name: str) -> Grid:
-    """Read a grid by the name of an example, or by the path of a YAML file.
-
-    Raises:
-        ConfigError: no such grid, not YAML, or see :func:`grid_from_dict`.
-    """
+    """Read a grid by the name of an example, or by the path of a YAML file."""
     path, known = Path(os.path.expanduser(name)), grid_names()
     if not name.endswith((".yaml", ".yml")):
         if name not in known:
@@ -133,11 +129,7 @@ def read_grid(name: str) -> Grid:
 
 
 def grid_from_dict(tree: Any, *, where: str = "grid") -> Grid:
-    """Check the form of a grid and every key in it; the values are checked in :func:`expand`.
-
-    Raises:
-        ConfigError: names ``where``, the key and the nearest valid one.
-    """
+    """Check the form of a grid and every key in it; the values are checked in :func:`expand`."""
 
     def hold(good: Any, problem: str) -> None:
         if not good:
@@ -175,11 +167,8 @@ def _is_list(value: Any) -> bool:
 def expand(grid: Grid) -> list[Point]:
     """Return the points of a grid, the last key varying fastest, seeds innermost.
 
-    A point's values are as they were understood (5e-4 is a number, whatever YAML says).
-
-    Raises:
-        ConfigError: a point that cannot be (the key, its value and what is valid are named), or
-            two points that are the same.
+    A point's values are as they were understood (5e-4 is a number, whatever YAML says). Two points
+    that are the same, and one that cannot be, are a ConfigError.
     """
     axes = dict(sorted(grid.axes.items(), key=lambda axis: axis[0] == "seed"))
     keys = dict.fromkeys(["profile"] * (len(grid.profiles) > 1) + [*axes, "seed"])

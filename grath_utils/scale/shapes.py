@@ -114,12 +114,7 @@ FIELDS = {
 
 
 def shape_of(model: ModelConfig) -> Shape:
-    """Return the shape of a configured model, without network access.
-
-    Raises:
-        ModelError: the model is neither known, nor a folder, nor in the Hub cache, or its
-            ``config.json`` is not of Llama's form.
-    """
+    """Return the shape of a configured model, without network access; ModelError if unknown."""
     if model.name in KNOWN:
         return KNOWN[model.name]
     from transformers import PreTrainedConfig

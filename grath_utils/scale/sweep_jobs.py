@@ -107,11 +107,7 @@ def take_base(run: Run, folder: Path) -> None:
 
 
 def _same_ground(run: Run, folder: Path, *sections: str) -> Run:
-    """Return the shared run if what a configuration leaves open (``auto``, files) is the same.
-
-    Raises:
-        RunError: it stands on other weights or questions, or on another compute type.
-    """
+    """Return the shared run if what a configuration leaves open (``auto``, files) is the same."""
     shared = load_run(folder)
     ours, theirs = run.info(), shared.info()
     for section in ("model", "resolved", *sections):

@@ -99,11 +99,7 @@ def counts(outcomes: Sequence[PointOutcome]) -> str:
 
 
 def collect(out: Path) -> list[PointOutcome]:
-    """Write table, summary, figure and report from what is there; return every point's outcome.
-
-    Raises:
-        DataError: there is no sweep there.
-    """
+    """Write table, summary, figure and report from what is there; return every point's outcome."""
     from grath_utils.figures.plots import plot_sweep, plt
 
     plan = read_json(out / "points.json")
@@ -136,12 +132,9 @@ def table_row(outcome: PointOutcome) -> dict[str, Any]:
 def summarize_cells(done: Iterable[PointOutcome]) -> list[dict[str, Any]]:
     """Return each cell with the mean and the 95 % interval over its seeds.
 
-    Args:
-        done: finished points, those of a cell one after the other.
-
-    Returns:
-        ``values``, ``n`` (finished seeds), and ``metrics``: a name such as ``probe.mc1.change`` ->
-        ``mean``, ``ci95`` (:func:`.t_interval`), ``seeds`` (the values).
+    Given finished points, those of a cell one after the other; of each cell, ``values``, ``n``
+    (finished seeds), and ``metrics``: a name such as ``probe.mc1.change`` -> ``mean``, ``ci95``
+    (:func:`.t_interval`), ``seeds`` (the values).
     """
     cells = []
     for values, group in groupby(done, key=lambda outcome: cell_of(outcome.values)):

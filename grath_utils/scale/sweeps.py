@@ -43,13 +43,7 @@ from grath_utils.scale.grids import (
     read_grid,
     sweep_dir,
 )
-from grath_utils.scale.sweep_results import (
-    PointOutcome,
-    collect,
-    counts,
-    find_row,
-    outcome_of,
-)
+from grath_utils.scale.sweep_results import PointOutcome, collect, counts, find_row, outcome_of
 
 OWN_SCHEDULING = ("-c", "--cores", "-j", "--jobs", "-e", "--executor", "--profile")
 """Arguments for Snakemake with which the user decides how many jobs run at a time, and where."""
@@ -59,10 +53,6 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     """Check a whole grid and write ``points.json``; nothing runs yet.
 
     A sweep's folder may get a grid that has grown: what is there already is used.
-
-    Raises:
-        ConfigError: the grid is refused, or the folder holds something else than a sweep.
-        DataError: the questions of a point cannot be had.
     """
     grid = read_grid(name)
     points = expand(grid)

@@ -52,12 +52,9 @@ def find_benchmark(name: str, where: str = "") -> BenchmarkSpec:
 
 
 def load_benchmark(name: str, *, limit: int | None = None, seed: int = 0) -> Benchmark:
-    """Load a benchmark by name.
+    """Load a benchmark by name, or ``limit`` of its items, drawn by the seed.
 
-    Args:
-        name: one of ``BENCHMARKS``.
-        limit: use this many items, drawn by the seed; a smaller draw is part of a larger one.
-        seed: of the draw.
+    A smaller draw is part of a larger one.
 
     Raises:
         UsageError: unknown name, or a limit below 1.
