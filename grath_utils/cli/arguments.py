@@ -2,7 +2,7 @@
 
 ::
 
-    @command("show where a run stands", "status --run-dir runs/cpu", RUN_DIR)
+    @command("show where a run stands", "status runs/cpu", RUN_DIR)
     def do_status(options: argparse.Namespace) -> None: ...
 
 An argument is a function that adds itself to a parser, so that commands can share it.
@@ -12,16 +12,33 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from grath_utils.config import Config
-from grath_utils.errors import UsageError, brief
+from grath_utils.errors import UsageError, brief, did_you_mean
 
 Argument = Callable[[argparse.ArgumentParser], Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are errors like all others, and name what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+    def check_options(self, words: Iterable[str]) -> None:
+        """Refuse an option that there is not, before others are missed in its place."""
+        known = self._option_string_actions
+        for word in words:
+            name = word.partition("=")[0]
+            is_option = name.startswith("--") and " " not in name
+            if is_option and not any(option.startswith(name) for option in known):
+                near = did_you_mean(name, (each for each in known if each.startswith("--")))
+                raise UsageError(f"{self.prog} has no option {name}{near}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,7 @@ class Command:
             self.work.__name__.removeprefix("do_"),
             help=self.help,
             description=(self.help[0].upper() + self.help[1:] + ".").replace("%%", "%"),
-            epilog=f"Example:\n  python -m grath_utils {self.example}",
+            epilog=f"Example:\n  grath {self.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.set_defaults(command=self)
@@ -119,11 +136,45 @@ def file(text: str) -> Path:
     return folder(text)
 
 
-RUN_DIR = option("--run-dir", "DIR", required=True)
+class _RunDir(argparse.Action):
+    def __call__(self, parser: Any, options: Any, value: Any, name: str | None = None) -> None:
+        if options.run_dir not in (None, value) and value is not None:
+            parser.error(f"two run directories are named: {options.run_dir} and {value}")
+        options.run_dir = value or options.run_dir
+
+
+def RUN_DIR(parser: argparse.ArgumentParser) -> None:
+    """Take an existing run directory, as a word or after ``--run-dir``: see :func:`settle`."""
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", action=_RunDir)
+    parser.add_argument("--run-dir", metavar="DIR", action=_RunDir, help="the same")
+    parser.set_defaults(reads_a_run=True)
+
+
+def settle(options: argparse.Namespace, left: list[str]) -> None:
+    """Find a place for words that argparse has left over, or say that they have none.
+
+    Before Python 3.12 it misses a word that may be left out where an option stands before it.
+    """
+    example = f"as in `grath {options.command.example.splitlines()[0]}`"
+    if not getattr(options, "reads_a_run", False):
+        if left:
+            hint = "; a run directory comes after --run-dir" if "run_dir" in options else ""
+            raise UsageError(f"no use for {' '.join(map(brief, left))}{hint}, {example}")
+        return
+    if options.run_dir is None and left:
+        options.run_dir = left.pop(0)
+    if left:
+        raise UsageError(f"no use for {' '.join(map(brief, left))}, {example}")
+    if not options.run_dir:
+        runs = sorted(str(record.parent) for record in Path("runs").glob("*/run.json"))
+        here = f"; here are {', '.join(runs)}" if runs else ""
+        raise UsageError(f"name a run directory, {example}{here}")
+
+
 NEW_RUN_DIR = option("--run-dir", "DIR", "default: runs/PROFILE in the checkout")
 PROFILE = argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
 SEED = seed("replaces the profile's seed")
-SET_HELP = "change settings; `python -m grath_utils options` lists them"
+SET_HELP = "change settings; `grath options` lists them"
 SET = many("--set", "KEY=VALUE", SET_HELP, dest="overrides")
 MODEL_HELP = (
     "default, a Hub id, a folder, or RUN_DIR@ITERATION (default: the settings' model.name). A base "

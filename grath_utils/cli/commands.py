@@ -1,4 +1,4 @@
-"""The command line: ``python -m grath_utils COMMAND``.
+"""The command line: ``grath COMMAND``, or ``python -m grath_utils COMMAND``.
 
 Exit codes: 0 done, 2 wrong usage or configuration, 1 failed, 130 interrupted (Ctrl-C), 141 nobody
 reads the output any more (``| head -1``), 70 a fault of this program, which alone has a traceback.
@@ -15,10 +15,11 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 
-from grath_utils.cli import runs, steps, workshops
-from grath_utils.cli.arguments import Command
+from grath_utils import __version__
+from grath_utils.cli import runs, settings, steps, workshops
+from grath_utils.cli.arguments import Command, Parser, settle
 from grath_utils.engine import processes
-from grath_utils.errors import GrathError, UsageError
+from grath_utils.errors import GrathError, UsageError, did_you_mean
 from grath_utils.files import is_text
 
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 FAULT = (
     "error: this is a fault of grath_utils, not of your input. Please report it, with the lines "
-    "above and what `python -m grath_utils env` prints"
+    "above and what `grath env` prints"
 )
 OUT_OF_MEMORY = (
     "the memory does not suffice. Try smaller batches (pairs.batch_size, dpo.micro_batch_size, "
@@ -93,7 +94,16 @@ def _run(given: list[str]) -> None:
             )
     own = given[: given.index("--")] if "--" in given else given
     parser = build_parser()
-    options = parser.parse_args(own)
+    if not own:  # nothing asked for is wrong, so that a script does not take it for done
+        print(parser.format_help(), file=sys.stderr)
+        raise UsageError("name a command")
+    commands = command_parsers(parser)
+    if own[0] in commands:
+        commands[own[0]].check_options(own[1:])
+    elif not own[0].startswith("-"):
+        raise UsageError(f'there is no command "{own[0]}"{did_you_mean(own[0], commands)}')
+    options, left = parser.parse_known_args(own)
+    settle(options, left)
     options.passed_on = given[len(own) + 1 :]
     if len(own) < len(given) and options.command is not runs.do_sweep:
         parser.error('only the command "sweep" takes arguments after --')
@@ -103,17 +113,23 @@ def _run(given: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all commands."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grath_utils",
+    parser = Parser(
+        prog="grath",
         description="GRATH, gradual self-truthifying: write pairs, train, evaluate.",
         epilog="Each command has its own --help, with an example.",
     )
+    parser.add_argument("--version", action="version", version=f"grath {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (runs, workshops, steps):
+    for module in (runs, steps, settings, workshops):
         for value in vars(module).values():
             if isinstance(value, Command):
                 value.add_to(commands)
     return parser
+
+
+def command_parsers(parser: Parser) -> dict[str, Parser]:
+    """Return the parser of each command by its name."""
+    return next(action.choices for action in parser._actions if action.choices)
 
 
 @contextlib.contextmanager

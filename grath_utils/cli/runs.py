@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from grath_utils import __version__, course, engine, loop, scale
 from grath_utils.cli import arguments as arg
+from grath_utils.cli.settings import JSON
 from grath_utils.config import ModelConfig, load_config, profile_names
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError
@@ -115,20 +117,35 @@ def _show_plan(run: loop.Run) -> None:
         )
 
 
-@arg.command("show where a run stands", "status --run-dir runs/cpu", arg.RUN_DIR)
+@arg.command("show where a run stands", "status runs/cpu", arg.RUN_DIR, JSON)
 def do_status(options: argparse.Namespace) -> None:
     run = loop.load_run(options.run_dir)
-    plan = loop.plan_stages(run)
-    print(f"{run.path} (profile {run.config.profile}, seed {run.config.seed})")
+    plan, config, state = loop.plan_stages(run), run.config, loop.run_state(run)
+    done = sum(stage.done for stage in plan)
+    said = (loop.verdict(run), loop.gain_line(run), *loop.what_happened(run), loop.choice_line(run))
+    exercises = course.exercises_line(run)
+    if options.json:
+        found = {
+            "run": str(run.path),
+            "profile": config.profile,
+            "seed": config.seed,
+            "done": done,
+            "stages": [{"id": s.id, "title": s.title, "done": s.done} for s in plan],
+            "chosen_round": state.choice and state.choice.iteration,
+            "said": [*filter(None, said)],
+            "exercises": course.read_progress(run),
+        }
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    print(f"{run.path} (profile {config.profile}, seed {config.seed})")
     print(*(_line(stage.done, stage.title) for stage in plan), sep="\n")
-    print(f"{sum(stage.done for stage in plan)} of {len(plan)} stages done")
-    said = (loop.gain_line(run), *loop.what_happened(run), loop.choice_line(run))
-    print(*filter(None, said), sep="\n")
+    print(f"{done} of {len(plan)} stages done")
+    print(*filter(None, (*said, exercises)), sep="\n")
 
 
 @arg.command(
     "write report.html from what a run directory holds, and print the table",
-    "report --run-dir runs/cpu",
+    "report runs/cpu",
     arg.RUN_DIR,
 )
 def do_report(options: argparse.Namespace) -> None:
@@ -139,7 +156,7 @@ def do_report(options: argparse.Namespace) -> None:
     "run a grid of settings and seeds, sharing what the runs have in common; ends in a table "
     "and a figure",
     "sweep smoke_2x2x2 --out runs/sweep --jobs 2\n"
-    "  python -m grath_utils sweep grid.yaml --out runs/sweep -- --executor slurm --jobs 20",
+    "  grath sweep grid.yaml --out runs/sweep -- --executor slurm --jobs 20",
     arg.argument("grid", metavar="GRID", help="a YAML file, or an example in scale/grid_files"),
     arg.option("--out", "DIR", required=True, type=arg.folder),
     arg.amount("--jobs", "points at a time, each as large as a run (default: 1)", default=1),

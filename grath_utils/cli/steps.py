@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,20 @@ from grath_utils.cli import arguments as arg
 from grath_utils.config import (
     Config,
     ModelConfig,
-    describe_options,
     load_config,
     parse_overrides,
     warn_of_long_warmup,
 )
 from grath_utils.errors import UsageError
-from grath_utils.evaluation.benchmarks import BENCHMARKS, find_benchmark
-from grath_utils.files import check_output, read_jsonl, user_path, write_jsonl
-from grath_utils.pairs.judge import JUDGES, describe_judges
-from grath_utils.pairs.modes import MODES, check_pairs_config, describe_modes
+from grath_utils.evaluation.benchmarks import BENCHMARKS, Benchmark, find_benchmark
+from grath_utils.files import check_output, read_json, read_jsonl, user_path, write_jsonl
+from grath_utils.pairs.modes import MODES, check_pairs_config
 from grath_utils.text import metric_line, quantization_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTIONS_HELP = "own, arc_challenge, arc_easy, a .jsonl or .csv file, or a Hub data set"
 OUT_HELP = "an earlier {} there is replaced; any other file is refused"
+RESULTS_HELP = f"{OUT_HELP.format('result')}; of several benchmarks, a folder for them"
 TRAIN_OUT_HELP = "a new folder, or that of a stopped round, which is resumed"
 HELD_OUT_HELP = "of the questions, to measure the margin on (default: the profile's)"
 BENCHMARKS_HELP = "; ".join(f"{name}: {row.about}" for name, row in BENCHMARKS.items())
@@ -130,10 +129,11 @@ def do_train(options: argparse.Namespace) -> None:
 
 
 @arg.command(
-    "measure a model on a benchmark, with 95 %% intervals and question-blind controls",
-    "evaluate --model runs/cpu@1 --benchmark probe --out probe.json",
+    "measure a model on benchmarks, with 95 %% intervals and question-blind controls",
+    "evaluate --model runs/cpu@1 --benchmark probe --out probe.json\n"
+    "  grath evaluate --model runs/cpu@1 --benchmark probe retention --out results",
     arg.MODEL,
-    arg.option("--benchmark", "B", BENCHMARKS_HELP, required=True),
+    arg.many("--benchmark", "B", BENCHMARKS_HELP, required=True),
     arg.argument("--protocol", help="how the question is put (default: the benchmark's own)"),
     arg.amount("--limit", "measure N items, drawn by the seed"),
     arg.argument("--dtype", choices=("auto", *DTYPES), dest="model.dtype"),
@@ -142,34 +142,71 @@ def do_train(options: argparse.Namespace) -> None:
     ),
     arg.argument("--profile", help="take the settings from it (default: those of no profile)"),
     *(arg.SEED, arg.SET),
-    arg.option("--out", "FILE.json", OUT_HELP.format("result"), required=True, type=arg.file),
+    arg.option("--out", "FILE.json", RESULTS_HELP, required=True, type=arg.file),
 )
 def do_evaluate(options: argparse.Namespace) -> None:
     config, given = _step_config(options)
     limit = _limit(options, given, "evaluation.limit")
-    find_benchmark(options.benchmark)
-    loop.check_not_of_a_run(options.out)
-    evaluation.check_out(options.out)
+    outs = _result_files(options.out, dict.fromkeys(options.benchmark))
+    for name, out in outs.items():
+        find_benchmark(name)
+        evaluation.find_protocol(name, options.protocol)
+        loop.check_not_of_a_run(out)
+        evaluation.check_out(out)
     base, adapters = _model(options, config, given)
     policy = loop.load_named(options.model or base.name, base, adapters)
-    result = evaluation.evaluate(
-        policy,
-        options.benchmark,
-        protocol=options.protocol,
-        limit=limit,
-        seed=config.seed,
-        batch_tokens=config.evaluation.batch_tokens,
-        bootstrap=config.evaluation.bootstrap,
-        out=options.out,
-    )
+    for name, out in outs.items():
+        how = {"seed": config.seed, "bootstrap": config.evaluation.bootstrap}
+        how["protocol"] = evaluation.find_protocol(name, options.protocol).name
+        benchmark = evaluation.load_benchmark(name, limit=limit, seed=config.seed)
+        result = _finished(policy, benchmark, how, out) if len(outs) > 1 else None
+        if result is None:
+            batch = config.evaluation.batch_tokens
+            result = evaluation.evaluate(policy, benchmark, batch_tokens=batch, out=out, **how)
+        _print_result(result, policy.config.quantization)
+        print(f"Result: {out}")
+
+
+def _result_files(out: Path, benchmarks: Iterable[str]) -> dict[str, Path]:
+    """Return where each benchmark's result goes: one into the file, several into a folder."""
+    names = [*benchmarks]
+    if len(names) == 1:
+        return {names[0]: out}
+    if out.suffix == ".json" or out.is_file():
+        raise UsageError(
+            f"{out} is one file, and {len(names)} benchmarks are asked for: name a folder, such as "
+            f"{out.with_suffix('') if out.suffix else 'results'}, which gets a file for each"
+        )
+    return {name: out / f"{name}.json" for name in names}
+
+
+def _finished(
+    policy: engine.Policy, benchmark: Benchmark, how: Mapping[str, Any], out: Path
+) -> dict[str, Any] | None:
+    """Return the result of an earlier call that was stopped at a later benchmark, if it is there.
+
+    It must be what would be measured now.
+    """
+    if not out.exists():
+        return None
+    there = read_json(out)
+    model = {key: getattr(policy.config, key) for key in ("quantization", "dtype", "device")}
+    model |= {"name": policy.name, "fingerprint": policy.fingerprint}
+    same = {**how, "data_fingerprint": benchmark.fingerprint, "limit": benchmark.limit}
+    if {key: there.get(key) for key in same} != same or not model.items() <= there["model"].items():
+        return None
+    print(f"{benchmark.name}: measured already")
+    return there
+
+
+def _print_result(result: Mapping[str, Any], quantization: str) -> None:
     print(f"{result['n']} items from {result['source']}, protocol {result['protocol']}")
     if part := result["model"].get("quantized"):
-        print(f"quantization {quantization_line(policy.config.quantization, part)}")
+        print(f"quantization {quantization_line(quantization, part)}")
     for name, metric in result["metrics"].items():
         print(f"  {name:12} {metric_line(metric)}")
     for note in result["notes"]:
         print(f"  note: {note}")
-    print(f"Result: {options.out}")
 
 
 @arg.command(
@@ -244,7 +281,7 @@ def do_export(options: argparse.Namespace) -> None:
 
 @arg.command(
     "ask the base model and the trained one the same questions, side by side",
-    'chat --run-dir runs/cpu --ask "Do goldfish forget within seconds?"',
+    'chat runs/cpu --ask "Do goldfish forget within seconds?"',
     arg.RUN_DIR,
     arg.many("--ask", "QUESTION", "without any, they are read from the keyboard, one a line"),
     arg.amount("--max-new-tokens", "tokens of an answer, at most (default: 60)", default=60),
@@ -273,18 +310,3 @@ def _read_question() -> str:
 def do_mirror(options: argparse.Namespace) -> None:
     evaluation.make_mirror(options.to)
     print(f"Mirror: {options.to}. Use it with GRATH_MIRROR={options.to}")
-
-
-@arg.command(
-    "list every setting with its value in a profile and what it means",
-    "options --profile cpu",
-    arg.PROFILE,
-)
-def do_options(options: argparse.Namespace) -> None:
-    values = load_config(options.profile).flat()
-    for key, _, text in describe_options():
-        if key == "pairs.mode":
-            text = f"{describe_modes()} [{' | '.join(MODES)}]"
-        if key == "pairs.judge":
-            text = f"{describe_judges()} [{' | '.join(['none', *JUDGES])}]"
-        print(f"{key} = {values[key]}\n    {text}")

@@ -80,7 +80,7 @@ def do_classroom(options: argparse.Namespace) -> None:
 
 @arg.command(
     "show how long each section of a run's notebooks took",
-    "timings --run-dir runs/cpu --into notebooks/INSTRUCTOR.md",
+    "timings runs/cpu --into notebooks/INSTRUCTOR.md",
     arg.RUN_DIR,
     arg.option("--into", "FILE.md", "put the table between the marks of this page", type=Path),
 )

@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "numbered_notebooks",
             "open_notebook_run",
         ],
+        "progress": ["exercises_line", "read_progress"],
         "report": ["choice_line", "summary_table", "write_report"],
         "upload": ["push"],
     },

@@ -6,15 +6,26 @@ The page is the template ``report.html``; here is what fills it.
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from grath_utils.course.dashboard import ROUND_COLUMNS, dashboard_panels, round_rows
-from grath_utils.files import atomic_path, fingerprint, read_jsonl, sha256_file, write_text
-from grath_utils.loop.run_dir import LOG_ROW, Run, model_label
+from grath_utils import evaluation
+from grath_utils.course.dashboard import ROUND_COLUMNS, dashboard_panels, round_rows, sample_rows
+from grath_utils.errors import GrathError
+from grath_utils.files import (
+    atomic_path,
+    fingerprint,
+    mirror_dir,
+    read_jsonl,
+    sha256_file,
+    write_text,
+)
+from grath_utils.loop.run_dir import BASE, LOG_ROW, Run, model_label
 from grath_utils.loop.state import (
     choice_line,
     comparison_rows,
@@ -23,9 +34,14 @@ from grath_utils.loop.state import (
     run_pairs,
     run_state,
 )
-from grath_utils.loop.verdict import what_happened
+from grath_utils.loop.verdict import verdict, what_happened
 from grath_utils.text import percent, table, with_interval
 
+if TYPE_CHECKING:
+    from grath_utils.pairs.generate import Pair
+
+SHOWN = 10  # pairs, answers, changed items; what else there is of these is folded, up to FOLDED
+FOLDED = 200
 PLOTS = Path(__file__).parents[1] / "figures" / "plots.py"
 TEMPLATES = Environment(
     loader=PackageLoader("grath_utils.course", "."),
@@ -38,9 +54,12 @@ TEMPLATES.globals |= {
     "table": partial(table, form="html"),
     "choice_line": choice_line,
     "gain_line": gain_line,
+    "verdict": verdict,
     "what_happened": what_happened,
     "round_rows": round_rows,
     "ROUND_COLUMNS": ROUND_COLUMNS,
+    "SHOWN": SHOWN,
+    "FOLDED": FOLDED,
 }
 
 
@@ -59,7 +78,8 @@ def comparison_table(run: Run, form: str) -> str:
             for part, spec in (("before", ".1f"), ("after", ".1f"), ("difference", "+.1f"))
         ]
         rows.append((row["benchmark"], row["metric"], str(row["n"]), *numbers))
-    columns = ("benchmark", "metric", "n", *found[0]["labels"], "change (points)")
+    final = f"round {run_state(run).final + 1}"
+    columns = ("benchmark", "metric", "n", BASE, final, "change (points)")
     return table(columns, rows, form, numbers_from=2 if form == "html" else None)
 
 
@@ -93,14 +113,18 @@ def write_report(run: Run) -> Path:
         if run.pairs(t).exists():
             train, held_out = run_pairs(run, t)
             rejects = read_jsonl(run.rejects(t)) if run.rejects(t).exists() else []
-            rows = [(pair.question, pair.correct, pair.incorrect) for pair in train[:8]]
-            pairs.append((t, len(train), len(held_out), len(rejects), rows))
+            pairs.append((t + 1, train, len(held_out), len(rejects)))
     notes, rules, label = [], [], model_label(state.final)
+    changed = []
     for benchmark, models in evaluated.items():
         shown = models.get(label, {})
-        notes += [f"{benchmark}, {label}: {note}" for note in shown.get("notes", [])]
+        notes += [
+            f"{benchmark}, round {state.final + 1}: {note}" for note in shown.get("notes", [])
+        ]
         for rule, value in shown.get("controls", {}).items():
             rules.append((benchmark, rule.replace("_", " "), percent(value)))
+        if shown and BASE in models:
+            changed.append((benchmark, *changed_items(models[BASE], shown)))
     executed = sorted(path.name for path in run.executed_notebooks.glob("[0-9][0-9]*_*.ipynb"))
     page = TEMPLATES.get_template("report.html").render(
         run=run,
@@ -111,11 +135,65 @@ def write_report(run: Run) -> Path:
         figures=figures,
         notes=notes,
         rules=rules,
-        pairs=pairs,
+        pairs=_pairs_by_question(pairs),
+        written=pairs,
+        changed=changed,
+        answers=sample_rows(run, SHOWN) if state.base else None,
         notebooks=[name for name in executed if not name.endswith(".failed.ipynb")],
     )
     write_text(run.report, page)
     return run.report
+
+
+def changed_items(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[str, list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Return what the first metric counts differently after training, in full.
+
+    Returns:
+        a remark on it; what was won and what was lost, as rows of question, the answer that the
+        model preferred before and after, and the true one. The rows are empty where the benchmark
+        is not at hand as it was measured (nothing is fetched), or its answers were written freely.
+    """
+    name, metric = before["benchmark"], next(iter(before["metrics"]))
+    if "scores" not in before["items"][0]:
+        return "Its answers were written freely.", [], []
+    here = None
+    if mirror_dir() or not evaluation.BENCHMARKS[name].files:
+        how = {"limit": before.get("limit"), "seed": before.get("seed", 0)}
+        with suppress(GrathError):
+            here = evaluation.load_benchmark(name, **how)
+    if here is None or here.fingerprint != before["data_fingerprint"]:
+        return "Its items are not here as they were measured (GRATH_MIRROR names them).", [], []
+    won, lost = [], []
+    for item, was, now in zip(here.items, before["items"], after["items"], strict=True):
+        change = now["metrics"][metric] - was["metrics"][metric]
+        if change:
+            answers = (item.question, _preferred(item, was), _preferred(item, now))
+            (won if change > 0 else lost).append((*answers, item.choices[item.gold]))
+    n, same = len(here.items), len(here.items) - len(won) - len(lost)
+    return f"{metric}: {len(won)} won, {len(lost)} lost, {same} of {n} as before.", won, lost
+
+
+def _preferred(item: evaluation.Item, measured: Mapping[str, Any]) -> str:
+    """Return the most probable of the answers that MC1 compares; all of them if they are equal."""
+    scores = measured["scores"]
+    best = max(scores[i] for i in item.mc1)
+    return " = ".join(item.choices[i] for i in item.mc1 if scores[i] == best)
+
+
+def _pairs_by_question(
+    rounds: Sequence[tuple[int, Sequence[Pair], int, int]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return columns and rows: a question, its correct answer of each round, the incorrect one."""
+    columns = ("question", *(f"correct, round {t}" for t, *_ in rounds), "incorrect")
+    answers = [{pair.id: pair.correct for pair in train} for _, train, *_ in rounds]
+    first = rounds[0][1] if rounds else ()
+    rows = [
+        (pair.question, *(each.get(pair.id, "–") for each in answers), pair.incorrect)
+        for pair in first
+    ]
+    return columns, rows
 
 
 def _picture(run: Run, name: str, plot: str, *shown: Any) -> str:

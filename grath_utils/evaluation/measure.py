@@ -2,7 +2,8 @@
 
 The result, schema version 1 (all values are fractions; percent is for display)::
 
-    schema_version, benchmark, protocol, source, n, total, seed, limit, data_fingerprint
+    schema_version, benchmark, protocol, source, n, total, seed, limit, bootstrap (resamples),
+    data_fingerprint
     model        name, fingerprint, quantization, dtype, device; where it is quantized, quantized:
                  matrices and weights that are, and of how many (engine/quantization.py)
     metrics      NAME -> value, ci95 [low, high] (None for a single item), n
@@ -140,6 +141,7 @@ def evaluate(
         "total": benchmark.total,
         "seed": seed,
         "limit": benchmark.limit,
+        "bootstrap": bootstrap,
         "data_fingerprint": benchmark.fingerprint,
         "model": {
             "name": policy.name,

@@ -42,6 +42,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "run_questions",
             "run_state",
         ],
-        "verdict": ["DISPLACED", "displaced", "what_happened"],
+        "verdict": ["DISPLACED", "displaced", "verdict", "what_happened"],
     },
 )

@@ -95,6 +95,7 @@ class Run:
     questions = _in_run("questions.jsonl")
     figures = _in_run("figures")
     report = _in_run("report.html")
+    exercises = _in_run("exercises.json")  # which ones a learner has passed
     executed_notebooks = _in_run("notebooks")
 
     pairs = _in_iteration("pairs.jsonl")
@@ -236,7 +237,7 @@ def load_run(path: str | Path) -> Run:
     if not record.exists():
         raise DataError(
             f"{folder} holds no run (no run.json); make one with "
-            "`python -m grath_utils run --profile cpu --run-dir DIR`"
+            "`grath run --profile cpu --run-dir DIR`"
         )
     run = Run(folder, _recorded_config(record))
     _check_untouched(run)
@@ -307,7 +308,7 @@ def _check_untouched(run: Run) -> None:
             raise RunError(
                 f"{path} is not as it was made: it was changed or cut short. Restore it, or delete "
                 "it, and the same command makes it again (to train on pairs that you have edited: "
-                "python -m grath_utils train --pairs FILE)"
+                "grath train --pairs FILE)"
             )
 
 

@@ -21,6 +21,11 @@ DISPLACED = 3.0  # nats that the chosen answers have lost: each is then e^3, twe
 TRUTH = ("mc1", "mc2")  # metrics of truthfulness
 RIGHT = ("acc", "acc_norm")  # of plain questions: both, or one would be picked by its outcome
 KEPT = "retention"  # the benchmark of what must not be lost
+AGAINST = {  # what a model is compared with, first of all
+    "random": "the same training with a coin for labels",
+    "mismatched": "the same training on the answers of other questions",
+    BASE: "the base model",
+}
 PLACEBO_WORDS = {  # what it is called, what a gain over it shows, what it had
     "random": ("the placebo", "the labels teach", "a coin for labels"),
     "mismatched": (
@@ -29,6 +34,56 @@ PLACEBO_WORDS = {  # what it is called, what a gain over it shows, what it had
         "the answers of another question",
     ),
 }
+
+
+def verdict(run: Run) -> str:
+    """Return what a run has come to, in one sentence; nothing before models were compared."""
+    state = run_state(run)
+    rows = {(row["benchmark"], row["metric"]): row["difference"] for row in comparison_rows(run)}
+    found, against = rows, BASE
+    for labels, benchmarks in gains(run, state).items():
+        if over := {(b, m): gain for b, of in benchmarks.items() for m, gain in of.items()}:
+            found, against = over, labels
+            break
+    shown = f"round {state.final + 1}"
+    chosen = state.choice is not None and state.choice.iteration == state.final
+    begins = f"{shown} is kept: it" if chosen else f"no round was fit to be kept: {shown}"
+    kept = rows.get((KEPT, "acc"))
+    said = outcome(found, AGAINST[against], kept)
+    return f"{begins[0].upper()}{begins[1:]} {said}" if said else ""
+
+
+def outcome(
+    found: Mapping[tuple[str, str], Mapping[str, Any]],
+    against: str,
+    kept: Mapping[str, Any] | None = None,
+) -> str:
+    """Say how a model stands against another one, by its changes in each (benchmark, metric).
+
+    ``kept`` is the change of what must not be lost.
+    """
+    own = {key: change for key, change in found.items() if key[1] in TRUTH}
+    own = own or {key: change for key, change in found.items() if key[1] in RIGHT}
+    if not own:
+        return ""
+    sides = {key: _side(change) for key, change in own.items()}
+    up, down = ([k for k, side in sides.items() if side == which] for which in ("above", "below"))
+    what = "truthful" if next(iter(own))[1] in TRUTH else "often right"
+    match bool(up), bool(down):
+        case True, True:
+            said = f"is better than {against} by one measure and worse by another"
+        case False, False:
+            said = f"is not seen to be more {what} than {against}"
+        case _:
+            said = f"is {'more' if up else 'less'} {what} than {against}"
+            said += "" if len(up or down) == len(own) else ", though not by every measure"
+    last, parts = None, []
+    for (benchmark, metric), change in own.items():
+        parts.append(f"{'' if benchmark == last else benchmark + ' '}{metric} {_points(change)}")
+        last = benchmark
+    lost = retained(kept).replace("; ", " and ") if kept else "."
+    lost = f"; {lost[0].lower()}{lost[1:]}" if kept else lost
+    return f"{said} ({', '.join(parts)} points){lost}"
 
 
 def what_happened(run: Run) -> list[str]:

@@ -64,9 +64,16 @@ LINES = '{"question": "Why?"}\n{"question": "What?"}\n'
 GRID = "sweep grid.yaml --plan --out sweep"
 ROWS = [
     # --- what is asked for -----------------------------------------------------------------------
-    Bad("no command", "", "required: COMMAND"),
-    Bad("unknown command", "evalute", "invalid choice: 'evalute'"),
-    Bad("unknown option", "status --run-dri x", "required: --run-dir"),
+    Bad("no command", "", "name a command"),
+    Bad("unknown command", "evalute", 'no command "evalute"; did you mean "evaluate"'),
+    Bad("unknown option", "status --run-dri x", 'no option --run-dri; did you mean "--run-dir"'),
+    Bad("a word too many", "run runs/cpu", "no use for 'runs/cpu'; a run directory comes after"),
+    Bad("a list of nothing", "ls modess", 'nothing of the kind "modess"; did you mean "modes"'),
+    Bad("no name for a profile", "init mine", "mine is no name for a profile; end it in .yaml"),
+    Bad("a profile that is there", "init mine.yaml", "is there already", {"mine.yaml": "seed: 1"}),
+    Bad("several into one file", "evaluate --benchmark probe retention --out r.json",
+        "r.json is one file, and 2 benchmarks are asked for: name a folder, such as r,"),
+    Bad("one of several", "evaluate --benchmark probe retenton --out r", 'mean "retention"'),
     Bad("arguments after --", "status --run-dir run -- x", 'only the command "sweep"'),
     Bad("unknown profile", "options --profile cpuu", 'did you mean "cpu"'),
     Bad("unknown key", "run --set dpo.bta=1", 'unknown key "dpo.bta" in the overrides; did you'),

@@ -15,11 +15,19 @@ import pytest
 import torch
 from helpers import finish, start
 
+from grath_utils import __version__
 from grath_utils.cli import commands as cli
 from grath_utils.cli import runs
-from grath_utils.config import load_config
-from grath_utils.errors import RunError, UsageError
+from grath_utils.cli.settings import KINDS
+from grath_utils.config import BUILT_IN_SOURCES, PROFILES, load_config, profile_names
+from grath_utils.engine.course_models import COURSE_MODELS
+from grath_utils.errors import ConfigError, RunError, UsageError
+from grath_utils.evaluation.benchmarks import BENCHMARKS
+from grath_utils.files import read_yaml
+from grath_utils.loop.plan import check_settings
 from grath_utils.loop.run_dir import open_run
+from grath_utils.pairs.judge import JUDGES
+from grath_utils.pairs.modes import MODES
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -35,7 +43,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_help_of_every_command_ends_with_an_example_that_parses(capsys) -> None:
     parser = cli.build_parser()
     (commands,) = (action.choices for action in parser._actions if action.choices)
-    assert len(commands) == 16
+    assert len(commands) == 21
     for command in commands:
         code, out, _ = call(capsys, command, "--help")
         assert code == 0
@@ -43,7 +51,7 @@ def test_help_of_every_command_ends_with_an_example_that_parses(capsys) -> None:
         examples = out.partition("\nExample:\n")[2].splitlines()
         assert examples, command
         for example in examples:
-            _, _, words = example.partition("  python -m grath_utils ")
+            _, _, words = example.partition("  grath ")
             options = parser.parse_args(shlex.split(words.partition(" -- ")[0]))
             assert options.command.work.__name__ == f"do_{command}"
 
@@ -66,9 +74,99 @@ def test_every_whole_number_of_every_command_is_checked_first(value: str) -> Non
     assert len(found) == 5
 
 
-def test_no_command_and_an_unknown_one_are_wrong_usage(capsys) -> None:
-    assert call(capsys)[0] == 2
-    assert call(capsys, "evalute")[0] == 2
+def test_no_command_is_answered_with_the_help_and_counts_as_wrong_usage(capsys) -> None:
+    code, out, err = call(capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: grath ")
+    assert "\n    evaluate " in err
+
+
+def test_the_version(capsys) -> None:
+    assert call(capsys, "--version")[:2] == (0, f"grath {__version__}\n")
+
+
+def test_a_run_directory_is_a_word_or_an_option(capsys, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_run(Path("runs/mine"), load_config("smoke"))
+    said = [
+        call(capsys, "status", *words)
+        for words in (["runs/mine"], ["--run-dir", "runs/mine"], ["--run-dir=runs/mine"])
+    ]
+    assert said[0][0] == 0
+    assert said[1:] == said[:-1]
+    for words in (["--json", "runs/mine"], ["runs/mine", "--json"]):
+        code, out, _ = call(capsys, "status", *words)
+        found = json.loads(out)
+        assert code == 0
+        assert (found["profile"], found["done"], len(found["stages"])) == ("smoke", 0, 13)
+    code, _, err = call(capsys, "status")
+    assert code == 2
+    assert "name a run directory, as in `grath status runs/cpu`; here are runs/mine" in err
+    for words in (["a", "--run-dir", "b"], ["--run-dir", "a", "b"], ["a", "b"]):
+        assert call(capsys, "status", *words)[0] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_there_is_to_choose_from_is_listed(capsys, kind: str) -> None:
+    code, out, _ = call(capsys, "ls", kind, "--json")
+    (rows,) = json.loads(out).values()
+    assert code == 0
+    lines = call(capsys, "ls", kind)[1].splitlines()
+    assert [line.split()[0] for line in lines] == [*rows]
+    assert all(rows.values())
+    assert (
+        set(rows)
+        >= {
+            "benchmarks": set(BENCHMARKS),
+            "profiles": set(profile_names()),
+            "questions": set(BUILT_IN_SOURCES),
+            "modes": set(MODES),
+            "judges": {"none", *JUDGES},
+            "models": set(COURSE_MODELS),
+        }[kind]
+    )
+
+
+def test_init_writes_a_profile_that_is_the_same_and_never_overwrites(capsys, tmp_path) -> None:
+    mine = tmp_path / "mine.yaml"
+    code, out, _ = call(capsys, "init", mine, "--profile", "smoke")
+    assert code == 0
+    assert str(mine) in out
+    ours, theirs = load_config(str(mine)).flat(), load_config("smoke").flat()
+    assert {**ours, "profile": ""} == {**theirs, "profile": ""}
+    text = mine.read_text()
+    assert text.startswith("# yaml-language-server: $schema=grath.schema.json\n")
+    assert "Far too little data" in text  # its own comments are there
+    code, _, err = call(capsys, "init", mine)
+    assert code == 2
+    assert "is there already" in err
+    assert mine.read_text() == text
+    again = tmp_path / "again.yaml"  # a copy of a copy names the schema once
+    assert call(capsys, "init", again, "--profile", mine)[0] == 0
+    assert again.read_text().count("$schema=") == 1
+    assert call(capsys, "init", tmp_path / "mine")[0] == 2
+
+
+def test_the_schema_takes_every_profile_and_no_wrong_one(capsys, tmp_path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(call(capsys, "schema")[1])
+    for name in profile_names():
+        jsonschema.validate(read_yaml(PROFILES / f"{name}.yaml"), schema)
+    for wrong in (
+        {"dpo": {"bta": 1}},
+        {"dpo": {"beta": 0}},
+        {"dpo": {"steps": 1.5}},
+        {"model": {"dtype": "half"}},
+        {"pairs": {"mode": "papper"}},
+        {"evaluation": {"benchmarks": ["prob"]}},
+        {"seed": None},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+        with pytest.raises(ConfigError):
+            check_settings(load_config(wrong))
+    for right in ({"dpo": None}, {"questions": {"limit": None}}, {"lora": {"targets": "q_proj"}}):
+        jsonschema.validate(right, schema)
 
 
 def test_env_prints_what_a_bug_report_needs(capsys) -> None:
@@ -83,6 +181,10 @@ def test_options_lists_every_setting(capsys) -> None:
     assert code == 0
     assert "dpo.steps = 1000" in out
     assert all(f"{key} = " in out for key in load_config("cpu").flat())
+    rows = json.loads(call(capsys, "options", "--profile", "paper-llama2", "--json")[1])
+    values = load_config("paper-llama2").to_dict()
+    assert rows["dpo.steps"]["value"] == values["dpo"]["steps"] == 1000
+    assert rows.keys() == load_config("cpu").flat().keys()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from grath_utils.course.progress import note_verdict
 from grath_utils.engine.encoding import Request
 from grath_utils.engine.models import Policy
 from grath_utils.engine.scoring import score_completions
@@ -70,6 +71,7 @@ def exercise(name: str, wanted: str) -> Callable[[Judge], Judge]:
 def check(run: Run, name: str, answer: Any, policy: Policy | None = None) -> Verdict:
     """Judge an answer, computed from a run, to an exercise such as ``"02.easy"``.
 
+    The run directory keeps the verdict, and ``grath status`` counts them.
     The answer is ``...`` where there is none yet; ``policy`` is the run's base model, where the
     notebook has it loaded already.
     """
@@ -78,6 +80,12 @@ def check(run: Run, name: str, answer: Any, policy: Policy | None = None) -> Ver
     wanted, judge = EXERCISES[name]
     if answer is ...:
         return Verdict(NONE_YET, f"replace the dots by {wanted}.")
+    verdict = _judge(run, wanted, judge, answer, policy)
+    note_verdict(run, name, verdict.state == RIGHT, EXERCISES)
+    return verdict
+
+
+def _judge(run: Run, wanted: str, judge: Judge, answer: Any, policy: Policy | None) -> Verdict:
     try:
         return Verdict(RIGHT, judge(run, answer, policy))
     except NotYetError as nudge:
