@@ -27,7 +27,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "smallest_detectable_effect",
             "summarize",
             "t_interval",
-            "t_quantile",
         ],
     },
 )

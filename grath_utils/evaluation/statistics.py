@@ -31,30 +31,23 @@ Bounds: TypeAlias = tuple[float, float] | None  # what a value can be at all; No
 
 
 def _numbers(values: Any, least: int = 1) -> np.ndarray:
-    """Return at least so many values as floats; StatisticsError names those that are not finite.
-
-    The public functions check what they are given, once; the private ones take it as it is.
-    """
+    """Return at least so many values as floats; StatisticsError names those that are not finite."""
     try:
         array = np.array(values, dtype=np.float64, ndmin=1)
     except (TypeError, ValueError) as error:
         raise StatisticsError(f"not all values are numbers: {error}") from error
-    _enough(array, least)
-    bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
-    if len(bad):
-        named = ", ".join(f"number {i + 1} ({array[i]})" for i in bad[:5])
-        more = ", ..." if len(bad) > 5 else ""
-        raise StatisticsError(f"{len(bad)} of {len(array)} values are not finite: {named}{more}")
-    return array
-
-
-def _enough(array: np.ndarray, least: int) -> None:
     if len(array) < least:
         raise StatisticsError(
             "one item gives no interval: at least two are needed"
             if len(array)
             else "no items: a mean needs at least one"
         )
+    bad = np.flatnonzero(~np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
+    if len(bad):
+        named = ", ".join(f"number {i + 1} ({array[i]})" for i in bad[:5])
+        more = ", ..." if len(bad) > 5 else ""
+        raise StatisticsError(f"{len(bad)} of {len(array)} values are not finite: {named}{more}")
+    return array
 
 
 def _paired(before: Any, after: Any, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -65,8 +58,7 @@ def _paired(before: Any, after: Any, least: int = 1) -> tuple[np.ndarray, np.nda
             f"{len(first)} values on one side and {len(second)} on the other: both must be of the "
             "same items"
         )
-    _enough(first, least)
-    return first, second
+    return _numbers(first, least), second
 
 
 def _all_equal(values: np.ndarray) -> bool:
@@ -76,18 +68,11 @@ def _all_equal(values: np.ndarray) -> bool:
 def bootstrap_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Return the mean of each bootstrap resample: (resamples,) or (resamples, columns).
 
-    Args:
-        values: (items,) or (items, columns), of two items or more; all columns of an item are
-            drawn together.
-        resamples: number of resamples.
-        seed: the same seed draws the same items.
+    Of values (items,) or (items, columns), two items or more: all columns of an item are drawn
+    together.
     """
-    return _resampled(_numbers(values, least=2), resamples, seed)
-
-
-def _resampled(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    values, rng = _numbers(values, least=2), np.random.default_rng(seed)
     n = len(values)
-    rng = np.random.default_rng(seed)
     parts = _in_parts(resamples, n)
     return np.concatenate([values[rng.integers(n, size=(part, n))].mean(axis=1) for part in parts])
 
@@ -103,12 +88,8 @@ def _in_parts(resamples: int, items: int) -> Iterator[int]:
 
 def interval(samples: np.ndarray) -> list[float]:
     """Return the central 95 % of two samples or more: ``[low, high]``."""
-    return _central(_numbers(samples, least=2))
-
-
-def _central(samples: np.ndarray) -> list[float]:
     tail = (1 - LEVEL) / 2
-    return np.quantile(samples, [tail, 1 - tail], axis=0).tolist()
+    return np.quantile(_numbers(samples, least=2), [tail, 1 - tail], axis=0).tolist()
 
 
 def mean_interval(
@@ -121,14 +102,9 @@ def mean_interval(
     so at most a share ``z^2 / (n + z^2)`` of all is, and these lie anywhere within ``bounds``. For
     hits this is Wilson's interval, for differences of hits Tango's (1998). None without bounds.
     """
-    return _mean_interval(_numbers(values, least=2), resamples, seed, bounds)
-
-
-def _mean_interval(
-    values: np.ndarray, resamples: int, seed: int, bounds: Bounds
-) -> list[float] | None:
+    values = _numbers(values, least=2)
     if not _all_equal(values):
-        return _central(_resampled(values, resamples, seed))
+        return interval(bootstrap_means(values, resamples, seed))
     value = float(values[0])
     if bounds is None or not bounds[0] <= value <= bounds[1]:
         return None
@@ -144,15 +120,12 @@ def summarize(
     bounds: Bounds = FRACTION,
     single: bool = False,
 ) -> dict[str, Any]:
-    """Return ``{"value", "ci95", "n"}`` of per-item values.
+    """Return ``{"value", "ci95", "n"}`` of per-item values, see :func:`mean_interval`.
 
-    Args:
-        values: (items,)
-        resamples, seed, bounds: see :func:`mean_interval`.
-        single: take a single item, too; its ``ci95`` is None.
+    With ``single`` one item is enough; its ``ci95`` is None.
     """
     values = _numbers(values, least=1 if single else 2)
-    ci95 = _mean_interval(values, resamples, seed, bounds) if len(values) > 1 else None
+    ci95 = mean_interval(values, resamples, seed, bounds) if len(values) > 1 else None
     return {"value": float(values.mean()), "ci95": ci95, "n": len(values)}
 
 
@@ -166,32 +139,20 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
     values = _numbers(values, least=0)
     if len(values) < 2 or _all_equal(values):
         return None
-    mean, reach = np.mean(values), t_quantile(len(values) - 1) * scipy.stats.sem(values)
+    t = scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
+    mean, reach = np.mean(values), t * scipy.stats.sem(values)
     return [float(mean - reach), float(mean + reach)]
-
-
-def t_quantile(freedom: int) -> float:
-    """Return the ``t`` with 95 % of Student's distribution between ``-t`` and ``t``."""
-    if freedom < 1:
-        raise StatisticsError(f"{freedom} degrees of freedom; at least 1 is needed")
-    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
     """Return the two-sided p-value that as many items were gained as lost (McNemar 1947).
 
-    Only items that changed count; under no effect each is a fair coin (exact binomial test).
-
-    Args:
-        before, after: 0 or 1 for each item, in the same order.
+    Values are 0 or 1 for each item, in the same order. Only items that changed count; under no
+    effect each is a fair coin (exact binomial test).
     """
     first, second = _paired(before, after)
     if not np.isin([first, second], (0, 1)).all():
         raise StatisticsError("McNemar's test is of hits: every value must be 0 or 1")
-    return _mcnemar(first, second)
-
-
-def _mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     difference = second - first
     gained, changed = int((difference > 0).sum()), int((difference != 0).sum())
     fewer = min(gained, changed - gained)
@@ -205,11 +166,7 @@ def sign_flip_test(differences: Sequence[float], resamples: int, seed: int) -> f
     Each item's difference keeps its size and gets a random sign (Fisher's randomization test); the
     observed arrangement counts as one of the resamples, so the value is never zero.
     """
-    return _sign_flip(_numbers(differences), resamples, seed)
-
-
-def _sign_flip(values: np.ndarray, resamples: int, seed: int) -> float:
-    rng = np.random.default_rng(seed)
+    values, rng = _numbers(differences), np.random.default_rng(seed)
     # A hair of tolerance: sums in another order differ in their last digits.
     observed, extreme = abs(values.sum()) - 1e-12 * len(values), 1
     for part in _in_parts(resamples, len(values)):
@@ -227,13 +184,9 @@ def paired_difference(
     bounds: tuple[float, float] = FRACTION,
     single: bool = False,
 ) -> dict[str, Any]:
-    """Compare two models on the same items.
+    """Compare two models on the same items, in the same order.
 
-    Args:
-        before, after: (items,), in the same order.
-        resamples, seed: see :func:`bootstrap_means`.
-        bounds: what each value can be.
-        single: take a single item, too; its ``ci95`` is None.
+    ``bounds`` are what each value can be. With ``single`` one item is enough; its ``ci95`` is None.
 
     Returns:
         ``value`` (mean of after - before), ``ci95`` (paired, see :func:`mean_interval`),
@@ -245,13 +198,13 @@ def paired_difference(
     difference = second - first
     n, reach = len(difference), bounds[1] - bounds[0]
     if np.isin([first, second], (0, 1)).all():
-        test, p_value = "exact McNemar", _mcnemar(first, second)
+        test, p_value = "exact McNemar", mcnemar_exact(first, second)
     else:
-        test, p_value = "sign-flip randomization", _sign_flip(difference, resamples, seed)
+        test, p_value = "sign-flip randomization", sign_flip_test(difference, resamples, seed)
     spread = None if _all_equal(difference) else float(difference.std(ddof=1))
     return {
         "value": float(difference.mean()),
-        "ci95": _mean_interval(difference, resamples, seed, (-reach, reach)) if n > 1 else None,
+        "ci95": mean_interval(difference, resamples, seed, (-reach, reach)) if n > 1 else None,
         "p_value": p_value,
         "test": test,
         "before": float(first.mean()),
@@ -266,8 +219,7 @@ def paired_difference(
 def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
     """Adjust p-values for their number (Holm 1979); compare the result with 0.05 as usual.
 
-    Args:
-        p_values: by name, or a sequence; the result has the same form.
+    They are given by name, or as a sequence; the result has the same form.
     """
     if isinstance(p_values, Mapping):
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -285,10 +237,8 @@ def holm(p_values: Mapping[str, float] | Sequence[float]) -> Any:
 def smallest_detectable_effect(n: int, spread: float) -> float:
     """Return the smallest true mean difference that ``n`` items show in 80 % of all draws.
 
-    Args:
-        n: number of items.
-        spread: standard deviation of the per-item differences. For a 0/1 metric this is about the
-            square root of the share of items that change.
+    The spread is the standard deviation of the per-item differences: for a 0/1 metric, about the
+    square root of the share of items that change.
     """
     if n < 1:
         raise StatisticsError(f"n is {n}; at least 1 item is needed")
@@ -306,17 +256,12 @@ def items_needed(effect: float, spread: float) -> int:
 
 
 def calibration(confidence: Sequence[float], correct: Sequence[int]) -> dict[str, Any]:
-    """Return how far confidence can be believed.
+    """Return how far confidence can be believed: the probability given to each chosen answer.
 
-    Args:
-        confidence: (items,) probability given to the chosen answer.
-        correct: (items,) whether it was right.
-
-    Returns:
-        ``bins`` of equal width, without empty ones (the reliability diagram); ``ece``, the mean
-        distance of accuracy from confidence over them, weighted by items (Naeini et al. 2015);
-        and ``selective_accuracy`` of the most confident shares of the items. Where the cut falls
-        between equal confidences, these count with their mean accuracy.
+    These are ``bins`` of equal width, without empty ones (the reliability diagram); ``ece``, the
+    mean distance of accuracy from confidence over them, weighted by items (Naeini et al. 2015); and
+    ``selective_accuracy`` of the most confident shares of the items. Where the cut falls between
+    equal confidences, these count with their mean accuracy.
     """
     conf, right = _paired(confidence, correct)
     if not ((conf >= 0) & (conf <= 1)).all():

@@ -27,7 +27,6 @@ from grath_utils.evaluation.statistics import (
     smallest_detectable_effect,
     summarize,
     t_interval,
-    t_quantile,
 )
 
 
@@ -164,7 +163,6 @@ NAN, INF = float("nan"), float("inf")
         (lambda: items_needed(NAN, 1), "must be finite and above 0"),
         (lambda: items_needed(0, 1), "must be finite and above 0"),
         (lambda: items_needed(0.02, 0), "must be finite and above 0"),
-        (lambda: t_quantile(0), "at least 1 is needed"),
         (lambda: calibration([], []), "no items"),
         (lambda: calibration([0.5, NAN], [1, 0]), "not finite"),
         (lambda: calibration([0.5, 0.5], [1]), "2 values on one side and 1"),
@@ -310,15 +308,6 @@ def test_selective_accuracy() -> None:
     for right in ([1, 0, 0, 0], [0, 0, 0, 1]):
         found = calibration([0.5] * 4, right)["selective_accuracy"]
         assert [row["accuracy"] for row in found] == [0.25] * 4
-
-
-@pytest.mark.parametrize(
-    ("freedom", "expected"),
-    # From the printed table of Student's t, two-sided 5 %.
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042)],
-)
-def test_students_quantiles(freedom: int, expected: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(expected, abs=5e-4)
 
 
 def test_an_interval_over_few_runs_covers_as_often_as_it_says() -> None:
