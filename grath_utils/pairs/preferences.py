@@ -33,7 +33,7 @@ def preference_row(pair: Pair, form: str) -> dict[str, Any]:
 
 def is_preference(row: Mapping[str, Any]) -> bool:
     """Return True for a row of other tools, which has two answers by other names than ours."""
-    return {"chosen", "rejected"} <= row.keys() and "question" not in row
+    return {"chosen", "rejected"} <= row.keys() and "correct" not in row
 
 
 def own_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -44,13 +44,13 @@ def own_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         DataError: it has no prompt or more than one turn; what and where is said.
     """
-    prompt = row.get("prompt")
+    prompt = row.get("prompt", row.get("question"))
     sides = {key: row[key] for key in ("chosen", "rejected")}
     for key, side in sides.items():
         if isinstance(side, list) and len(side) > 1:  # the conversation from its beginning
             *asked, answer = side
             if isinstance(prompt, list) and prompt != asked:
-                raise DataError(f'{where}: "{key}" does not begin with "prompt"')
+                raise DataError(f'{where}: "chosen" and "rejected" do not answer the same')
             prompt, sides[key] = asked, [answer]
     question = _text(prompt, "user", f'{where}: "prompt"')
     correct, incorrect = (_text(sides[k], "assistant", f'{where}: "{k}"') for k in sides)

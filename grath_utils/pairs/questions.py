@@ -24,6 +24,7 @@ from grath_utils.config import BUILT_IN_SOURCES, OWN_QUESTIONS, QuestionsConfig
 from grath_utils.errors import DataError, UsageError, did_you_mean
 from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json, read_text
 from grath_utils.pairs.hub import hub_rows
+from grath_utils.pairs.preferences import is_preference, own_row
 from grath_utils.pairs.words import is_blank, same_text
 
 if TYPE_CHECKING:
@@ -201,6 +202,12 @@ def _question(row: Any, config: QuestionsConfig, where: str, default_id: str) ->
         raise row
     if not isinstance(row, Mapping):
         raise _BadRow("malformed", f"expected a JSON object, found {type(row).__name__}")
+    if config.column == "question" not in row and is_preference(row):  # pairs of another tool
+        try:
+            asked = own_row(row, "the pair")
+        except DataError as error:
+            raise _BadRow("malformed", str(error)) from None
+        row = {**asked, "candidates": [asked["correct"], asked["incorrect"]], "gold": 0}
     # Built-in sources have their own schema; `column` is about the user's files and data sets.
     column = "question" if config.source in BUILT_IN_SOURCES else normalize("NFC", config.column)
     if column not in row:
