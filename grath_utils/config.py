@@ -52,7 +52,7 @@ class ModelConfig:
     name: str = option(
         "tiny",
         ", ".join(f"`{name}` ({title})" for name, title in BUILT_IN_MODELS.items())
-        + ", a Hub id, or a local model folder",
+        + ", a Hub id, a local model folder, or a .gguf file",
         was={new: old for old, new in OLD_MODEL_NAMES.items()},
     )
     revision: str | None = option(None, "commit or tag of a Hub model; pin it for a real run")
@@ -471,7 +471,7 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
     """
     config = build_section(Config, tree, where)
     _check_together(config, where)
-    model = absolute_name(config.model.name, os.path.isdir)
+    model = absolute_name(config.model.name, is_stored_model)
     source = absolute_name(config.questions.source, os.path.isfile)
     prompt = config.pairs.prompt_file and absolute_name(config.pairs.prompt_file, os.path.isfile)
     return dataclasses.replace(
@@ -480,6 +480,11 @@ def config_from_dict(tree: Mapping[str, Any], *, where: str = "config") -> Confi
         questions=dataclasses.replace(config.questions, source=source),
         pairs=dataclasses.replace(config.pairs, prompt_file=prompt),
     )
+
+
+def is_stored_model(path: str) -> bool:
+    """Return True for what may be a model here: a folder, or a GGUF file."""
+    return os.path.isdir(path) or (path.endswith(".gguf") and os.path.isfile(path))
 
 
 def absolute_name(name: str, is_one: Callable[[str], bool]) -> str:

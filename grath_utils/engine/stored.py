@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from grath_utils.config import ModelConfig
-from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir
+from grath_utils.config import ModelConfig, is_stored_model
+from grath_utils.engine.course_models import COURSE_MODELS, course_model_dir, gguf_model_dir
 from grath_utils.engine.hub import LateBar, hub_reason
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.errors import DataError, FetchError, GrathError, ModelError, reason_of
@@ -51,6 +51,10 @@ def find_model(config: ModelConfig) -> StoredModel:
         return StoredModel(course_model_dir(name))
     if os.path.isdir(path):
         stored = StoredModel(Path(path).resolve())
+    elif is_stored_model(path):
+        stored = StoredModel(gguf_model_dir(Path(path).resolve()))
+    elif path.endswith(".gguf"):
+        raise ModelError(f"{path}: no such GGUF file (seen from {Path.cwd()})")
     else:
         parts = name.split("/")
         if name.startswith((".", "~", "/")) or len(parts) != 2 or not all(parts):
@@ -73,7 +77,8 @@ def find_model(config: ModelConfig) -> StoredModel:
         others = [found for found in names if found.endswith((".bin", ".pt", ".pth", ".gguf"))]
         raise ModelError(
             f"{name} holds no *.safetensors{f', only {others[0]}' if others else ''}: weights are "
-            "read in that format alone, for others can run code; convert them first"
+            "read in that format alone, for others can run code; convert them first (of a GGUF "
+            "file name the file itself)"
         )
     return stored
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from grath_utils.config import ModelConfig, absolute_name
+from grath_utils.config import ModelConfig, absolute_name, is_stored_model
 from grath_utils.engine.models import (
     Policy,
     adapter_base,
@@ -106,7 +106,7 @@ def resolve_name(
             folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
         if (folder / "adapter_config.json").is_file():
             return adapter_base(folder, configured), [*merged_before(folder), folder]
-        return another_base(configured, absolute_name(name, os.path.isdir)), []
+        return another_base(configured, absolute_name(name, is_stored_model)), []
     path, _, which = name.rpartition("@")
     if which == "base":
         return load_run(path).base_model(), []
