@@ -95,6 +95,7 @@ class Hub:
             return 200, json.dumps(rows).encode(), headers
         row = {"id": repo.removeprefix("datasets/"), "sha": commit, "private": False, "tags": []}
         row |= {"siblings": [{"rfilename": file} for file in files], "gated": False}
+        row["cardData"] = {"license": "mit"}
         return 200, json.dumps(row).encode(), headers
 
     def take(self, path: str, token: str, body: bytes) -> tuple[int, bytes]:

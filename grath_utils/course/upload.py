@@ -11,6 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from grath_utils.config import ModelConfig
 from grath_utils.course.export import merge_model, model_card, on_hub, pairs_card
 from grath_utils.engine.hub import hub_reason
 from grath_utils.engine.models import ADAPTER_FILES, ADAPTER_RECORD, merged_before
@@ -53,8 +57,6 @@ def push(
         ModelError: nobody else could load the adapter.
         FetchError: the Hub cannot be reached, or refuses the upload.
     """
-    from huggingface_hub import HfApi, constants, get_token
-
     run, iteration = named_round(name)
     api, kind = HfApi(), KINDS[what]
     if not dry_run:
@@ -74,6 +76,8 @@ def push(
         else:
             folder.mkdir()
             (_adapter if what == "adapter" else _pairs)(run, iteration, folder, repository)
+        if kind == "model" and not dry_run:
+            _add_licence(folder / "README.md", run.base_model(), api)
         where = f"{'datasets/' if kind == 'dataset' else ''}{repository}"
         place = f"{constants.ENDPOINT}/{where}"
         say(f"{what} of {run.path}, round {iteration + 1} -> {kind} repository {place}")
@@ -107,6 +111,16 @@ def _adapter(run: Run, iteration: int, folder: Path, repository: str) -> None:
     write_text(folder / "README.md", model_card(run, iteration, repository=repository))
 
 
+def _add_licence(page: Path, base: ModelConfig, api: HfApi) -> None:
+    """Give a card the licence of its base model, where the Hub knows one."""
+    card = ModelCard.load(page)
+    if card.data.license is None and on_hub(base):
+        with contextlib.suppress(HfHubHTTPError):
+            known = api.model_info(base.name, revision=base.revision).card_data
+            card.data.license = known and known.license
+            card.save(page)
+
+
 def _pairs(run: Run, iteration: int, folder: Path, repository: str) -> None:
     splits = dict(zip(("train", "held_out"), run_pairs(run, iteration), strict=True))
     for form in FORMS:
@@ -120,16 +134,14 @@ def _pairs(run: Run, iteration: int, folder: Path, repository: str) -> None:
 @contextlib.contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Give whatever keeps the Hub from taking an upload one sentence."""
-    from huggingface_hub import errors
-
     try:
         yield
-    except errors.HFValidationError as error:
+    except HFValidationError as error:
         raise UsageError(
             f'"{repository}" is no name for a repository: it looks like ORGANISATION/NAME, in '
             "letters, digits, - and ."
         ) from error
-    except errors.HfHubHTTPError as error:
+    except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status == 401:
             raise UsageError(

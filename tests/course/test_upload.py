@@ -76,6 +76,7 @@ def test_a_pushed_adapter_is_loaded_by_plain_peft(hub: Hub, tmp_path: Path, caps
     assert not torch.allclose(found, logits(load_policy(f"{run.path}@base").model))
     card = ModelCard.load(hub.home / "uploads" / "me" / "truthful" / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("org/tiny", "peft")
+    assert card.data.license == "mit", "that of the base model"
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/truthful")' in card.text
 
 
