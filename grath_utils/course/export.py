@@ -133,6 +133,7 @@ def model_card(run: Run, iteration: int, merged: bool = False, repository: str =
         course_model=base.name in COURSE_MODELS,
         quantization=run.quantization(),
         mode=find_mode(run.config.pairs.mode),
+        measured=measured,
         comparison=comparison_table(run, "github") if iteration == state.final else "",
         choice=choice_line(run),
         version=__version__,

@@ -16,10 +16,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from grath_utils.config import ModelConfig
 from grath_utils.course.export import merge_model, model_card, on_hub, pairs_card
+from grath_utils.engine.course_models import published
 from grath_utils.engine.hub import hub_reason
 from grath_utils.engine.models import ADAPTER_FILES, ADAPTER_RECORD, merged_before
 from grath_utils.errors import FetchError, ModelError, UsageError
-from grath_utils.files import cache_dir, write_jsonl, write_text
+from grath_utils.files import cache_dir, read_json, write_json, write_jsonl, write_text
 from grath_utils.loop.named_models import named_round
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.state import run_pairs
@@ -108,6 +109,10 @@ def _adapter(run: Run, iteration: int, folder: Path, repository: str) -> None:
         )
     for name in (*ADAPTER_FILES, ADAPTER_RECORD):
         shutil.copy(adapter / name, folder)
+    settings, origin = read_json(folder / ADAPTER_FILES[0], dict), published(base)
+    if settings.get("base_model_name_or_path") != origin.name:  # of an older version: `default`
+        found = {"base_model_name_or_path": origin.name, "revision": origin.revision}
+        write_json(folder / ADAPTER_FILES[0], settings | found)
     write_text(folder / "README.md", model_card(run, iteration, repository=repository))
 
 

@@ -198,3 +198,8 @@ def test_an_adapter_on_a_course_model_names_the_publisher_s(hub: Hub, tmp_path: 
     assert load_policy(str(folder)).config.name == "tiny"
     (folder / "grath.json").unlink()
     assert load_policy(str(folder)).config.name == "tiny"
+    (run.adapter(0) / "adapter_config.json").write_text(json.dumps(settings))
+    (run.manifest).unlink()  # it would be noticed
+    assert main(["push", str(run.path), "--to", "me/tiny"]) == 0
+    pushed = json.loads((folder / "adapter_config.json").read_text())
+    assert pushed["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
