@@ -14,13 +14,16 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run render book lab test test-fast test-versions fuzz lint format bench lock classroom clean
+.PHONY: help setup setup-book setup-dev run render book lab test test-fast test-versions test-colab test-latest address fuzz lint format bench lock classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
 
 setup:  ## install the pinned packages into .venv
 	@$(PYTHON) grath_utils/workshop/set_up.py
+
+setup-book:
+	@$(PYTHON) grath_utils/workshop/set_up.py --book
 
 setup-dev:
 	@$(PYTHON) grath_utils/workshop/set_up.py --dev
@@ -31,14 +34,14 @@ run: setup  ## the whole course on the default model, on a CPU: PROFILE=cpu RUN_
 render: setup  ## refresh the outputs that the notebooks are committed with, from RUN_DIR
 	@$(VENV_PYTHON) -m grath_utils render --profile $(PROFILE) --run-dir $(RUN_DIR)
 
-book: setup-dev  ## the whole course as an HTML book with search, in build/book
+book: setup-book  ## the whole course as an HTML book with search, in build/book
 	@$(VENV_PYTHON) -m sphinx -q -W --keep-going -c notebooks/book -d build/book_doctrees . build/book
 	@echo "Book: build/book/index.html"
 
 lab: setup  ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks
 
-test test-fast test-versions: export OMP_NUM_THREADS = 1
+test test-fast test-versions test-colab test-latest: export OMP_NUM_THREADS = 1
 
 test: setup-dev lint  ## lint and all tests, on two cores
 	@$(VENV_PYTHON) -m pytest -n 2 --no-loadscope-reorder
@@ -51,6 +54,15 @@ fuzz: setup-dev  ## search for input that ends in a traceback: TRIES=1000 of eac
 
 test-versions: setup-dev  ## training and evaluation with the oldest and the newest versions allowed
 	@$(VENV_PYTHON) tests/versions.py
+
+test-colab: setup-dev  ## notebooks as their badges open them, on what Colab's machines hold (slow)
+	@$(VENV_PYTHON) tests/versions.py colab
+
+test-latest: setup-dev  ## the same on the newest versions of everything (slow)
+	@$(VENV_PYTHON) tests/versions.py latest
+
+address: setup  ## write another address of the repository everywhere: REPO=org/name REF=tag
+	@$(VENV_PYTHON) .github/address.py $(REPO) $(REF)
 
 lint: setup-dev
 	@$(VENV_PYTHON) -m ruff check .

@@ -2,7 +2,7 @@
 
 Standard library only, because nothing is installed yet when this runs::
 
-    python3 grath_utils/workshop/set_up.py [--dev] [--wheels DIR]
+    python3 grath_utils/workshop/set_up.py [--dev | --book] [--wheels DIR]
 
 A second call finds its stamp and does nothing. Where uv is on the PATH it installs, in seconds
 instead of a minute; otherwise pip. All versions are those of requirements.lock, except
@@ -33,13 +33,14 @@ PIP = ["-m", "pip", "--disable-pip-version-check"]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dev", action="store_true", help="install the test tools too")
+    parser.add_argument("--book", action="store_true", help="install only what the book needs")
     parser.add_argument(
         "--wheels", metavar="DIR", type=Path, help="take all packages from here, with no network"
     )
     options = parser.parse_args(arguments)
     if reason := unsuitable():
         sys.exit(f"error: {reason}")
-    install(dev=options.dev, wheels=options.wheels)
+    install(dev=options.dev, book=options.book, wheels=options.wheels)
 
 
 def unsuitable() -> str | None:
@@ -64,12 +65,18 @@ def unsuitable() -> str | None:
     return None
 
 
-def install(*, dev: bool, wheels: Path | None = None) -> None:
+def install(*, dev: bool, book: bool = False, wheels: Path | None = None) -> None:
     """Create the environment and install what it lacks; exit with a message where that fails."""
     make_venv()
     offline = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
     lock = ROOT / "requirements.lock"
-    for name in ["requirements.txt"] + ["requirements-dev.txt"] * dev:
+    for name, wanted_here in (
+        ("requirements.txt", not book),
+        ("requirements-book.txt", dev or book),
+        ("requirements-dev.txt", dev),
+    ):
+        if not wanted_here:
+            continue
         sources = (ROOT / name).read_bytes() + lock.read_bytes() + str(ROOT).encode()
         wanted, stamp = hashlib.sha256(sources).hexdigest(), VENV / f".{name}.stamp"
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:

@@ -22,8 +22,9 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = PROJECT["urls"]["Repository"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+REPOSITORY = PYPROJECT["project"]["urls"]["Repository"]
+VERSION = PYPROJECT["tool"]["grath"]["version"]
 
 project = "GRATH in notebooks"
 author = "the GRATH tutorial authors"
@@ -56,7 +57,7 @@ html_static_path = ["_static"]
 html_css_files = ["book.css"]
 html_theme_options = {
     "repository_url": REPOSITORY,
-    "repository_branch": "main",
+    "repository_branch": VERSION,
     "use_repository_button": True,
     "use_download_button": False,
     "launch_buttons": {"colab_url": "https://colab.research.google.com"},
@@ -103,7 +104,7 @@ def links_that_lead_out(text: str, folder: str) -> str:
         if target.suffix in (".md", ".ipynb", ".png", ".svg") or not target.exists():
             return match[0]  # a page or a picture; what does not exist is Sphinx's to report
         kind = "tree" if target.is_dir() else "blob"
-        return f"]({REPOSITORY}/{kind}/main/{path}{match[2] or ''})"
+        return f"]({REPOSITORY}/{kind}/{VERSION}/{path}{match[2] or ''})"
 
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)", change, text)
 

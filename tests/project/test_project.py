@@ -48,7 +48,7 @@ def test_requirements_environment_and_pyproject_agree() -> None:
         assert version in ranges[package], f"{package}: {version} is outside {ranges[package]}"
         assert comment, f"{package}: say where it is used"
     dev = {r.name: r.specifier for r in map(Requirement, project["optional-dependencies"]["dev"])}
-    pinned_dev = pins("requirements-dev.txt")
+    pinned_dev = pins("requirements-dev.txt") | pins("requirements-book.txt")
     assert dev.keys() == pinned_dev.keys()
     for package, (version, _) in pinned_dev.items():
         assert version in dev[package]
@@ -162,6 +162,7 @@ def test_nothing_at_the_top_that_the_layout_does_not_have() -> None:
     allowed = {
         "notebooks", "grath_utils", "data", "tests", "environment.yml", "README.md",
         "pyproject.toml", "requirements.txt", "requirements-dev.txt", "Makefile", "LICENSE",
+        "requirements-book.txt", "CHANGELOG.md", ".devcontainer",
         "CITATION.cff", "CONTRIBUTING.md", "requirements.lock", ".ci", ".github", ".gitignore",
     }  # fmt: skip
     top = {path.relative_to(ROOT).parts[0] for path in tracked_text_files()}

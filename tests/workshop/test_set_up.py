@@ -151,11 +151,13 @@ def test_a_second_call_installs_nothing(tmp_path, monkeypatch) -> None:
         "torch==1",
         "--requirement requirements.txt --constraint requirements.lock",
         f"--no-deps --no-build-isolation --editable {set_up.ROOT.name}",
+        "--requirement requirements-book.txt --constraint requirements.lock",
         "--requirement requirements-dev.txt --constraint requirements.lock",
     ]
     calls.clear()
     set_up.main(["--dev"])
     set_up.main([])
+    set_up.main(["--book"])
     assert calls == []
     for name in ("requirements.txt", "requirements.lock"):
         (tmp_path / name).write_bytes((set_up.ROOT / name).read_bytes())
