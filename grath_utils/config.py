@@ -92,9 +92,7 @@ class QuestionsConfig:
 class PairsConfig:
     """How the model writes its correct and incorrect answers."""
 
-    mode: str = option(
-        "default", "how the pairs come about; `python -m grath_utils options` lists the modes"
-    )
+    mode: str = option("default", "how the pairs come about; `grath options` lists the modes")
     shots: int = option(6, "demonstrations before each question", ge=0, le=6)
     annotated: bool = option(
         False, "show all of the source's candidates, not saying which is right (not the paper's GT)"
@@ -149,7 +147,7 @@ class PairsConfig:
     judge: str = option(
         "none",
         "who decides which of the two answers is true: none, as published, or the model itself; "
-        "`python -m grath_utils options` lists the judges",
+        "`grath options` lists the judges",
         added=True,
     )
     judge_keep: float = option(
@@ -306,7 +304,7 @@ class EvaluationConfig:
     """What the model is measured on, before and after."""
 
     benchmarks: tuple[str, ...] = option(
-        ("probe", "retention"), "benchmark names; see `python -m grath_utils evaluate --help`"
+        ("probe", "retention"), "benchmark names; see `grath evaluate --help`"
     )
     limit: int | None = option(None, "items of each benchmark, drawn by the seed", ge=2)
     every_iteration: bool = option(True, "evaluate each iteration, not only base and last")

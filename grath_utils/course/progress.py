@@ -17,12 +17,12 @@ def read_progress(run: Run) -> dict[str, dict[str, object]]:
     return read_json(run.exercises, FORM) if run.exercises.exists() else {}
 
 
-def note_verdict(run: Run, name: str, passed: bool, names: Iterable[str]) -> None:
+def note_verdict(run: Run | None, name: str, passed: bool, names: Iterable[str]) -> None:
     """Keep the verdict on an exercise, of all ``names``; what was passed once stays passed.
 
     Where there is no run yet, or it cannot be written to, nothing is kept.
     """
-    if not (run.path / "run.json").is_file():
+    if run is None or not (run.path / "run.json").is_file():
         return
     kept = read_progress(run)
     if kept.get(name, {}).get("passed"):

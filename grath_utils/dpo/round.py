@@ -65,14 +65,17 @@ class TrainingReport:
 def check_folder(folder: Path) -> None:
     """Check that :func:`train_round` may use a folder: an empty one, or one that it has begun with.
 
-    Raises:
-        UsageError: it holds something else, or a finished round.
+    UsageError if it holds something else, or a finished round.
     """
     if (folder / "adapter").exists():
         raise UsageError(f"{folder / 'adapter'} exists already; choose another folder")
     checkpoints = folder / "checkpoints"
     if not (checkpoints / IDENTITY).exists() and not any(checkpoints.glob(WHOLE)):
         check_new_folder(folder)
+
+
+def _ids(examples: Sequence[PreferenceExample]) -> list[list[Sequence[int]]]:
+    return [[e.prompt_ids, e.chosen_ids, e.rejected_ids] for e in examples]
 
 
 def _check_resumed(checkpoints: Path, identity: str) -> None:
@@ -129,7 +132,7 @@ def train_round(
         for part in (pairs, held_out)
     )
     examples = data.examples + held.examples
-    ids = [[[e.prompt_ids, e.chosen_ids, e.rejected_ids] for e in p.examples] for p in (data, held)]
+    ids = [_ids(part.examples) for part in (data, held)]
     settings = [own_settings(replace(dpo, report_to=())), own_settings(lora), seed]
     identity = fingerprint([start.fingerprint(), reference.fingerprint(), ids, settings])
     processes.on_main(lambda: _check_resumed(folder / "checkpoints", identity))
@@ -153,15 +156,9 @@ def train_round(
     # TRL takes seconds to import: only training pays for it.
     from grath_utils.dpo.trainer import run_trainer
 
-    log = run_trainer(
-        policy,
-        rows[: len(data.examples)],
-        rows[len(data.examples) :],
-        folder=folder / "checkpoints",
-        config=dpo,
-        seed=seed,
-        progress=progress,
-    )
+    parts = rows[: len(data.examples)], rows[len(data.examples) :]
+    how = {"config": dpo, "seed": seed, "progress": progress}
+    log = run_trainer(policy, *parts, folder=folder / "checkpoints", **how)
     keep_freed_memory(policy.config.device)
     weights = full_adapter(policy.model)
     merged = start.adapters[:-1] if continued else start.adapters
@@ -185,11 +182,7 @@ def train_round(
 def reference_log_probs(
     policy: Policy, examples: Sequence[PreferenceExample], *, progress: bool = True
 ) -> tuple[list[float], list[float]]:
-    """Return the summed log-probabilities of all chosen and all rejected answers, in order.
-
-    Raises:
-        ScoringError: one of them is not finite; the pair is named.
-    """
+    """Return the summed log-probabilities of all chosen and all rejected answers, in order."""
     encoded, requests = [], []
     for example in examples:
         prompt = np.array(example.prompt_ids, dtype=np.int32)
@@ -227,13 +220,8 @@ def _reference_table(
     The whole table is the unit: in bfloat16 the last digits depend on what was computed together.
     Its first pair is computed again: an earlier version may have left another table.
     """
-    key = fingerprint(
-        [
-            weights.fingerprint(),
-            [policy.device.type, torch.__version__, __version__],
-            [[e.prompt_ids, e.chosen_ids, e.rejected_ids] for e in examples],
-        ]
-    )
+    here = [policy.device.type, torch.__version__, __version__]
+    key = fingerprint([weights.fingerprint(), here, _ids(examples)])
     cache = cache_dir() / "reference" / f"{key}.json"
 
     def stored() -> dict[str, list[float]] | None:

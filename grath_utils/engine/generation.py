@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from transformers import (
 
 from grath_utils.engine.chat import end_ids
 from grath_utils.engine.encoding import encode_apart, encode_texts, refuse_unknown_ids
-from grath_utils.engine.models import unwrapped
+from grath_utils.engine.models import Policy, unwrapped
 from grath_utils.engine.shared_prefix import (
     Layers,
     SharedPrefixCache,
@@ -39,9 +39,6 @@ from grath_utils.engine.shared_prefix import (
 from grath_utils.engine.slices import TOKENS, plain_logits, say_once, why_not
 from grath_utils.errors import GrathError, UsageError
 from grath_utils.files import fingerprint
-
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
 
 PREFILL_TOKENS = 1024  # prompt tokens computed in one pass; more would only need more memory
 
@@ -138,9 +135,8 @@ def generate_together(
 ) -> list[list[Completion]]:
     """Return for each order one completion for each prompt, in the order of the prompts.
 
-    Args:
-        batch_size: how many sequences are decoded at once, of whatever order.
-        method: ``shared``, ``plain``, or ``auto`` (shared where the model can).
+    ``batch_size`` sequences are decoded at once, of whatever order. The method is ``shared``,
+    ``plain``, or ``auto`` (shared where the model can).
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the model's context.
@@ -154,9 +150,9 @@ def generate_together(
     if not any(encoded):
         return [[] for _ in orders]
     longest = max(
-        len(ids) + order.max_new_tokens
+        max(map(len, prompts)) + order.max_new_tokens
         for order, prompts in zip(orders, encoded, strict=True)
-        for ids in prompts
+        if prompts
     )
     reason = "" if method == "plain" else why_not_shared(policy.model, longest)
     if reason and method == "shared":
@@ -175,7 +171,7 @@ def generate_together(
     count = sum(map(len, encoded))
     bar = tqdm(total=count, disable=not progress, unit="completion", file=sys.stderr)
     job = _Job(policy, batch_size, ends, bar)
-    prefixes: list[Prefix] = []
+    prefixes: dict[int, Prefix] = {}  # by identity
     sequences: list[list[_Sequence]] = []
     for order, prompts in zip(orders, encoded, strict=True):
         if not prompts:
@@ -183,13 +179,12 @@ def generate_together(
             continue
         none = Prefix((), [])
         prefix = none if plain else order.prefix or shared_beginning(policy, prompts)
-        if not any(each is prefix for each in prefixes):
-            prefixes.append(prefix)
-        group = next(i for i, each in enumerate(prefixes) if each is prefix)
+        prefixes[id(prefix)] = prefix
+        group = list(prefixes).index(id(prefix))
         sequences.append(_sequences(job, order, prompts, prefix, group))
     everything = [sequence for each in sequences for sequence in each]
     with torch.inference_mode(), bar:
-        _run_plain(job, everything, way) if plain else _run(job, everything, prefixes)
+        _run_plain(job, everything, way) if plain else _run(job, everything, [*prefixes.values()])
     return [
         [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in each]
         for each in sequences
@@ -285,13 +280,8 @@ class _Job:
         for (temperature, top_p, top_k), own in places.items():
             some = [sequences[place] for place in own]
             draws = [s.draws[len(s.written)] for s in some] if temperature else []
-            tokens = sample_tokens(
-                logits[own] if len(places) > 1 else logits,
-                draws,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-            )
+            how = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+            tokens = sample_tokens(logits[own] if len(places) > 1 else logits, draws, **how)
             for sequence, token in zip(some, tokens, strict=True):
                 if not sequence.finished:
                     sequence.push(token)

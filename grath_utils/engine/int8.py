@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
-
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
 
 MIDDLE = 128  # unsigned codes: of signed ones oneDNN has no fast way
 Forward = Callable[[torch.Tensor], torch.Tensor]

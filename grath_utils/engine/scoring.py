@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from grath_utils.engine import processes
 from grath_utils.engine.attention import row_attention
 from grath_utils.engine.encoding import Encoded, Request, encode_requests, refuse_unknown_ids
-from grath_utils.engine.models import accepts
+from grath_utils.engine.models import Policy, accepts
 from grath_utils.engine.slices import TOKENS, plain_logits, say_once, why_not
 from grath_utils.engine.trie import (
     CPU_ROW_TOKENS,
@@ -35,11 +36,6 @@ from grath_utils.engine.trie import (
     sequence_blocks,
 )
 from grath_utils.errors import ScoringError, UsageError
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-
-    from grath_utils.engine.models import Policy
 
 LOGIT_ROWS = 32  # rows of logits turned to float32 at a time: they stay in the processor's cache
 
@@ -84,33 +80,31 @@ class Plan:
         return slice(*np.searchsorted(self.edge_node, [block.first, block.last]).tolist())
 
 
-def score_completions(
-    policy: Policy, requests: Sequence[Request], *, batch_tokens: int = 4096, method: str = "auto"
-) -> list[Score]:
+def score_completions(policy: Policy, requests: Sequence[Request], **options: Any) -> list[Score]:
     """Return the summed log-probability of each request's completion given its prompt.
 
-    Duplicates cost nothing. A forward pass takes ``batch_tokens`` tokens, on a CPU at most
-    ``CPU_ROW_TOKENS``. The method is ``tree``, ``plain``, or ``auto`` (tree where the model can).
+    Duplicates cost nothing. The options are those of :func:`plan_encoded`.
 
     Raises:
         ScoringError: an item cannot be encoded, or a score is not finite; the item is named.
     """
-    plan = plan_requests(policy, requests, batch_tokens=batch_tokens, method=method)
-    return run_plan(policy, requests, plan)
+    return run_plan(policy, requests, plan_requests(policy, requests, **options))
 
 
-def plan_requests(
-    policy: Policy, requests: Sequence[Request], *, batch_tokens: int = 4096, method: str = "auto"
-) -> Plan:
+def plan_requests(policy: Policy, requests: Sequence[Request], **options: Any) -> Plan:
     """Encode the requests and decide on the forward passes, without running any of them."""
     encoded = encode_requests(policy.tokenizer, requests, policy.max_length)
-    return plan_encoded(policy, encoded, batch_tokens=batch_tokens, method=method)
+    return plan_encoded(policy, encoded, **options)
 
 
 def plan_encoded(
     policy: Policy, encoded: list[Encoded], *, batch_tokens: int = 4096, method: str = "auto"
 ) -> Plan:
-    """Decide on the forward passes for prompts and completions that are token ids already."""
+    """Decide on the forward passes for prompts and completions that are token ids already.
+
+    A pass takes ``batch_tokens`` tokens, on a CPU at most ``CPU_ROW_TOKENS``. The method is
+    ``tree``, ``plain``, or ``auto`` (tree where the model can).
+    """
     budget = min(batch_tokens, CPU_ROW_TOKENS) if policy.device.type == "cpu" else batch_tokens
     if method == "auto":
         longest = max((e.length for e in encoded), default=0)
@@ -153,9 +147,6 @@ def run_plan(
         done: log-probabilities of passes computed before, by their number, to resume from.
         on_batch: called after each pass with its number, its log-probabilities and its tokens.
         split: divide the passes among the processes of this launch; each is told all of them.
-
-    Raises:
-        ScoringError: a score is not finite; the item is named.
     """
     done = done or {}
     logprobs = np.full(len(plan.edge_node), np.nan, dtype=np.float32)
@@ -200,8 +191,6 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def _passes(policy: Policy, plan: Plan, wanted: set[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the number and log-probabilities of each wanted pass; run the prefixes they need."""
-    from transformers import DynamicCache
-
     model, selects = policy.model, accepts(policy.model, "logits_to_keep")
     kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # by block: keys, values so far
     for number in sorted(wanted.union(*(plan.blocks[n].prefix for n in wanted))):
@@ -249,12 +238,10 @@ def row_logits(
 ) -> torch.Tensor:
     """Return the logits at the ``predictors`` of a :func:`tree_row`: (P, vocabulary).
 
-    One that is :func:`alone` is computed as the model computes any sequence.
-
-    Args:
-        dtype: of the hidden states, and so of the mask.
-        selects: the model's forward takes ``logits_to_keep``, so the head runs where it is needed.
-        cache: keys and values of a prefix that the whole row sees; the row's own are added.
+    One that is :func:`alone` is computed as the model computes any sequence. ``dtype`` is that of
+    the hidden states, and so of the mask. If the model ``selects``, its forward takes
+    ``logits_to_keep``, and the head runs where it is needed. ``cache`` holds keys and values of a
+    prefix that the whole row sees; the row's own are added.
     """
     places = row["predictors"]
     # There is no way to ask for none; for a number, torch may copy the output head for each row.
@@ -307,8 +294,6 @@ def _trial(
     model: PreTrainedModel, longest: int, row_tokens: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Compute a row of long sequences and, behind them, a short one; the last two also alone."""
-    from transformers import DynamicCache
-
     device = model.get_input_embeddings().weight.device
     draw, longest = np.random.default_rng(0), max(longest, 16)
     tail, cached = min(longest // 2, 32), 4  # of their tokens, own ones and those in the cache

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx2
 import torch
@@ -25,13 +25,10 @@ import torch
 from grath_utils.engine.chat import end_ids, end_of_answer, render_chat
 from grath_utils.engine.encoding import encode_apart, token_ids
 from grath_utils.engine.generation import Completion, Stop, generate
-from grath_utils.engine.models import adapter_fingerprint
+from grath_utils.engine.models import Policy, adapter_fingerprint
 from grath_utils.engine.slices import plain_logits
 from grath_utils.errors import GrathError, ModelError, UsageError, brief, reason_of
 from grath_utils.files import fingerprint
-
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
 
 KEY = "GRATH_SERVER_KEY"  # environment variable: sent as the server's API key
 PAUSES = (0.5, 1, 2, 4, 8)  # seconds before each new try, where an error may pass
@@ -178,12 +175,8 @@ class Server:
 def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: int = 64) -> Server:
     """Return a server that was found to serve the policy.
 
-    Args:
-        url: such as ``http://localhost:8000/v1``.
-        model: the base model's name there; the only one that is served if none is given. A policy
-            with an adapter is called ``NAME-HASH``, by a hash of the adapter: see
-            :func:`served_name`.
-        in_flight: requests that are sent at once.
+    ``model`` is the base model's name there; the only one that is served if none is given. A policy
+    with an adapter is called ``NAME-HASH``, by a hash of the adapter.
 
     Raises:
         ModelError: it serves another model, or not this adapter.
@@ -191,6 +184,7 @@ def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: in
     """
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
     key = os.environ.get(KEY)
+    fault = f'"pairs.server_url" holds {url!r}'
     try:
         client = httpx2.Client(
             base_url=url,
@@ -199,11 +193,9 @@ def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: in
             limits=httpx2.Limits(max_connections=in_flight),
         )
     except httpx2.InvalidURL as error:
-        raise UsageError(f'"pairs.server_url" holds {url!r}: {reason_of(error)}') from error
+        raise UsageError(f"{fault}: {reason_of(error)}") from error
     if client.base_url.scheme not in ("http", "https"):
-        raise UsageError(
-            f'"pairs.server_url" holds {url!r}, and begins with no http:// or https://'
-        )
+        raise UsageError(f"{fault}, and begins with no http:// or https://")
     server = Server(policy, client, url, in_flight)
     server.model = served_name(server, model)
     server.takes_ids = takes_ids(server)
@@ -213,15 +205,11 @@ def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: in
 
 def served_name(server: Server, model: str | None) -> str:
     """Return the name by which the server serves the policy, loading its adapter if need be."""
-
-    def names() -> list[str]:
-        try:
-            return [str(each["id"]) for each in server.ask("models")["data"]]
-        except (KeyError, TypeError) as error:
-            raise GrathError(f"{server.url}/models lists no models") from error
-
-    served, adapters = names(), server.policy.adapters
-    listed = ", ".join(served) or "nothing"
+    try:
+        served = [str(each["id"]) for each in server.ask("models")["data"]]
+    except (KeyError, TypeError) as error:
+        raise GrathError(f"{server.url}/models lists no models") from error
+    adapters, listed = server.policy.adapters, ", ".join(served) or "nothing"
     if model is None and len(served) != 1:
         raise ModelError(f"{server.url} serves {listed}: name the base by pairs.server_model")
     name = model or served[0]
@@ -264,9 +252,6 @@ def check_answers(server: Server) -> None:
     next token. Measured on the default model, the mean over the questions is 0 for the same weights
     in float32, 0.08 in bfloat16, 0.04 for the 4-bit file that they come from and 0.28 for a file
     in Q4_K_M; it is 1.6 for weights rounded to NF4, and 2.0 for an adapter of 60 steps.
-
-    Raises:
-        ModelError: the server serves other weights.
     """
     tokenizer = server.policy.tokenizer
     prompts = [render_chat(tokenizer, [{"role": "user", "content": each}]) for each in PROBES]

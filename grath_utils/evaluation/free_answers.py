@@ -11,18 +11,16 @@ import re
 from collections import Counter
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grath_utils.engine import processes
 from grath_utils.engine.encoding import encode_texts
 from grath_utils.engine.generation import Stop, generate
+from grath_utils.engine.models import Policy
 from grath_utils.evaluation.benchmarks.base import Benchmark, Item, Protocol
 from grath_utils.evaluation.protocols import build_prompts
 from grath_utils.files import Journal, fingerprint
 from grath_utils.pairs.words import is_blank
-
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
 
 MAX_NEW_TOKENS = 256  # lm-eval's default
 QUESTIONS_AT_ONCE = 64  # also the grain of resuming
@@ -51,7 +49,7 @@ def evaluate_answers(
     prompts = [ids.tolist() for ids in encode_texts(policy.tokenizer, texts)]
     identity = fingerprint([policy.fingerprint, benchmark.fingerprint, protocol.name, prompts])
     journal = Journal.beside(out if processes.is_main() else None, identity)
-    done = processes.on_main(journal.read)
+    done, stops = processes.on_main(journal.read), protocol.stop
 
     def write(number: int) -> list[dict[str, Any]]:
         start = number * QUESTIONS_AT_ONCE
@@ -59,16 +57,12 @@ def evaluate_answers(
             policy,
             prompts[start : start + QUESTIONS_AT_ONCE],
             max_new_tokens=MAX_NEW_TOKENS,
-            stop=Stop.at(*protocol.stop) if protocol.stop else None,
+            stop=Stop.at(*stops) if stops else None,
             progress=progress and processes.is_main(),
         )
         return [
-            {
-                "answer": cut(completion.text, protocol.stop),
-                "tokens": len(completion.token_ids),
-                "finished": completion.finished,
-            }
-            for completion in completions
+            {"answer": cut(c.text, stops), "tokens": len(c.token_ids), "finished": c.finished}
+            for c in completions
         ]
 
     answers, numbers = dict(done), range(-(-len(prompts) // QUESTIONS_AT_ONCE))

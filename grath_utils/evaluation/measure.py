@@ -85,11 +85,9 @@ def evaluate(
         benchmark: a name, or a benchmark that is already loaded (then ``limit`` is its own).
         protocol: how questions are put; None for the benchmark's default.
         limit: use this many items, drawn by the seed.
-        seed: of the draw and of the bootstrap.
         batch_tokens: tokens scored together.
         bootstrap: resamples behind each interval.
         out: write the result there, atomically, and resume from what was left beside it.
-        progress: show a bar with the remaining time.
 
     Raises:
         ConfigError: a number is not one that the settings of the same name may have.
@@ -120,16 +118,10 @@ def evaluate(
         rules = {name: sum(values) / len(values) for name, values in scores.items()}
     items, about, notes, cost = found
     seconds = round(time.perf_counter() - started, 3)
-    metrics = {
-        name: statistics.summarize(
-            metric_values(benchmark.name, items, name),
-            bootstrap,
-            seed,
-            bounds=_bounds(name),
-            single=True,
-        )
-        for name in spec.metrics
-    }
+    metrics = {}
+    for name in spec.metrics:
+        values, how = metric_values(benchmark.name, items, name), {"bounds": _bounds(name)}
+        metrics[name] = statistics.summarize(values, bootstrap, seed, **how, single=True)
     if len(items) == 1:
         notes = [*notes, "a single item gives no interval"]
     result = {
@@ -277,11 +269,8 @@ def _per_category(items: Sequence[dict[str, Any]], names: Sequence[str]) -> dict
         if item["category"] is not None:
             groups[item["category"]].append(item["metrics"])
     return {
-        category: {
-            name: {"value": sum(row[name] for row in rows) / len(rows), "n": len(rows)}
-            for name in names
-        }
-        for category, rows in groups.items()
+        group: {n: {"value": sum(r[n] for r in rows) / len(rows), "n": len(rows)} for n in names}
+        for group, rows in groups.items()
     }
 
 
@@ -345,28 +334,22 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two results on the same items.
 
-    Returns:
-        ``benchmark``, ``n``, ``models`` and, for each metric, what
-        :func:`.statistics.paired_difference` says of the change.
+    The result has ``benchmark``, ``n``, ``models`` and, for each metric, what
+    :func:`.statistics.paired_difference` says of the change.
 
     Raises:
         UsageError: the results differ in benchmark, protocol, items or data.
         ScoringError: a metric of an item is missing or not finite.
     """
     check_comparable(before, after)
-    first, second = before["items"], after["items"]
+    both, metrics = (before, after), {}
+    for name in before["metrics"]:
+        values = [metric_values(before["benchmark"], result["items"], name) for result in both]
+        how = {"bounds": _bounds(name), "single": True}
+        metrics[name] = statistics.paired_difference(*values, bootstrap, seed, **how)
     return {
         "benchmark": before["benchmark"],
-        "n": len(first),
-        "models": [before["model"]["name"], after["model"]["name"]],
-        "metrics": {
-            name: statistics.paired_difference(
-                *(metric_values(before["benchmark"], items, name) for items in (first, second)),
-                bootstrap,
-                seed,
-                bounds=_bounds(name),
-                single=True,
-            )
-            for name in before["metrics"]
-        },
+        "n": len(before["items"]),
+        "models": [result["model"]["name"] for result in both],
+        "metrics": metrics,
     }

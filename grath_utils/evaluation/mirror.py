@@ -34,12 +34,10 @@ def make_mirror(to: Path | str, *, progress: bool = True) -> Path:
     if not folder.is_dir() or not any((folder / name).exists() for name in known):
         check_new_folder(folder)
     check_output(folder / "mirror.json", read_json, ("schema_version", "files"))
-    for path, file in tqdm(
-        files.items(), desc=f"mirror to {folder.name}", unit="file", disable=not progress
-    ):
-        if (folder / path).exists():
-            continue
-        write_jsonl(folder / path, file.from_hub())
+    bar = {"desc": f"mirror to {folder.name}", "unit": "file", "disable": not progress}
+    for path, file in tqdm(files.items(), **bar):
+        if not (folder / path).exists():
+            write_jsonl(folder / path, file.from_hub())
     sources = {p: f"{f.dataset}@{f.revision}, {f.config}, {f.split}" for p, f in files.items()}
     write_json(folder / "mirror.json", {"schema_version": 1, "files": sources})
     return folder

@@ -312,6 +312,6 @@ def check_ready(run: Run, needed: Sequence[Path], notebook: str) -> None:
         raise RunError(
             f"{run.path} lacks {', '.join(missing)}. Run the notebook {notebook} first; or set "
             "make_missing = True in this cell and run it again; or let it be made: "
-            f"python -m grath_utils checkpoint --at {int(notebook[:2]) + 1:02} {same}; or "
-            f"everything at once: python -m grath_utils run {same}"
+            f"grath checkpoint --at {int(notebook[:2]) + 1:02} {same}; or "
+            f"everything at once: grath run {same}"
         )

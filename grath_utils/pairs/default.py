@@ -68,7 +68,6 @@ class ContrastWriter(Writer):
     kinds = ("pair", "correct", "incorrect")
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
-        """Return what becomes of each task."""
         pools = [Pool(task) for task in tasks]
         # Whom to ask what; all of it goes into one queue.
         asked = [each for kind in self.kinds for each in self._wanted(kind, pools)]
@@ -85,16 +84,11 @@ class ContrastWriter(Writer):
         questions = [pool.task.question for pool in pools]
         yield pools, Wanted(kind, questions)
         if kind != "pair":
-            numbers = range(1, self.config.candidates)
-            yield (
-                [pool for pool in pools for _ in numbers],
-                Wanted(
-                    kind,
-                    [question for question in questions for _ in numbers],
-                    self.config.temperature,
-                    [f"{kind} {question.id} {n}" for question in questions for n in numbers],
-                ),
-            )
+            owners = [pool for pool in pools for _ in range(1, self.config.candidates)]
+            numbers = [*range(1, self.config.candidates)] * len(pools)
+            again = [pool.task.question for pool in owners]
+            keys = [f"{kind} {q.id} {n}" for q, n in zip(again, numbers, strict=True)]
+            yield owners, Wanted(kind, again, self.config.temperature, keys)
 
     def _sort_in(self, pool: Pool, kind: str, completion: Completion) -> None:
         """Add a completion's usable answers to the pool, or say why there are none."""
@@ -171,12 +165,8 @@ def clearest_pair(
 ) -> WrittenPair | Reason:
     """Return the pair with the largest difference in credit, or why there is none.
 
-    Args:
-        task: in refinement its incorrect answer stays.
-        answers: to choose from.
-        credit: how credible each is, and last the answer that stays.
-        filters: what a pair must not be.
-        alike: pair only answers that are alike in length and negation.
+    ``credit`` says how credible each answer is, and last the one that stays in refinement. With
+    ``alike``, only answers that are alike in length and negation are paired.
     """
     texts = task.judged(answers)
     options = list(permutations(range(len(texts)), 2))

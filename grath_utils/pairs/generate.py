@@ -169,14 +169,10 @@ def generate_pairs(
     (:mod:`.labels`): the file holds what is trained on.
 
     Args:
-        policy, questions: who answers what; the ids of the questions are distinct.
-        config: mode, demonstrations, filters and the rest.
-        seed: of the sampled candidates, and of labels.
+        questions: what is answered; their ids are distinct.
         out: ``pairs.jsonl``; rows of :class:`Pair`, in the order of the questions.
         rejects: ``rejects.jsonl``; every rejected completion with its :class:`Reason`.
-        iteration: recorded with every new correct answer.
         previous: the pairs of the iteration before, with their labels.
-        progress: show a bar.
         skip_long: count questions that do not fit into the context instead of stopping.
 
     Raises:
@@ -313,22 +309,16 @@ def _check_questions(
     if find_mode(config.mode).needs_candidates:
         need = f"mode={config.mode}"
     for question in questions:
+        lacks = ""
         if need and len(question.candidates) < 2:
-            raise DataError(
-                f"{question.where or question.id}: pairs.{need} needs questions with candidates, "
-                "such as questions.source=arc_challenge, and this one has "
-                f"{len(question.candidates) or 'none'}"
-            )
-        if config.ground_truth and question.gold is None:
-            raise DataError(
-                f"{question.where or question.id}: pairs.{need} needs to know which candidate is "
-                "right, and the source does not say"
-            )
-        if config.ground_truth and not question.wrong_candidates:
-            raise DataError(
-                f"{question.where or question.id}: pairs.{need} needs a wrong answer to show, and "
-                f'all candidates are "{question.candidates[0]}"'
-            )
+            lacks = "questions with candidates, such as questions.source=arc_challenge, and this "
+            lacks += f"one has {len(question.candidates) or 'none'}"
+        elif config.ground_truth and question.gold is None:
+            lacks = "to know which candidate is right, and the source does not say"
+        elif config.ground_truth and not question.wrong_candidates:
+            lacks = f'a wrong answer to show, and all candidates are "{question.candidates[0]}"'
+        if lacks:
+            raise DataError(f"{question.where or question.id}: pairs.{need} needs {lacks}")
 
 
 def _fitting(tasks: Sequence[Task], writer: Writer, skip_long: bool) -> list[int]:

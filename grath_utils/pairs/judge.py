@@ -99,11 +99,7 @@ def by_letters(ask: Ask, policy: Policy, cases: Sequence[Case]) -> list[np.ndarr
 
 
 def mean_of_orders(logprobs: np.ndarray) -> np.ndarray:
-    """Return the probability of each option, from the log-probabilities of letters.
-
-    Args:
-        logprobs: (rotations, letters), as many of one as of the other.
-    """
+    """Return the probability of each option, from log-probabilities of (rotations, letters)."""
     import numpy as np
 
     shares = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
@@ -138,11 +134,7 @@ _ROWS = (
         summary="the model replies with the letter of the true one; every order, averaged",
         asks=(letters_question,),
     ),
-    Judge(
-        name="exam",
-        summary="the same, put as a multiple-choice test",
-        asks=(exam_question,),
-    ),
+    Judge(name="exam", summary="the same, put as a multiple-choice test", asks=(exam_question,)),
     Judge(
         name="both",
         summary="the mean of `letters` and `exam`, which err in different places",
@@ -220,22 +212,11 @@ class Trial(NamedTuple):
         """Share of all pairs that it has right."""
         return self.right / self.pairs
 
-    @property
-    def kept_accuracy(self) -> float:
-        """Share of those that it keeps that it has right; nan where it keeps none."""
-        return self.kept_right / self.kept if self.kept else float("nan")
-
 
 def try_judge(
-    policy: Policy,
-    config: PairsConfig,
-    answers: Mapping[str, Sealed],
-    judge: Judge | None = None,
+    policy: Policy, config: PairsConfig, answers: Mapping[str, Sealed], judge: Judge | None = None
 ) -> Trial:
-    """Ask a judge about answers that it has not written, and count its hits.
-
-    Args:
-        judge: one that is no row of :data:`JUDGES`; without it, the configured one.
+    """Ask the configured judge, or another, about answers that it has not written; count its hits.
 
     Raises:
         ConfigError: no judge is configured or given.
@@ -253,10 +234,8 @@ def try_judge(
 def verdict(task: Task, pair: WrittenPair, truth: float, config: PairsConfig) -> WrittenPair:
     """Return a pair as it was written, the other way round, or as rejected.
 
-    In refinement the incorrect answer stays what it is, so that nothing can be exchanged.
-
-    Args:
-        truth: probability that its correct answer is the true one of the two.
+    ``truth`` is the probability that its correct answer is the true one of the two. In refinement
+    the incorrect answer stays what it is, so that nothing can be exchanged.
     """
     if truth >= config.judge_keep:
         return replace(pair, truth=round(truth, 4), swapped=False)

@@ -93,14 +93,9 @@ def answer_messages(
 ) -> list[Message]:
     """Return the chat that asks for a ``correct`` answer, an ``incorrect`` one, or a ``pair``.
 
-    Args:
-        question: asked last.
-        shots: each becomes a user turn and an assistant turn before it.
-        kind: of prompt, a key of :data:`REQUESTS`.
-        candidates: all of them, shown with the question, none marked.
-        truth: *GT* ablation, pairs only: an annotated answer and a wrong one, shown as such. Each
-            demonstration then shows its own.
-        wording: of a pair request.
+    Each of the shots becomes a user turn and an assistant turn before the question. The candidates
+    are shown with it, none marked. For pairs in the *GT* ablation, ``truth`` is an annotated answer
+    and a wrong one, shown as such; each demonstration then shows its own.
     """
     request = REQUESTS[kind]
     if kind == "pair":

@@ -63,11 +63,7 @@ class Question:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], *, where: str = "") -> Question:
-        """Read one row of ``questions.jsonl``; ``where`` is for the error message.
-
-        Raises:
-            DataError: there is no text for the question or its id, or its candidates are damaged.
-        """
+        """Read one row of ``questions.jsonl``; ``where`` is for the error message."""
         text, name = row.get("question"), row.get("id")
         if not isinstance(text, str) or not isinstance(name, str):
             raise DataError(f'{where}: needs text under "id" and "question"')
@@ -321,8 +317,8 @@ def _table_rows(path: Path, lines: Sequence[str]) -> Iterator[tuple[int, Any]]:
             start = number
 
 
-def _located_hub_rows(data_set: str, subset: str | None, split: str) -> Iterator[LocatedRow]:
-    for number, row in enumerate(hub_rows(data_set, subset, split)):
+def _located_hub_rows(data_set: str, *place: str | None) -> Iterator[LocatedRow]:
+    for number, row in enumerate(hub_rows(data_set, *place)):
         yield f"{data_set}, row {number}", row
 
 
@@ -331,10 +327,8 @@ def split_held_out(
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Return (train, held out), each in the order given; at least one question in each.
 
-    Args:
-        items: questions, or pairs; all that belong to one question come to the same side.
-        share: of the questions, to be held out.
-        seed: of the draw.
+    Items are questions, or pairs; all that belong to one question come to the same side. The share
+    is that of the questions.
 
     Raises:
         DataError: fewer than two different questions cannot be split.

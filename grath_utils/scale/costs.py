@@ -125,17 +125,9 @@ def meant_for(profile: str) -> Device | None:
 
 def cpu_device(peak: float, memory: float, *, dtype: str = "bfloat16") -> Device:
     """Return a CPU of ``memory`` bytes whose matrix products reach ``peak`` operations a second."""
-    return Device(
-        name="this CPU",
-        kind="cpu",
-        peak=peak,
-        memory=memory,
-        bandwidth=30e9,
-        reached=tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items()),
-        launch=0.0,
-        dtype=dtype,
-        source="measured now",
-    )
+    reached = tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items())
+    this = {"name": "this CPU", "kind": "cpu", "dtype": dtype, "source": "measured now"}
+    return Device(**this, peak=peak, memory=memory, bandwidth=30e9, reached=reached, launch=0.0)
 
 
 def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
@@ -240,7 +232,7 @@ class StageCost:
 
 
 class CostModel:
-    """A configuration on a device: what each of its stages takes."""
+    """What each stage of a configuration takes on a device."""
 
     def __init__(self, config: Config, device: Device, shape: Shape | None = None):
         self.config, self.device = config, device
@@ -355,11 +347,7 @@ class CostModel:
 
 
 def estimate(config: Config, device: Device, *, shape: Shape | None = None) -> list[StageCost]:
-    """Return the cost of every stage of a run with all its rounds, in the order of the plan.
-
-    Raises:
-        ModelError, DataError: the model's shape, or the number of questions, is not known.
-    """
+    """Return the cost of every stage of a run with all its rounds, in the order of the plan."""
     model, nothing_done = CostModel(config, device, shape), Run(Path(os.devnull), config)
     return [model.stage(stage) for stage in plan_stages(nothing_done)]
 
@@ -386,8 +374,8 @@ def predict(row: Mapping[str, Any]) -> float:
     model = CostModel(config, device)
     match row["kind"]:
         case "dpo step":
-            predicted = row["pair_predicted"]
-            return model.training(config.dpo.batch_size, row["pair_tokens"], predicted)
+            sizes = row["pair_tokens"], row["pair_predicted"]
+            return model.training(config.dpo.batch_size, *sizes)
         case "training memory":
             parts = training_memory(config, device, pair_tokens=row["pair_tokens"])
             return sum(parts.values()) / GIB

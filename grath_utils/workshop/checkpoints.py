@@ -71,7 +71,7 @@ def find_checkpoint(folder: str | Path, profile: str | None = None) -> Run:
     if not found:
         raise DataError(
             f"{folder} is neither a run directory nor a classroom folder with checkpoints "
-            "(made with `python -m grath_utils classroom --to DIR`)"
+            "(made with `grath classroom --to DIR`)"
         )
     if profile is None and len(found) == 1:
         [profile] = found

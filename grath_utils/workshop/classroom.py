@@ -210,7 +210,7 @@ def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple
     hold(packed, f'the run takes its questions from "{source}", {lacks}; use questions.source=own')
     without = "leave pairs.prompt_file out"
     hold(not prompt, f"the run takes its prompt from {prompt}, {lacks}; {without}")
-    make = "`python -m grath_utils mirror --to DIR` makes a mirror"
+    make = "`grath mirror --to DIR` makes a mirror"
     hold(not mirror or any(mirror.rglob("*.jsonl")), f"{mirror} holds no benchmark; {make}")
     return folder, root
 

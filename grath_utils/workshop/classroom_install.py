@@ -1,6 +1,6 @@
 """Install the course from a classroom folder, with no network; learners run it as ``install.py``.
 
-``python -m grath_utils classroom --to DIR`` puts a copy of this file into the folder. Standard
+``grath classroom --to DIR`` puts a copy of this file into the folder. Standard
 library only, because nothing is installed yet when this runs::
 
     python install.py              # checks the folder, makes course/.venv, says how to start

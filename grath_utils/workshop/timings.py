@@ -52,7 +52,7 @@ def timings_table(run: Run, sources: Sequence[Path]) -> str:
         rows.append(("", "the other sections", duration(rest)))
     if not rows:
         raise DataError(
-            f"{run.path} holds no executed notebook; `python -m grath_utils run --profile "
+            f"{run.path} holds no executed notebook; `grath run --profile "
             f"{run.config.profile} --run-dir {run.path}` executes them"
         )
     device, dtype = run.info()["device"], run.info()["resolved"]["dtype"]

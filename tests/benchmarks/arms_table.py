@@ -1,6 +1,6 @@
 """The table of the arms: what each gains over the base, and over the controls.
 
-From the folder of ``python -m grath_utils sweep arms`` (or several, with other seeds), to a record
+From the folder of ``grath sweep arms`` (or several, with other seeds), to a record
 such as ``notebooks/appendix/recipe_arms.jsonl``::
 
     python tests/benchmarks/arms_table.py SWEEP [SWEEP ...] --out FILE

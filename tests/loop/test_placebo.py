@@ -27,7 +27,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
     folder = tmp_path_factory.mktemp("placebo")
     questions = write_questions(folder / "questions.jsonl", 16)
     both = {"loop.placebo": True, "loop.placebo_labels": ["random", "mismatched"]}
-    config = config_for(tiny_llama, questions, **{**SMALL, **both, "dpo.steps": 2, "loop.later_steps": 1})
+    config = config_for(
+        tiny_llama, questions, **{**SMALL, **both, "dpo.steps": 2, "loop.later_steps": 1}
+    )
     run = start_run(folder / "run", config)
     for t in range(config.loop.iterations):
         write_pairs(run, t)

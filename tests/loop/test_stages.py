@@ -370,7 +370,7 @@ def test_what_is_missing_is_said_with_the_way_to_make_it(run: Run) -> None:
     message = str(caught.value)
     assert "lacks iter_0/pairs.jsonl" in message
     assert "01_pair_generation" in message
-    assert "python -m grath_utils run --profile smoke" in message
-    assert "python -m grath_utils checkpoint --at 02 --profile smoke" in message
+    assert "grath run --profile smoke" in message
+    assert "grath checkpoint --at 02 --profile smoke" in message
     write_pairs(run, 0)
     check_ready(run, [run.questions, run.pairs(0)], "01_pair_generation")

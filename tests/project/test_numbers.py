@@ -33,6 +33,7 @@ MEASURED = read_jsonl(ROOT / "grath_utils" / "scale" / "measurements.jsonl")
 FINAL = read_jsonl(APPENDIX / "recipe_final.jsonl")
 CONTROLS = read_jsonl(APPENDIX / "recipe_controls.jsonl")
 ARMS = read_jsonl(APPENDIX / "recipe_arms.jsonl")
+PROFILE = read_jsonl(APPENDIX / "recipe_profile.jsonl")
 SEALED = read_jsonl(APPENDIX / "recipe_sealed.jsonl")
 
 NUMBER = r"[+-]?\d+(?:,\d{3})*(?:\.\d+)?"
@@ -156,12 +157,12 @@ def controls_table() -> str:
     return "\n".join(lines)
 
 
-def arms_table() -> str:
-    """Return the table of the arms on record: the change of each, and what it has over random."""
+def arms_table(arms: list[dict]) -> str:
+    """Return the table of arms on record: the change of each, and what it has over random."""
     shown = (("truthfulqa_mc", "mc1"), ("truthfulqa_mc", "mc2"), ("probe_testing", "mc1"))
     shown += (("probe_testing", "mc2"), ("retention", "acc"))
     heads = "TruthfulQA MC1 | TruthfulQA MC2 | our probe MC1 | our probe MC2 | retention"
-    rows = {(r["arm"], r["benchmark"], r["metric"]): r for r in ARMS}
+    rows = {(r["arm"], r["benchmark"], r["metric"]): r for r in arms}
     base = " | ".join(f"{rows['own', *key]['base']:.1f}" for key in shown)
     lines = [
         f"| arm | {heads} | nats | seeds |",
@@ -202,13 +203,14 @@ def judges_table() -> str:
 @pytest.mark.parametrize(
     ("page", "table"),
     [
-        ("README.md", arms_table()),
+        ("README.md", arms_table(ARMS)),
+        ("RESULTS.md", arms_table(PROFILE)),
         ("RESULTS.md", judges_table()),
         ("RESULTS.md", result_table("cpu", "change after two rounds (points)")),
         ("RESULTS.md", result_table("cpu-long", "change (points)")),
         ("RESULTS.md", controls_table()),
     ],
-    ids=("arms", "judges", "cpu", "cpu-long", "controls"),
+    ids=("arms", "profile", "judges", "cpu", "cpu-long", "controls"),
 )
 def test_a_page_holds_the_table_as_it_is_computed(page: str, table: str) -> None:
     assert table in PAGES[page], f"{page}: put in\n{table}"

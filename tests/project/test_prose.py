@@ -89,7 +89,8 @@ def commands() -> set[str]:
 def test_commands_that_pages_name_exist(page: Page) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     known = commands()
-    for command in re.findall(r"python -m grath_utils ([a-z]+)", page.text):
-        assert command in known, f"{page.name}: python -m grath_utils {command}"
+    assert "python -m grath_utils " not in page.text, f"{page.name}: it is called grath"
+    for command in re.findall(r"(?:^|`|\\)grath ([a-z]+)", page.text, re.MULTILINE):
+        assert command in known, f"{page.name}: grath {command}"
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.text, re.MULTILINE):
         assert target in targets, f"{page.name}: make {target}"

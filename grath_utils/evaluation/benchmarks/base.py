@@ -107,8 +107,7 @@ def read_items(
 ) -> tuple[Item, ...]:
     """Return the ``wanted`` items of a file (all), with unique ids.
 
-    Raises:
-        DataError: a row is malformed, wanted or not; it is named.
+    A malformed row, wanted or not, is a DataError that names it.
     """
     if isinstance(file, HubFile):
         rows, where = read_rows(file), file.path
@@ -197,8 +196,5 @@ def few_shot(question: Callable[[Item], str], shots: int, spare: int = 0) -> tup
     about = f"{shots} shots, drawn for each item"
     each = Protocol("lm-eval", about, question, shots=shots, spare=spare)
     about = f"{shots} shots, the same for all items: much faster"
-    return (
-        each,
-        replace(each, name="shared", about=about, draw="once"),
-        Protocol("zero-shot", "no shots", question),
-    )
+    shared = replace(each, name="shared", about=about, draw="once")
+    return each, shared, Protocol("zero-shot", "no shots", question)

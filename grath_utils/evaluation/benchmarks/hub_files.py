@@ -47,7 +47,7 @@ def read_rows(file: HubFile) -> list[dict[str, Any]]:
     if not is_available(file):
         raise DataError(
             f"the mirror {mirror} (GRATH_MIRROR) has no {file.path}; add it with "
-            "`python -m grath_utils mirror --to DIR`, or unset GRATH_MIRROR to use the Hub"
+            "`grath mirror --to DIR`, or unset GRATH_MIRROR to use the Hub"
         )
     return read_jsonl(mirror / file.path)
 
