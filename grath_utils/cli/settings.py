@@ -151,7 +151,7 @@ def do_init(options: argparse.Namespace) -> None:
 
 @arg.command(
     "print a JSON schema of profiles, by which editors explain and check settings",
-    f"schema > {SCHEMA}",
+    "schema",
 )
 def do_schema(options: argparse.Namespace) -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

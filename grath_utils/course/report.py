@@ -138,7 +138,7 @@ def write_report(run: Run) -> Path:
         pairs=_pairs_by_question(pairs),
         written=pairs,
         changed=changed,
-        answers=sample_rows(run, SHOWN) if state.base else None,
+        answers=_answers(run, state.final) if state.base else None,
         notebooks=[name for name in executed if not name.endswith(".failed.ipynb")],
     )
     write_text(run.report, page)
@@ -185,15 +185,23 @@ def _preferred(item: evaluation.Item, measured: Mapping[str, Any]) -> str:
 def _pairs_by_question(
     rounds: Sequence[tuple[int, Sequence[Pair], int, int]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return columns and rows: a question, its correct answer of each round, the incorrect one."""
-    columns = ("question", *(f"correct, round {t}" for t, *_ in rounds), "incorrect")
-    answers = [{pair.id: pair.correct for pair in train} for _, train, *_ in rounds]
-    first = rounds[0][1] if rounds else ()
-    rows = [
+    """Return columns and rows: a question, what the first and the last round wrote to it."""
+    if not rounds:
+        return (), []
+    ends = rounds if len(rounds) < 3 else (rounds[0], rounds[-1])
+    columns = ("question", *(f"correct, round {t}" for t, *_ in ends), "incorrect")
+    answers = [{pair.id: pair.correct for pair in train} for _, train, *_ in ends]
+    return columns, [
         (pair.question, *(each.get(pair.id, "–") for each in answers), pair.incorrect)
-        for pair in first
+        for pair in rounds[0][1]
     ]
-    return columns, rows
+
+
+def _answers(run: Run, final: int) -> tuple[list[str], list[list[str]]]:
+    """Return free answers as :func:`sample_rows` does: before, of the chosen and the last round."""
+    columns, rows = sample_rows(run, SHOWN)
+    shown = sorted({0, 1, min(final + 2, len(columns) - 1), len(columns) - 1})
+    return [columns[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def _picture(run: Run, name: str, plot: str, *shown: Any) -> str:

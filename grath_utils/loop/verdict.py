@@ -40,50 +40,44 @@ def verdict(run: Run) -> str:
     """Return what a run has come to, in one sentence; nothing before models were compared."""
     state = run_state(run)
     rows = {(row["benchmark"], row["metric"]): row["difference"] for row in comparison_rows(run)}
-    found, against = rows, BASE
-    for labels, benchmarks in gains(run, state).items():
-        if over := {(b, m): gain for b, of in benchmarks.items() for m, gain in of.items()}:
-            found, against = over, labels
-            break
-    shown = f"round {state.final + 1}"
-    chosen = state.choice is not None and state.choice.iteration == state.final
-    begins = f"{shown} is kept: it" if chosen else f"no round was fit to be kept: {shown}"
-    kept = rows.get((KEPT, "acc"))
-    said = outcome(found, AGAINST[against], kept)
-    return f"{begins[0].upper()}{begins[1:]} {said}" if said else ""
+    over = {
+        labels: {(name, m): gain for name, metrics in of.items() for m, gain in metrics.items()}
+        for labels, of in gains(run, state).items()
+    }
+    compared = {labels: found for labels, found in over.items() if found} or {BASE: rows}
+    said = " and ".join(filter(None, (outcome(f, AGAINST[key]) for key, f in compared.items())))
+    if not said:
+        return ""
+    shown, choice = f"ound {state.final + 1}", state.choice
+    begins = f"R{shown}"
+    if choice and choice.iteration is None:
+        begins = f"No round was fit to be kept: r{shown}"
+    elif choice and choice.iteration == state.final:
+        begins += " is kept: it"
+    if kept := rows.get((KEPT, "acc")):
+        lost = retained(kept).replace("; ", " and ")
+        said += f"; {lost[0].lower()}{lost[1:-1]}"
+    return f"{begins} {said}."
 
 
-def outcome(
-    found: Mapping[tuple[str, str], Mapping[str, Any]],
-    against: str,
-    kept: Mapping[str, Any] | None = None,
-) -> str:
-    """Say how a model stands against another one, by its changes in each (benchmark, metric).
-
-    ``kept`` is the change of what must not be lost.
-    """
+def outcome(found: Mapping[tuple[str, str], Mapping[str, Any]], against: str) -> str:
+    """Say how a model stands against another one, by its changes in each (benchmark, metric)."""
     own = {key: change for key, change in found.items() if key[1] in TRUTH}
     own = own or {key: change for key, change in found.items() if key[1] in RIGHT}
     if not own:
         return ""
-    sides = {key: _side(change) for key, change in own.items()}
-    up, down = ([k for k, side in sides.items() if side == which] for which in ("above", "below"))
+    sides = [_side(change) for change in own.values()]
+    up, down = sides.count("above"), sides.count("below")
     what = "truthful" if next(iter(own))[1] in TRUTH else "often right"
-    match bool(up), bool(down):
-        case True, True:
-            said = f"is better than {against} by one measure and worse by another"
-        case False, False:
-            said = f"is not seen to be more {what} than {against}"
-        case _:
-            said = f"is {'more' if up else 'less'} {what} than {against}"
-            said += "" if len(up or down) == len(own) else ", though not by every measure"
-    last, parts = None, []
-    for (benchmark, metric), change in own.items():
-        parts.append(f"{'' if benchmark == last else benchmark + ' '}{metric} {_points(change)}")
-        last = benchmark
-    lost = retained(kept).replace("; ", " and ") if kept else "."
-    lost = f"; {lost[0].lower()}{lost[1:]}" if kept else lost
-    return f"{said} ({', '.join(parts)} points){lost}"
+    if up and down:
+        said = f"is better than {against} by one measure and worse by another"
+    elif up or down:
+        said = f"is {'more' if up else 'less'} {what} than {against}"
+        said += "" if up + down == len(own) else ", though not by every measure"
+    else:
+        said = f"is not seen to be more {what} than {against}"
+    points = ", ".join(f"{name} {metric} {_points(c)}" for (name, metric), c in own.items())
+    return f"{said} ({points} points)"
 
 
 def what_happened(run: Run) -> list[str]:

@@ -174,12 +174,6 @@ def prompts_a_pair(config: PairsConfig) -> int:
     return judge.scored if judge else 0
 
 
-def describe_judges() -> str:
-    """Return what each judge does, in a sentence."""
-    rows = (f"`{judge.name}`: {judge.summary}" for judge in JUDGES.values())
-    return "; ".join(["`none`: every pair stays as it was written, as published", *rows])
-
-
 def judged(
     policy: Policy, config: PairsConfig, tasks: Sequence[Task], written: Sequence[WrittenPair]
 ) -> list[WrittenPair]:

@@ -73,11 +73,6 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
     return mode
 
 
-def describe_modes() -> str:
-    """Return what each mode does, in a sentence."""
-    return "; ".join(f"`{mode.name}`: {mode.summary}" for mode in MODES.values())
-
-
 def demonstrations(mode: str, kind: str, shots: int) -> tuple[Demonstration, ...]:
     """Return the first ``shots`` demonstrations of a mode for ``pair`` or ``single`` answers."""
     return find_mode(mode).writer.demonstrations(kind, shots)

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from grath_utils.cli import main
 from grath_utils.config import load_config
 from grath_utils.course.execute import execute_notebook
 from grath_utils.course.exercises import EXERCISES, check, nb00, nb06
 from grath_utils.course.exercises.judging import NONE_YET, NOT_YET, RIGHT, score_answers
 from grath_utils.course.notebooks import numbered_notebooks
+from grath_utils.course.progress import exercises_line, read_progress
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.errors import UsageError
 from grath_utils.files import read_jsonl
-from grath_utils.loop.run_dir import Run, load_run
+from grath_utils.loop.run_dir import Run, load_run, open_run
 from grath_utils.loop.state import run_state
 from grath_utils.scale import costs
 
@@ -94,6 +96,33 @@ def test_no_answer_is_no_failure_and_needs_nothing(name: str) -> None:
     assert verdict.state == NONE_YET
     assert EXERCISES[name][0] in verdict.text
     assert NONE_YET in verdict._repr_html_()
+
+
+def test_the_run_directory_keeps_which_exercises_are_passed(tmp_path, capsys) -> None:
+    run = open_run(tmp_path / "run", load_config("smoke"))
+    name = "01.easy"
+    check(run, name, ...)
+    assert exercises_line(run) == ""
+    assert check(run, name, lambda *four: "lost").state == NOT_YET
+    assert read_progress(run)[name]["passed"] is False
+
+    def fate(first: float, second: float, keep: float, turn: float) -> str:
+        mean = (first + second) / 2
+        return "kept" if mean >= keep else "turned round" if mean <= turn else "dropped"
+
+    assert check(run, name, fate).state == RIGHT
+    when = read_progress(run)[name]["when"]
+    assert check(run, name, lambda *four: "lost").state == NOT_YET
+    assert read_progress(run)[name] == {"passed": True, "when": when}  # it stays passed
+    assert read_progress(run).keys() == EXERCISES.keys()
+    line = exercises_line(run)
+    assert line.startswith(f"exercises: 1 of {len(EXERCISES)} passed (")
+    assert "01: 1 of 3" in line
+    assert main(["status", str(run.path)]) == 0
+    assert line in capsys.readouterr().out
+    nowhere = Run(tmp_path / "nothing", run.config)
+    assert check(nowhere, name, fate).state == RIGHT
+    assert not nowhere.path.exists()
 
 
 def test_an_answer_of_the_wrong_kind_is_told_what_is_wanted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from huggingface_hub import ModelCard
 from grath_utils.cli import main
 from grath_utils.config import load_config
 from grath_utils.course.export import ask_both, merge_model, model_card
-from grath_utils.course.report import summary_table, write_report
+from grath_utils.course.report import changed_items, summary_table, write_report
 from grath_utils.errors import ModelError, UsageError
-from grath_utils.files import write_jsonl
+from grath_utils.evaluation import load_benchmark
+from grath_utils.files import read_json, write_jsonl
 from grath_utils.loop.named_models import load_policy
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import (
@@ -25,6 +27,7 @@ from grath_utils.loop.stages import (
     start_run,
     train_iteration,
 )
+from grath_utils.loop.state import run_pairs
 from grath_utils.pairs.generate import Pair
 
 
@@ -105,6 +108,28 @@ def test_the_card_says_what_was_measured_and_what_not(run: Run) -> None:
     assert "| safe" not in report
     assert "&lt;t" not in report, "tables are not escaped"
     assert "chosen without a look at any benchmark" in summary_table(run)
+    assert "iter_0" not in report
+    assert "round 1" in report
+    assert report.index('class="verdict"') < report.index("Before and after")
+    assert all(escape(pair.question) in report for pair in run_pairs(run, 0)[0])
+
+
+def test_the_items_that_changed_are_shown_in_full(run: Run) -> None:
+    before = read_json(run.evaluation("base", "probe"))
+    here = load_benchmark("probe", limit=before["limit"], seed=before["seed"])
+    item, row = here.items[0], before["items"][0]
+    scores = [-1.0 if i == item.gold else -9.0 for i in range(len(item.choices))]
+    right = {**row, "scores": scores, "metrics": {**row["metrics"], "mc1": 1.0}}
+    other = next(i for i in item.mc1 if i != item.gold)
+    wrong = {**right, "metrics": {**row["metrics"], "mc1": 0.0}}
+    wrong["scores"] = [0.0 if i == other else score for i, score in enumerate(scores)]
+    one, two = ({**before, "items": [each, *before["items"][1:]]} for each in (wrong, right))
+    gold = item.choices[item.gold]
+    remark, won, lost = changed_items(one, two)
+    assert won == [(item.question, item.choices[other], gold, gold)]
+    assert (lost, remark.partition(" lost")[0]) == ([], "mc1: 1 won, 0")
+    assert changed_items(two, one)[2] == [(item.question, gold, item.choices[other], gold)]
+    assert changed_items({**one, "data_fingerprint": "x"}, two)[1:] == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def test_the_gain_is_the_first_thing_that_is_said(run: Run, capsys) -> None:
     assert f"mc2 {100 * gain['value']:+.1f} [" in line
     assert summary_table(run).startswith(f"{line}\n")
     page = write_report(run).read_text(encoding="utf-8")
-    assert page.index("Gain over the placebo") < page.index("Before and after")
+    assert page.index(loop.verdict(run).partition(" (")[0]) < page.index("Before and after")
+    assert line.removesuffix(".") in page
     assert main(["status", "--run-dir", str(run.path)]) == 0
     said = capsys.readouterr().out
     assert line in said

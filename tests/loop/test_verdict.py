@@ -10,6 +10,7 @@ from grath_utils.loop.run_dir import Run
 from grath_utils.loop.verdict import (
     DISPLACED,
     displaced,
+    outcome,
     over_base,
     over_placebo,
     retained,
@@ -49,6 +50,32 @@ def test_what_was_not_seen_says_what_could_have_been():
 def test_without_a_placebo_a_gain_is_left_open():
     assert "loop.placebo=true" in over_base("probe", "mc1", change(0.05, 0.001, 0.1))
     assert over_base("probe", "mc1", change(-0.05, -0.1, -0.001)).startswith("On probe mc1 fell")
+
+
+UP, LEVEL, DOWN = change(0.05, 0.001, 0.1), change(0.0, -0.1, 0.1), change(-0.05, -0.1, -0.001)
+
+
+@pytest.mark.parametrize(
+    ("mc1", "mc2", "said"),
+    [
+        (UP, UP, "is more truthful than the base model (p"),
+        (UP, LEVEL, "is more truthful than the base model, though not by every measure (p"),
+        (UP, DOWN, "is better than the base model by one measure and worse by another (p"),
+        (LEVEL, LEVEL, "is not seen to be more truthful than the base model (p"),
+        (LEVEL, DOWN, "is less truthful than the base model, though not by every measure (p"),
+        (DOWN, DOWN, "is less truthful than the base model (p"),
+    ],
+)
+def test_the_verdict_by_two_measures(mc1, mc2, said):
+    found = {("p", "mc1"): mc1, ("p", "mc2"): mc2, ("easy", "acc"): DOWN}  # no truth in the last
+    told = outcome(found, "the base model")
+    assert told.startswith(said)
+    assert "easy" not in told
+
+
+def test_the_verdict_without_a_measure_of_truth():
+    assert outcome({("easy", "acc"): UP}, "x").startswith("is more often right than x (easy acc ")
+    assert outcome({}, "x") == ""
 
 
 def test_what_was_known_is_lost_kept_or_more():
@@ -107,5 +134,7 @@ def test_a_base_at_the_level_of_blind_rules_is_named():
 
 def test_a_finished_run_is_told(small_run: Run):
     said = loop.what_happened(small_run)
+    assert loop.verdict(small_run).count(". ") == 0, "one sentence"
+    assert "than the base model (probe mc1 " in loop.verdict(small_run)
     assert any("probe" in line for line in said)
     assert any("margin" in line for line in said)
