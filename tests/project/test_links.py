@@ -70,6 +70,7 @@ def test_own_addresses_are_those_of_the_one_repository(page: Page) -> None:
             (address,) = parse_qs(urlsplit(address).query)["src"]
         colab = "https://colab.research.google.com/github/"
         address = address.replace(colab, "https://github.com/")
+        address = address.replace(f"https://{OWNER}.github.io/", f"https://github.com/{OWNER}/")
         if whole != address or urlsplit(address).path.startswith(f"/{OWNER}/"):
             assert re.match(rf"{re.escape(REPOSITORY)}(/|\.git$|$)", address), (
                 f"{page.name}: {whole}"

@@ -56,7 +56,7 @@ SOURCES = {  # what is no measurement of this project's, or was measured elsewhe
     "00_start_here": {"93": "the size of the default model's file", "95": LEVEL},
     "02_qlora_dpo": {"150": "e to the power of 5"},
     "03_iterative_refinement": {"95": LEVEL},
-    "04_evaluation": {"36": BLIND, "52": BLIND, "55": "the paper's best 7B model"},
+    "04_evaluation": {"36": BLIND, "52": BLIND, "63": BLIND, "55": "the paper's best 7B model"},
     "06_scaling_up": {"14": "2 bytes of 7 billion", "15": "the T4's memory as it shows up"},
     "dpo_by_hand": {"44": "log 9 / 0.05"},
     "mc_metrics_and_how_they_mislead": {"32": "float32", "46": BLIND, "63": BLIND},
