@@ -382,6 +382,26 @@ def test_evaluate_train_and_evaluate_again(capsys, tmp_path: Path, tiny_llama: P
     assert "exists already" in err
 
 
+def test_several_benchmarks_have_a_file_each_and_are_not_measured_twice(
+    capsys, tmp_path: Path, tiny_llama: Path
+) -> None:
+    out, alone = tmp_path / "results", tmp_path / "alone.json"
+    command = ("evaluate", "--model", tiny_llama, "--dtype", "float32", "--benchmark")
+    several = (*command, "probe", "retention", "--out", out, "--limit")
+    assert call(capsys, *several, "4")[0] == 0
+    assert call(capsys, *command, "probe", "--limit", "4", "--out", alone)[0] == 0
+    one, two = (json.loads(file.read_text()) for file in (out / "probe.json", alone))
+    assert one["items"] == two["items"]
+    (out / "retention.json").unlink()  # as if it had been stopped before this one
+    code, said, _ = call(capsys, *several, "4")
+    assert code == 0
+    assert "probe: measured already" in said
+    assert "retention: measured already" not in said
+    assert "measured already" not in call(capsys, *several, "5")[1]
+    more = ("5", "--set", "evaluation.bootstrap=100")
+    assert "measured already" not in call(capsys, *several, *more)[1]
+
+
 def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path, capsys) -> None:
     folder = tmp_path / "planned"
     arguments = ["run", "--dry-run", "--profile", "smoke", "--run-dir", str(folder)]
