@@ -185,3 +185,13 @@ def loopback_hub() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def down(hub: Hub, patch: pytest.MonkeyPatch) -> None:
+    """Let the Hub be out of reach."""
+    patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+
+
+def offline(hub: Hub, patch: pytest.MonkeyPatch) -> None:
+    """Forbid huggingface_hub the network."""
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

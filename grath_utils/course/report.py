@@ -29,12 +29,11 @@ from grath_utils.loop.run_dir import BASE, LOG_ROW, Run, model_label
 from grath_utils.loop.state import (
     choice_line,
     comparison_rows,
-    gain_line,
     results,
     run_pairs,
     run_state,
 )
-from grath_utils.loop.verdict import verdict, what_happened
+from grath_utils.loop.verdict import gain_line, verdict, what_happened
 from grath_utils.text import percent, table, with_interval
 
 if TYPE_CHECKING:

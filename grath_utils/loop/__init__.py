@@ -36,12 +36,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "state": [
             "choice_line",
             "comparison_rows",
-            "gain_line",
             "results",
             "run_pairs",
             "run_questions",
             "run_state",
         ],
-        "verdict": ["DISPLACED", "displaced", "verdict", "what_happened"],
+        "verdict": ["DISPLACED", "displaced", "gain_line", "verdict", "what_happened"],
     },
 )

@@ -14,7 +14,6 @@ from grath_utils.loop.choice import SIGNALS, Choice, choose_round
 from grath_utils.loop.run_dir import BASE, Run, model_label
 from grath_utils.pairs.generate import Pair, read_pairs
 from grath_utils.pairs.questions import Question
-from grath_utils.text import with_interval
 
 
 def run_questions(run: Run, split: str | None = None) -> list[Question]:
@@ -144,29 +143,6 @@ def gains(run: Run, state: RunState) -> dict[str, dict[str, dict[str, Any]]]:
                 other = read_json(file, evaluation.RESULT)
                 found[labels][name] = evaluation.compare(other, models[label], **how)["metrics"]
     return found
-
-
-PLACEBOS = {
-    "random": "the same pairs with random labels",
-    "mismatched": "the same pairs under other questions",
-}
-
-
-def gain_line(run: Run) -> str:
-    """Return what the model has beyond each placebo, in points with intervals; '' without one."""
-    lines = []
-    for labels, benchmarks in gains(run, run_state(run)).items():
-        found = []
-        for benchmark, metrics in benchmarks.items():
-            values = [
-                f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
-                for metric, gain in metrics.items()
-            ]
-            found.append(f"{benchmark} {', '.join(values)}")
-        what = f"Gain over the placebo ({PLACEBOS[labels]})"
-        points = f", in points: {'; '.join(found)}" if found else ": not measured yet"
-        lines.append(what + points)
-    return "\n".join(lines)
 
 
 def comparison_rows(run: Run) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ one is printed depends on an interval, or on a limit that stands below.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,19 +21,51 @@ DISPLACED = 3.0  # nats that the chosen answers have lost: each is then e^3, twe
 TRUTH = ("mc1", "mc2")  # metrics of truthfulness
 RIGHT = ("acc", "acc_norm")  # of plain questions: both, or one would be picked by its outcome
 KEPT = "retention"  # the benchmark of what must not be lost
-AGAINST = {  # what a model is compared with, first of all
-    "random": "the same training with a coin for labels",
-    "mismatched": "the same training on the answers of other questions",
-    BASE: "the base model",
-}
-PLACEBO_WORDS = {  # what it is called, what a gain over it shows, what it had
-    "random": ("the placebo", "the labels teach", "a coin for labels"),
-    "mismatched": (
-        "the placebo of form",
-        "the answers say of their questions",
-        "the answers of another question",
+
+
+class Placebo(NamedTuple):
+    """What sentences say of a placebo."""
+
+    name: str
+    pairs: str
+    training: str
+    taught: str  # what a gain over it shows
+    had: str
+
+
+PLACEBOS = {  # by their labels, see Run.placebos
+    "random": Placebo(
+        name="the placebo",
+        pairs="the same pairs with random labels",
+        training="the same training with a coin for labels",
+        taught="the labels teach",
+        had="a coin for labels",
+    ),
+    "mismatched": Placebo(
+        name="the placebo of form",
+        pairs="the same pairs under other questions",
+        training="the same training on the answers of other questions",
+        taught="the answers say of their questions",
+        had="the answers of another question",
     ),
 }
+
+
+def gain_line(run: Run) -> str:
+    """Return what the model has beyond each placebo, in points with intervals; '' without one."""
+    lines = []
+    for labels, benchmarks in gains(run, run_state(run)).items():
+        found = []
+        for benchmark, metrics in benchmarks.items():
+            values = [
+                f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
+                for metric, gain in metrics.items()
+            ]
+            found.append(f"{benchmark} {', '.join(values)}")
+        what = f"Gain over the placebo ({PLACEBOS[labels].pairs})"
+        points = f", in points: {'; '.join(found)}" if found else ": not measured yet"
+        lines.append(what + points)
+    return "\n".join(lines)
 
 
 def verdict(run: Run) -> str:
@@ -44,8 +76,9 @@ def verdict(run: Run) -> str:
         labels: {(name, m): gain for name, metrics in of.items() for m, gain in metrics.items()}
         for labels, of in gains(run, state).items()
     }
-    compared = {labels: found for labels, found in over.items() if found} or {BASE: rows}
-    said = " and ".join(filter(None, (outcome(f, AGAINST[key]) for key, f in compared.items())))
+    compared = {PLACEBOS[labels].training: found for labels, found in over.items() if found}
+    compared = compared or {"the base model": rows}
+    said = " and ".join(filter(None, (outcome(f, what) for what, f in compared.items())))
     if not said:
         return ""
     shown, choice = f"ound {state.final + 1}", state.choice
@@ -105,17 +138,17 @@ def over_placebo(
     benchmark: str, metric: str, gain: Mapping[str, Any], labels: str = "random"
 ) -> str:
     """Say whether a model is seen to stand above a placebo; ``gain`` as of ``compare``."""
-    points, (placebo, taught, had) = _points(gain), PLACEBO_WORDS[labels]
+    points, placebo = _points(gain), PLACEBOS[labels]
     match _side(gain):
         case "above":
             return (
-                f"On {benchmark} what {taught} is seen: {metric} stands {points} points "
-                f"above {placebo}, which had the same pairs and steps and {had}."
+                f"On {benchmark} what {placebo.taught} is seen: {metric} stands {points} points "
+                f"above {placebo.name}, which had the same pairs and steps and {placebo.had}."
             )
         case "below":
-            return f"On {benchmark} {placebo} did better: {metric} {points} points against it."
+            return f"On {benchmark} {placebo.name} did better: {metric} {points} points against it."
     seen = f"{metric} {points} points{_least(gain)}"
-    return f"On {benchmark} no gain over {placebo} is seen: {seen}."
+    return f"On {benchmark} no gain over {placebo.name} is seen: {seen}."
 
 
 def over_base(benchmark: str, metric: str, change: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from datasets import load_dataset
 from helpers import config_for, write_pairs, write_questions
 from huggingface_hub import ModelCard
-from loopback_hub import Hub, loopback_hub
+from loopback_hub import Hub, down, loopback_hub, offline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grath_utils.cli import main
@@ -131,14 +131,6 @@ def another_token(hub: Hub, patch: pytest.MonkeyPatch) -> None:
 
 def not_allowed(hub: Hub, patch: pytest.MonkeyPatch) -> None:
     hub.read_only.add("me")
-
-
-def down(hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-
-
-def offline(hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.parametrize(

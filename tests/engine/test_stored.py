@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from loopback_hub import Hub, loopback_hub
+from loopback_hub import Hub, down, loopback_hub, offline
 from safetensors.torch import load_file, save_file
 
 from grath_utils.config import ModelConfig
@@ -89,14 +89,6 @@ def test_what_was_fetched_once_loads_without_the_hub(hub: Hub, monkeypatch, with
 
 def gated(hub: Hub, patch: pytest.MonkeyPatch) -> None:
     hub.gated.add("org/tiny")
-
-
-def down(hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-
-
-def offline(hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def dying(hub: Hub, patch: pytest.MonkeyPatch) -> None:
