@@ -90,7 +90,7 @@ def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
         label = model_label(t)
         for name in run.config.evaluation.benchmarks:
             title, out = f"evaluate {label} on {name}", run.evaluation(label, name)
-            add(f"evaluate_{label}_{name}", title, t, out, work("evaluate_model", t, name))
+            add(f"evaluate_{label}_{name}", title, t, out, work("evaluate_model", t))
     for labels, placebo in run.placebos(state.final).items():
         name = "placebo" if labels == "random" else f"placebo, {labels}"
         plan += [

@@ -228,32 +228,35 @@ def _measure(run: Run, iteration: int | None, progress: bool) -> dict[str, Any]:
 
 
 def evaluate_model(
-    run: Run, iteration: int | None, benchmark: str, *, progress: bool = True
-) -> dict[str, Any]:
-    """Return a model's result on a benchmark, computing it where it is not there yet."""
-    out = run.evaluation(model_label(iteration), benchmark)
-    if processes.from_main(out.exists()):
-        return read_json(out, RESULT)
-    settings = run.config.evaluation
-    with lock_run(run):
-        result = evaluate(
-            load_model(run, iteration),
-            benchmark,
-            limit=settings.limit,
-            seed=run.config.seed,
-            batch_tokens=settings.batch_tokens,
-            bootstrap=settings.bootstrap,
-            out=out,
-            progress=progress,
-        )
-        record_made(run, out)
+    run: Run, iteration: int | None, *, progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Return a model's result on each of the run's benchmarks, computing those that are missing."""
+    settings, results, policy = run.config.evaluation, {}, None
+    for benchmark in settings.benchmarks:
+        out = run.evaluation(model_label(iteration), benchmark)
+        if processes.from_main(out.exists()):
+            results[benchmark] = read_json(out, RESULT)
+            continue
+        policy = policy or load_model(run, iteration)  # once for all of them
+        with lock_run(run):
+            result = results[benchmark] = evaluate(
+                policy,
+                benchmark,
+                limit=settings.limit,
+                seed=run.config.seed,
+                batch_tokens=settings.batch_tokens,
+                bootstrap=settings.bootstrap,
+                out=out,
+                progress=progress,
+            )
+            record_made(run, out)
         write_scalars(
             run.config.dpo.report_to,
             run.path / "evaluation" / "tensorboard",
             {f"{benchmark}/{name}": metric["value"] for name, metric in result["metrics"].items()},
             step=0 if iteration is None else iteration + 1,  # rounds of training behind it
         )
-    return result
+    return results
 
 
 def _record(run: Run, iteration: int, *outputs: Path) -> None:

@@ -62,9 +62,8 @@ def do_job(sweep: Path, name: str) -> None:
         if shared["kind"] == PAIRS:
             make_pairs(run, 0, progress=False)
             return
-        for benchmark in config.evaluation.benchmarks:
-            print(f"evaluate base on {benchmark}", flush=True)
-            evaluate_model(run, None, benchmark, progress=False)
+        print(f"evaluate base on {', '.join(config.evaluation.benchmarks)}", flush=True)
+        evaluate_model(run, None, progress=False)
         return
     row = find_row(sweep, name)
     if row is None:

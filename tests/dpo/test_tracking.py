@@ -59,11 +59,12 @@ def test_evaluations_are_scalars_too_and_a_tracker_may_join_later(
     run = start_run(
         tmp_path / "run", replace(config, dpo=replace(config.dpo, report_to=("tensorboard",)))
     )
-    result = evaluate_model(run, None, "probe", progress=False)
+    results = evaluate_model(run, None, progress=False)
     shown = scalars(run.path / "evaluation" / "tensorboard")
-    assert shown.keys() == {f"probe/{name}" for name in result["metrics"]}
-    for name, metric in result["metrics"].items():
-        assert shown[f"probe/{name}"] == [(0, pytest.approx(metric["value"], rel=1e-6))]
+    wanted = {f"{b}/{name}": m for b, r in results.items() for name, m in r["metrics"].items()}
+    assert shown.keys() == wanted.keys()
+    for name, metric in wanted.items():
+        assert shown[name] == [(0, pytest.approx(metric["value"], rel=1e-6))]
 
 
 def test_other_settings_still_belong_to_the_run(tmp_path: Path) -> None:

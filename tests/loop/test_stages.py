@@ -139,7 +139,7 @@ def test_how_much_is_quantized_is_recorded_and_said(
     counts = {"matrices": 14, "of_matrices": 14, "weights": 73728, "of_weights": 73728}
     assert run.info()["quantized"] == counts
     assert run.quantization() == "nf4 (14 of 14 matrices, 100.0 % of their weights)"
-    assert evaluate_model(run, None, "probe", progress=False)["model"]["quantized"] == counts
+    assert evaluate_model(run, None, progress=False)["probe"]["model"]["quantized"] == counts
     older = {key: value for key, value in run.info().items() if key != "quantized"}
     write_json(run.path / "run.json", older)
     assert start_run(run.path, config).quantization() == "nf4"
@@ -351,13 +351,13 @@ def test_two_rounds_and_their_evaluation(run: Run) -> None:
         train_iteration(run, t, progress=False)
         fingerprints.append(load_model(run, t).fingerprint)
     assert len(set(fingerprints)) == 3
-    result = evaluate_model(run, 1, "probe", progress=False)
+    result = evaluate_model(run, 1, progress=False)["probe"]
     assert result["model"]["fingerprint"] == fingerprints[2]
     assert result["model"]["name"] == "run@1"
     assert run.evaluation("iter_1", "probe").exists()
     # What is done is read, not done again.
     write_json(run.evaluation("iter_1", "probe"), {**result, "read": True})
-    assert evaluate_model(run, 1, "probe", progress=False)["read"]
+    assert evaluate_model(run, 1, progress=False)["probe"]["read"]
     adapter = run.adapter(0) / "adapter_model.safetensors"
     before = adapter.stat().st_mtime_ns
     train_iteration(run, 0, progress=False)

@@ -244,7 +244,7 @@ def test_a_shared_stage_of_other_weights_is_not_taken(story, tmp_path: Path) -> 
     with pytest.raises(RunError, match="stands on model"):
         take_base(run, tmp_path / "shared")
     take_base(run, shared.path)
-    assert evaluate_model(run, None, "probe")["model"]["name"] == "run@base"
+    assert evaluate_model(run, None)["probe"]["model"]["name"] == "run@base"
 
 
 def test_without_snakemake_it_is_the_same_sweep(capsys, tiny_settings, tmp_path: Path) -> None:
