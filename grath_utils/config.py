@@ -118,10 +118,10 @@ class PairsConfig:
     server_model: str | None = option(
         None, "backend server: the base model's name there, if it serves several", added=True
     )
-    retry_failed: bool = option(True, "later iterations try again the questions that failed")
+    retry_failed: bool = option(True, "later rounds try again the questions that failed")
     fallback: str = option(
         "newest",
-        "where a new correct answer fails: keep the newest one, or that of iteration 0",
+        "where a new correct answer fails: keep the newest one, or that of round 1",
         choices=("newest", "first"),
         added=True,
     )
@@ -307,7 +307,7 @@ class EvaluationConfig:
         ("probe", "retention"), "benchmark names; see `grath evaluate --help`"
     )
     limit: int | None = option(None, "items of each benchmark, drawn by the seed", ge=2)
-    every_iteration: bool = option(True, "evaluate each iteration, not only base and last")
+    every_iteration: bool = option(True, "evaluate after every round, not only base and last")
     batch_tokens: int = option(4096, "tokens scored together", ge=64)
     bootstrap: int = option(2000, "resamples behind each 95 % interval", ge=100)
 

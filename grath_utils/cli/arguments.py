@@ -176,8 +176,9 @@ PROFILE = argument("--profile", default="cpu", help="see grath_utils/profiles (d
 SEED = seed("replaces the profile's seed")
 SET_HELP = "change settings; `grath options` lists them"
 SET = many("--set", "KEY=VALUE", SET_HELP, dest="overrides")
+NAMED_ROUND = "RUN_DIR@N (@0: after round 1)"
 MODEL_HELP = (
-    "default, a Hub id, a folder, or RUN_DIR@ITERATION (default: the settings' model.name). A base "
+    f"tiny, small, a Hub id, a folder, or {NAMED_ROUND}; default: the settings' model.name. A base "
     "model takes quantization, dtype and device from the settings; a run's model and an adapter "
     "bring those that they were made with, and only --set changes them"
 )

@@ -212,7 +212,7 @@ def _print_result(result: Mapping[str, Any], quantization: str) -> None:
 @arg.command(
     "write a trained model as one that stands alone, with a model card",
     "merge --model runs/cpu@1 --to merged",
-    arg.option("--model", "RUN_DIR@ITERATION", required=True),
+    arg.option("--model", "RUN_DIR@N", "@0: after round 1", required=True),
     arg.TO,
     arg.argument("--dtype", choices=DTYPES, default=DTYPES[0], help=MERGED_HELP),
 )
@@ -225,13 +225,13 @@ def do_merge(options: argparse.Namespace) -> None:
 
 
 WHAT = {"dest": "what", "action": "store_const", "default": "adapter"}
-ROUND = "a run, whose chosen round is meant, or RUN_DIR@ITERATION"
+ROUND = f"a run, whose chosen round is meant, or {arg.NAMED_ROUND}"
 
 
 @arg.command(
     "upload a round of a run to the Hugging Face Hub, with a card: its adapter, or what you say",
     "push runs/cpu@0 --to org/name --merged",
-    arg.argument("name", metavar="RUN_DIR[@ITERATION]", help=ROUND),
+    arg.argument("name", metavar="RUN_DIR[@N]", help=ROUND),
     arg.option("--to", "ORG/NAME", "the repository, made if it is not there", required=True),
     arg.either(
         arg.argument("--merged", help="a model that stands alone", **WHAT, const="merged"),

@@ -52,7 +52,7 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
         raise UsageError(f"{folder} is where you are; name a new folder for the merged model")
     base, adapters = resolve_name(name)
     if not adapters:
-        raise ModelError(f'"{name}" has no adapter to merge: name RUN_DIR@ITERATION')
+        raise ModelError(f'"{name}" has no adapter to merge: name RUN_DIR@N (@0: after round 1)')
     # On a CPU the rounded weights are ordinary ones, to which a product can be added exactly.
     exact = replace(base, device="cpu", dtype="float32")
     wanted = _logits(apply_adapters(load_base(exact), adapters))

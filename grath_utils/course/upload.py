@@ -42,7 +42,7 @@ def push(
     """Upload what a run has made to a repository of the Hub, which is made if it is not there.
 
     Args:
-        name: ``RUN_DIR``, whose chosen round is meant, or ``RUN_DIR@ITERATION``.
+        name: ``RUN_DIR``, whose chosen round is meant, or ``RUN_DIR@N``.
         repository: ``ORGANISATION/NAME``, or ``NAME`` of one's own.
         what: ``adapter``, ``merged`` (a model that stands alone) or ``pairs`` (a data set).
         dtype: of the merged model's weights.

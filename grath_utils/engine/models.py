@@ -51,7 +51,7 @@ class Policy:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str  # what was asked for: `default`, a Hub id, a folder, or RUN_DIR@ITERATION
+    name: str  # what was asked for: `default`, a Hub id, a folder, or RUN_DIR@N
     config: ModelConfig  # the base model, its quantization, dtype and device (no `auto`)
     fingerprint: str  # changes whenever weights, quantization, dtype or adapter do
     adapters: tuple[Path, ...] = ()  # on the base, in order: all but the last are merged into it

@@ -31,7 +31,7 @@ def load_policy(
 ) -> Policy:
     """Load a model by the name that users give, see :func:`resolve_name`.
 
-    What is left out is as the run recorded it for ``RUN_DIR@ITERATION``, and otherwise as
+    What is left out is as the run recorded it for ``RUN_DIR@N``, and otherwise as
     :class:`.config.ModelConfig` has it. Without a GPU the 4-bit types of ``quantization`` are
     *simulated*: the weights are rounded through bitsandbytes' own tables and kept in ``dtype``,
     the same numbers as QLoRA without its memory saving.
@@ -89,7 +89,7 @@ def resolve_name(
     """Return the base model and the adapters (to merge in order, the last on top) of a name.
 
     A name is ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
-    ``RUN_DIR@ITERATION``: ``runs/cpu@1`` is the model after the second DPO round, ``runs/cpu@base``
+    ``RUN_DIR@N``: ``runs/cpu@1`` is the model after the second DPO round, ``runs/cpu@base``
     the one before the first.
 
     Args:
@@ -103,7 +103,7 @@ def resolve_name(
     if "@" not in name or os.path.exists(os.path.expanduser(name)):
         folder = Path(os.path.expanduser(name))
         if (folder / "adapter" / "adapter_config.json").is_file():
-            folder = folder / "adapter"  # an iteration's folder, or what `train --out` left
+            folder = folder / "adapter"  # a round's folder, or what `train --out` left
         if (folder / "adapter_config.json").is_file():
             return adapter_base(folder, configured), [*merged_before(folder), folder]
         return another_base(configured, absolute_name(name, is_stored_model)), []
@@ -116,12 +116,12 @@ def resolve_name(
 
 
 def named_round(name: str) -> tuple[Run, int]:
-    """Return the run and the trained iteration of ``RUN_DIR@ITERATION``, or of ``RUN_DIR``.
+    """Return the run and the trained round of ``RUN_DIR@N``, or of ``RUN_DIR``.
 
     The latter means the round that the run shows as its result.
 
     Raises:
-        ModelError: there is no such iteration, or it is not trained yet.
+        ModelError: there is no such round, or it is not trained yet.
     """
     path, _, which = name.rpartition("@")
     if not path or os.path.exists(os.path.expanduser(name)):
@@ -129,10 +129,14 @@ def named_round(name: str) -> tuple[Run, int]:
         which = str(run_state(run).final)
     else:
         run = load_run(path)
-    if not which.isdigit():
-        raise ModelError(f'"{name}": after @ comes an iteration (0, 1, ...) or `base`')
+    if not which.isdecimal():
+        raise ModelError(
+            f'"{name}": after @ comes `base`, or a number from 0 on (@0: the model after round 1)'
+        )
     if not run.adapter(int(which)).is_dir():
-        done = [t for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
-        trained = ", ".join(map(str, done)) or "none yet"
-        raise ModelError(f'"{name}": iteration {which} has no adapter (trained so far: {trained})')
+        done = [f"@{t}" for t in range(run.config.loop.iterations) if run.adapter(t).is_dir()]
+        raise ModelError(
+            f'"{name}": round {int(which) + 1} has no adapter, @0 being the one after round 1 '
+            f"(trained so far: {', '.join(done) or 'none yet'})"
+        )
     return run, int(which)

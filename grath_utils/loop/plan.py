@@ -9,7 +9,7 @@ from typing import Any
 
 from grath_utils.config import Config
 from grath_utils.evaluation.benchmarks import find_benchmark
-from grath_utils.loop.run_dir import Run, model_label
+from grath_utils.loop.run_dir import BASE, Run, model_label
 from grath_utils.loop.state import run_state
 from grath_utils.pairs.modes import check_pairs_config
 
@@ -21,6 +21,7 @@ class Stage:
     id: str
     """``pairs_0``, ``train_0``, ``evaluate_iter_0_probe``, ``train_0@random`` of a placebo, ..."""
     title: str
+    """For people, who count rounds from 1; ids and files count from 0."""
     iteration: int | None
     """None: about the base model."""
     output: Path
@@ -77,19 +78,20 @@ def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
         do = work("make_pairs", t)
         if run.main:
             made = (run.path / "run.json", run.questions)
-            add(f"relabel_{t}", f"relabel pairs, iteration {t}", t, run.pairs(t), do, *made)
+            add(f"relabel_{t}", f"relabel pairs, round {t + 1}", t, run.pairs(t), do, *made)
         else:
-            title = f"write pairs, iteration {t}"
+            title = f"write pairs, round {t + 1}"
             add(f"pairs_{t}", title, t, run.pairs(t), do, run.rejects(t))
         if t == 0:  # as soon as there are pairs
             add_measuring(None, "measure base on held-out pairs")
         do, log = work("train_iteration", t), run.training_log(t)
-        add(f"train_{t}", f"train, iteration {t}", t, run.adapter(t), do, log)
-        add_measuring(t, f"measure on held-out pairs, iteration {t}")
+        add(f"train_{t}", f"train, round {t + 1}", t, run.adapter(t), do, log)
+        add_measuring(t, f"measure on held-out pairs after round {t + 1}")
     for t in state.evaluated:
         label = model_label(t)
+        what = BASE if t is None else f"after round {t + 1}"
         for name in run.config.evaluation.benchmarks:
-            title, out = f"evaluate {label} on {name}", run.evaluation(label, name)
+            title, out = f"evaluate {what} on {name}", run.evaluation(label, name)
             add(f"evaluate_{label}_{name}", title, t, out, work("evaluate_model", t))
     for labels, placebo in run.placebos(state.final).items():
         name = "placebo" if labels == "random" else f"placebo, {labels}"

@@ -114,7 +114,7 @@ def load_model(run: Run, iteration: int | None) -> Policy:
     """
     adapter = None if iteration is None else run.adapter(iteration)
     if adapter and not adapter.is_dir():
-        raise RunError(f"{run.path}: round {iteration} has not been trained yet")
+        raise RunError(f"{run.path}: round {iteration + 1} has not been trained yet")
     policy = model_after(resolve(run.base_model()), adapter).load()
     return replace(policy, name=f"{run.path.name}@{BASE if iteration is None else iteration}")
 

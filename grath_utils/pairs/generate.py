@@ -190,7 +190,9 @@ def generate_pairs(
     previous = as_written(previous, config.labels, config.flipped, seed, texts)
     old = {pair.id: pair for pair in previous}
     if old and iteration < 1:
-        raise DataError(f"refinement is for iterations from 1 on, not {iteration}")
+        raise DataError(
+            "`previous` is for later rounds (iteration 1, 2, ...): refine in one of them"
+        )
     tasks = [
         Task(question, old[question.id].incorrect if question.id in old else None)
         for question in questions

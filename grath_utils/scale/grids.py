@@ -220,7 +220,7 @@ def describe_plan(plan: Mapping[str, Any]) -> str:
     kinds = [stage["kind"] for stage in plan["shared"].values()]
     return (
         f"{len(values)} points: {len(cells)} cells, {len(seeds)} seeds\n"
-        f"Shared: {kinds.count(PAIRS)} times the pairs of iteration 0, "
+        f"Shared: {kinds.count(PAIRS)} times the pairs of round 1, "
         f"{kinds.count(BASE)} times the evaluation of the base model"
     )
 

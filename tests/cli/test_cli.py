@@ -274,8 +274,8 @@ def test_status_says_what_is_done_and_what_is_not(capsys, tmp_path: Path) -> Non
     run.pairs(0).write_text("{}\n")
     code, out, _ = call(capsys, "status", "--run-dir", run.path)
     assert code == 0
-    assert "done    write pairs, iteration 0" in out
-    assert "to do   train, iteration 0" in out
+    assert "done    write pairs, round 1" in out
+    assert "to do   train, round 1" in out
     assert "1 of 13 stages done" in out
 
 
@@ -408,7 +408,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path, capsys) -> 
     assert cli.main([*arguments, "--set", "loop.iterations=3", "pairs.candidates=2"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("to do   train") == 3
-    assert "to do   evaluate iter_2 on retention" in shown
+    assert "to do   evaluate after round 3 on retention" in shown
     # 12 questions; the first iteration asks 1 + 2 x 2 times, the others not for incorrect answers.
     assert "completions to write, at most: 132" in shown
     assert "optimiser steps: 9" in shown

@@ -150,7 +150,7 @@ def test_the_same_metrics(one: Path, two: Path) -> None:
 
 def test_only_the_main_process_speaks(two: Path) -> None:
     out = (two.parent / "out.txt").read_text(encoding="utf-8")
-    assert out.count("write pairs, iteration 0") == 1
+    assert out.count("write pairs, round 1") == 1
     assert out.count("Report:") == 1
 
 

@@ -54,6 +54,6 @@ def test_the_page_on_adding_a_benchmark(tiny_llama: Path, tmp_path: Path) -> Non
     assert run.returncode == 0, run.stderr
     said = " ".join(run.stdout.split())
     assert "openbookqa: a fact of science and some common sense" in said
-    assert re.search(r"evaluate iter_\d on openbookqa", said)
+    assert re.search(r"evaluate after round \d on openbookqa", said)
     assert "mirror mirror zero-shot 3 acc_norm acc chance" in said
     assert said.endswith("acc_norm acc")

@@ -214,11 +214,7 @@ def test_killed_again_and_again_it_ends_the_same(smoke, tmp_path: Path) -> None:
     """Killed in the first pairs, in training and in evaluation; without notebooks; then whole."""
     arguments = ("run", "--profile", "smoke", "--run-dir", tmp_path / "run", "--no-notebooks")
     killed = 0
-    moments = (
-        ("write pairs, iteration 0", 4.0),
-        ("train, iteration 0", 6.0),
-        ("evaluate base", 0.5),
-    )
+    moments = (("write pairs, round 1", 4.0), ("train, round 1", 6.0), ("evaluate base", 0.5))
     for stage, delay in moments:
         process = start(*arguments)
         assert process.stdout is not None

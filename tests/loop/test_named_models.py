@@ -20,9 +20,9 @@ def test_run_names(tmp_path: Path, tiny_llama: Path) -> None:
     config = load_config("smoke", {"model.name": str(tiny_llama)})
     run = open_run(tmp_path / "run", config)
     assert load_policy(f"{run.path}@base").config.name == str(tiny_llama)
-    with pytest.raises(ModelError, match="iteration 0 has no adapter .*none yet"):
+    with pytest.raises(ModelError, match="round 1 has no adapter.*none yet"):
         load_policy(f"{run.path}@0")
-    with pytest.raises(ModelError, match="after @ comes an iteration"):
+    with pytest.raises(ModelError, match="after @ comes `base`, or a number"):
         load_policy(f"{run.path}@last")
     with pytest.raises(UsageError, match="holds no run"):
         load_policy(f"{tmp_path / 'elsewhere'}@0")

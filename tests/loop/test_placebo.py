@@ -94,7 +94,7 @@ def test_the_gain_is_the_first_thing_that_is_said(run: Run, capsys) -> None:
     assert main(["status", "--run-dir", str(run.path)]) == 0
     said = capsys.readouterr().out
     assert line in said
-    assert "done    placebo: relabel pairs, iteration 0" in said
+    assert "done    placebo: relabel pairs, round 1" in said
     assert said.index(line) < said.index("chosen without a look at any benchmark")
 
 

@@ -147,19 +147,19 @@ def test_how_much_is_quantized_is_recorded_and_said(
 
 def test_the_plan_in_order(run: Run) -> None:
     assert [(stage.id, stage.title) for stage in plan_stages(run)] == [
-        ("pairs_0", "write pairs, iteration 0"),
+        ("pairs_0", "write pairs, round 1"),
         ("measure_base", "measure base on held-out pairs"),
-        ("train_0", "train, iteration 0"),
-        ("measure_iter_0", "measure on held-out pairs, iteration 0"),
-        ("pairs_1", "write pairs, iteration 1"),
-        ("train_1", "train, iteration 1"),
-        ("measure_iter_1", "measure on held-out pairs, iteration 1"),
+        ("train_0", "train, round 1"),
+        ("measure_iter_0", "measure on held-out pairs after round 1"),
+        ("pairs_1", "write pairs, round 2"),
+        ("train_1", "train, round 2"),
+        ("measure_iter_1", "measure on held-out pairs after round 2"),
         ("evaluate_base_probe", "evaluate base on probe"),
         ("evaluate_base_retention", "evaluate base on retention"),
-        ("evaluate_iter_0_probe", "evaluate iter_0 on probe"),
-        ("evaluate_iter_0_retention", "evaluate iter_0 on retention"),
-        ("evaluate_iter_1_probe", "evaluate iter_1 on probe"),
-        ("evaluate_iter_1_retention", "evaluate iter_1 on retention"),
+        ("evaluate_iter_0_probe", "evaluate after round 1 on probe"),
+        ("evaluate_iter_0_retention", "evaluate after round 1 on retention"),
+        ("evaluate_iter_1_probe", "evaluate after round 2 on probe"),
+        ("evaluate_iter_1_retention", "evaluate after round 2 on retention"),
     ]
     assert not any(stage.done for stage in plan_stages(run))
     assert run_state(with_loop(run, iterations=1)).evaluated == (None, 0)

@@ -256,7 +256,7 @@ def test_a_dry_run_without_a_known_shape_still_shows_the_plan(tmp_path, capsys) 
     arguments = ["run", "--dry-run", "--profile", "smoke", "--run-dir", str(tmp_path / "x")]
     assert cli.main([*arguments, "--set", "model.name=someone/unheard-of"]) == 0
     shown = capsys.readouterr().out
-    assert "to do   train, iteration 1" in shown
+    assert "to do   train, round 2" in shown
     assert "no estimate of time and memory: the shape of the model" in shown
 
 

@@ -204,7 +204,7 @@ def test_shared_stages_are_made_once(story) -> None:
     # A point's own log tells what it did itself.
     for point in story.plan["points"]:
         log = (story.out / "logs" / f"{point['name']}.log").read_text(encoding="utf-8")
-        assert "write pairs, iteration 0" not in log
+        assert "write pairs, round 1" not in log
         assert "evaluate base" not in log
 
 

@@ -73,7 +73,7 @@ def test_what_is_missing_is_computed_and_nothing_twice(tmp_path: Path, config: C
     write_pairs(run, 0)
     lines: list[str] = []
     checkpoints.make_state(run, "03", progress=False, say=lines.append)
-    assert any("train, iteration 0" in line for line in lines)
+    assert any("train, round 1" in line for line in lines)
     assert not any("pairs" in line for line in lines)
     assert run.adapter(0).is_dir()
     assert not run.pairs(1).exists()
@@ -140,7 +140,7 @@ def test_own_results_are_not_mixed_with_others(
 def test_an_unfinished_checkpoint_is_refused(tmp_path: Path, config: Config, finished: Run) -> None:
     shutil.rmtree(finished.adapter(1))
     run = start_run(tmp_path / "late", config)
-    with pytest.raises(RunError, match="is not finished; it lacks: train, iteration 1"):
+    with pytest.raises(RunError, match="is not finished; it lacks: train, round 2"):
         checkpoints.copy_state(run, "04", finished)
 
 
