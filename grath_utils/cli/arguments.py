@@ -68,7 +68,15 @@ def command(help: str, example: str, *arguments: Argument) -> Callable[..., Comm
 
 def argument(*names: str, **settings: Any) -> Argument:
     """Return an argument, described as for ``ArgumentParser.add_argument``."""
-    return lambda parser: parser.add_argument(*names, **settings)
+    choices = settings.get("choices")
+
+    def chosen(text: str) -> str:
+        if text not in choices:
+            raise UsageError(f'{names[0]} cannot be "{text}"{did_you_mean(text, choices)}')
+        return text
+
+    kind = {"type": chosen} if choices else {}
+    return lambda parser: parser.add_argument(*names, **kind, **settings)
 
 
 def option(name: str, metavar: str, help: str | None = None, **settings: Any) -> Argument:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from grath_utils.config import ModelConfig
 from grath_utils.course.export import merge_model, model_card, on_hub, pairs_card
@@ -58,6 +59,8 @@ def push(
         ModelError: nobody else could load the adapter.
         FetchError: the Hub cannot be reached, or refuses the upload.
     """
+    with _explained(repository):
+        validate_repo_id(repository)
     run, iteration = named_round(name)
     api, kind = HfApi(), KINDS[what]
     if not dry_run:

@@ -21,6 +21,7 @@ PAIR = {"question": "Why?", "correct": "So.", "incorrect": "Not so."}
 WRITE_FILES = {
     "evaluate": ["evaluate", "--benchmark", "probe", "--out"],
     "pairs": ["pairs", "--questions", "asked.jsonl", "--out"],
+    "export": ["export", "pairs.jsonl", "--to"],
 }
 MAKE_FOLDERS = {
     "train": ["train", "--pairs", "pairs.jsonl", "--out"],
@@ -134,8 +135,8 @@ INPUTS = ["asked.jsonl", "linked.jsonl", "same.jsonl", "results/../asked.jsonl",
 def test_questions_are_not_overwritten_by_the_answers(place: Path, capsys, out: str) -> None:
     """A file of pairs can be asked again, so it looks like an earlier output."""
     for source in ("asked.jsonl", str(place / "asked.jsonl")):
-        said = refused(place, capsys, "pairs", "--questions", source, "--out", out)
-        assert "is read by this command" in said
+        for command in (["pairs", "--questions", source, "--out"], ["export", source, "--to"]):
+            assert "is read by this command" in refused(place, capsys, *command, out)
 
 
 def test_nor_by_what_was_rejected(place: Path, capsys) -> None:
@@ -150,7 +151,7 @@ def test_a_runs_own_files_are_written_by_the_run_alone(place: Path, capsys) -> N
     run = open_run(place / "run", load_config("smoke"))
     run.manifest.write_text(json.dumps({"iter_0/pairs.jsonl": "0"}))
     (place / "iter_0").rename(run.iteration(0))
-    for command in COMMANDS["evaluate"], COMMANDS["pairs"]:
+    for command in WRITE_FILES.values():
         said = refused(place, capsys, *command, "run/iter_0/pairs.jsonl")
         assert "belongs to the run in" in said
 
