@@ -17,7 +17,7 @@ from torch import nn
 
 from grath_utils.config import ModelConfig
 from grath_utils.engine import processes
-from grath_utils.engine.machine import quiet_transformers
+from grath_utils.engine.machine import quiet_transformers, return_freed_memory
 from grath_utils.errors import ModelError, RunError, UsageError
 from grath_utils.files import atomic_path
 
@@ -124,6 +124,7 @@ def round_weights(model: PreTrainedModel, quantization: str, kept: Path | None =
         codes = round_layer(model.get_submodule(name), quantization, known.get(name))
         if kept and name not in known:
             found[name] = codes
+            return_freed_memory()  # or these small blocks keep gigabytes between them from it
     if any(found.values()):
         _keep_codes(kept, found)
     return part

@@ -125,7 +125,8 @@ def _model_order(label: str) -> int:
     return 0 if label == "base" else int(label.rsplit("_", 1)[1]) + 1
 
 
-def _model_name(label: str) -> str:
+def model_name(label: str) -> str:
+    """Return what readers call a model: ``round 1`` for ``iter_0``."""
     return f"round {_model_order(label)}" if _model_order(label) else "base"
 
 
@@ -314,7 +315,7 @@ def plot_dashboard(panels: Sequence[tuple], columns: int = 4) -> Figure:
             if value != level:  # a line through a number
                 _beside(axis, f"{value:.1f}", (place, value), size=8.5)
         places = [_model_order(label) for label, *_ in points]
-        axis.set_xticks(places, [_model_name(label) for label, *_ in points], fontsize=9)
+        axis.set_xticks(places, [model_name(label) for label, *_ in points], fontsize=9)
         axis.set(ylabel=unit, xlim=(-0.5, max(places) + 0.8))
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", visible=False)
@@ -567,7 +568,7 @@ def plot_controls(results: Mapping[str, Measured]) -> Figure:
     axes.bar_label(bars, fmt="%.1f", padding=5, fontsize=9)
     axes.axhline(n - 0.5, color=GREY, linewidth=0.8)
     axes.axvline(rules["chance"], **CHANCE)
-    _name_rows(axes, [*map(_model_name, results), *(rule.replace("_", " ") for rule in rules)])
+    _name_rows(axes, [*map(model_name, results), *(rule.replace("_", " ") for rule in rules)])
     axes.set(xlim=(0, None), xlabel="MC1, percent (hatched: never read the question)")
     return figure
 
