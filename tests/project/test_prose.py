@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from prose import ROOT, Page, markdown_pages, python_prose, without_code
 
-from grath_utils.cli.commands import build_parser
+from grath_utils.cli.commands import build_parser, command_parsers
 
 codespell = pytest.importorskip("codespell_lib")
 
@@ -77,20 +77,34 @@ def test_formulas_have_no_doubled_backslash(page: Page) -> None:
 
 def commands() -> set[str]:
     """Return the names of the command line's commands."""
-    (choices,) = (
-        action.choices
-        for action in build_parser()._actions
-        if isinstance(action, argparse._SubParsersAction)
-    )
-    return set(choices)
+    return set(command_parsers(build_parser()))
+
+
+def targets() -> set[str]:
+    """Return the names of what ``make`` makes."""
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_that_pages_name_exist(page: Page) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    known = commands()
+    known, made = commands(), targets()
     assert "python -m grath_utils " not in page.text, f"{page.name}: it is called grath"
     for command in re.findall(r"(?:^|`|\\)grath ([a-z]+)", page.text, re.MULTILINE):
         assert command in known, f"{page.name}: grath {command}"
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.text, re.MULTILINE):
-        assert target in targets, f"{page.name}: make {target}"
+        assert target in made, f"{page.name}: make {target}"
+
+
+def test_contributors_find_every_command() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = [f"make {name}" for name in targets()] + [f"grath {name}" for name in commands()]
+    assert not [name for name in names if f"| `{name}`" not in page and f"` `{name}`" not in page]
+
+
+def test_pages_name_the_pythons_that_the_project_allows() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    first, below = re.findall(r"3\.(\d+)", project["requires-python"])
+    text = "\n".join(page.text for page in PAGES)
+    spans = re.findall(r"Python 3\.(\d+) (to 3\.(\d+)|(?:and|or) newer)", text)
+    assert len(spans) >= 5
+    assert {(begin, end) for begin, _, end in spans} == {(first, str(int(below) - 1))}
