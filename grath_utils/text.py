@@ -88,4 +88,5 @@ def table(
         text = re.sub(r"(?<=>) +| +(?=</)", "", text)  # padding
         text = re.sub(r'<(t[dh]) style="', r'<\1 style="vertical-align: top; ', text)
         text = re.sub(r"<(t[dh])>", r'<\1 style="vertical-align: top; text-align: left;">', text)
+        text = text.replace("<th ", '<th scope="col" ')  # for those who hear a table
     return text

@@ -75,8 +75,9 @@ def do_run(options: argparse.Namespace) -> None:
 
 
 def _report(run: loop.Run) -> None:
-    course.write_report(run)
-    print(f"Report: {run.report}\n\n{course.summary_table(run)}")
+    state = loop.run_state(run)
+    course.write_report(state)
+    print(f"Report: {run.report}\n\n{course.summary_table(state)}")
 
 
 def _line(done: bool, title: str) -> str:
@@ -120,9 +121,15 @@ def _show_plan(run: loop.Run) -> None:
 @arg.command("show where a run stands", "status runs/cpu", arg.RUN_DIR, JSON)
 def do_status(options: argparse.Namespace) -> None:
     run = loop.load_run(options.run_dir)
-    plan, config, state = loop.plan_stages(run), run.config, loop.run_state(run)
+    config, state = run.config, loop.run_state(run)
+    plan = loop.plan_stages(state)
     done = sum(stage.done for stage in plan)
-    said = (loop.verdict(run), loop.gain_line(run), *loop.what_happened(run), loop.choice_line(run))
+    said = (
+        loop.verdict(state),
+        loop.gain_line(state),
+        *loop.what_happened(state),
+        loop.choice_line(state),
+    )
     exercises = course.exercises_line(run)
     if options.json:
         found = {

@@ -15,7 +15,7 @@ from grath_utils.evaluation.blind_rules import chance_level
 from grath_utils.evaluation.statistics import Bounds, summarize
 from grath_utils.loop.choice import MEASURE_AGAIN, displacement, margins
 from grath_utils.loop.run_dir import BASE, Run, model_label
-from grath_utils.loop.state import results, run_questions, run_state
+from grath_utils.loop.state import RunState, run_questions, run_state
 from grath_utils.text import in_percent, with_interval
 
 ROUND_COLUMNS = (
@@ -37,13 +37,14 @@ SIGNALS = (  # title, unit, and the values of held-out pairs from the signals of
 UNMOVED = (0.0, 0.0)  # bounds of the base model's signals: against itself nothing else can be
 
 
-def round_rows(run: Run) -> list[tuple[str, ...]]:
+def round_rows(run: Run | RunState) -> list[tuple[str, ...]]:
     """Return what each round was judged by, one row a model, in the order of ROUND_COLUMNS.
 
     Margin, chosen and KL are means over the held-out pairs of iteration 0, against the base model,
     with 95 % intervals; the rest is about free answers to held-out questions.
     """
     state, rows = run_state(run), []
+    run = state.run
     if state.choice is None:
         return []
     measured = zip((state.base, *state.rounds), ((), *state.choice.alarms), strict=True)
@@ -86,13 +87,14 @@ class Panel(NamedTuple):
     named: str = "base"
 
 
-def dashboard_panels(run: Run) -> list[Panel]:
+def dashboard_panels(run: Run | RunState) -> list[Panel]:
     """Return the panels of the dashboard, as far as the run has the numbers.
 
     Three that a round is judged by, and one that it reached: the first metric of the first
     benchmark, beside chance. The health of free answers stands in :func:`round_rows`.
     """
     state, panels = run_state(run), []
+    run = state.run
     signals = (state.base, *state.rounds) if state.base else ()
     measured = dict(zip(map(model_label, (None, *state.planned)), signals, strict=False))
     for title, unit, values in SIGNALS:
@@ -101,7 +103,7 @@ def dashboard_panels(run: Run) -> list[Panel]:
             for label, after in measured.items()
         }
         panels.append(Panel(title, unit, [(label, *mean) for label, mean in means.items() if mean]))
-    for benchmark, models in itertools.islice(results(run, state).items(), 1):
+    for benchmark, models in itertools.islice(state.results.items(), 1):
         last = list(models.values())[-1]
         metric = next(iter(last["metrics"]))
         points = [(label, *in_percent(result, metric)) for label, result in models.items()]
@@ -110,7 +112,7 @@ def dashboard_panels(run: Run) -> list[Panel]:
     return [panel for panel in panels if panel.points]
 
 
-def sample_rows(run: Run, number: int) -> tuple[list[str], list[tuple[str, ...]]]:
+def sample_rows(run: Run | RunState, number: int) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the free answers of every measured model to the same questions, as a table.
 
     Its columns are question, base, round 1, ...; its rows the first ``number`` held-out questions.
@@ -119,6 +121,7 @@ def sample_rows(run: Run, number: int) -> tuple[list[str], list[tuple[str, ...]]
         DataError: the signals are about other questions than the run's.
     """
     state = run_state(run)
+    run = state.run
     texts = {question.id: question.text for question in run_questions(run, "held_out")}
     asked = state.base.get("questions") or []
     if unknown := set(asked) - texts.keys():

@@ -23,7 +23,7 @@ from grath_utils.files import atomic_path, check_new_folder, user_path, write_te
 from grath_utils.loop.named_models import resolve_name
 from grath_utils.loop.run_dir import Run, load_run, model_label
 from grath_utils.loop.stages import load_model
-from grath_utils.loop.state import RunState, choice_line, results, run_state
+from grath_utils.loop.state import RunState, choice_line, run_state
 from grath_utils.pairs.modes import find_mode
 from grath_utils.pairs.preferences import FORMS
 from grath_utils.pairs.prompts import question_messages, render_chat
@@ -115,7 +115,7 @@ def model_card(run: Run, iteration: int, merged: bool = False, repository: str =
         repository: where the model is found on the Hub, once it is there.
     """
     info, state, base = run.info(), run_state(run), run.base_model()
-    measured = _eval_results(run, state, iteration)
+    measured = _eval_results(state, iteration)
     named = {"model_name": run.path.name, "eval_results": measured} if measured else {}
     card = ModelCard.from_template(
         _metadata(base, merged=merged, **named),
@@ -134,8 +134,8 @@ def model_card(run: Run, iteration: int, merged: bool = False, repository: str =
         quantization=run.quantization(),
         mode=find_mode(run.config.pairs.mode),
         measured=measured,
-        comparison=comparison_table(run, "github") if iteration == state.final else "",
-        choice=choice_line(run),
+        comparison=comparison_table(state, "github") if iteration == state.final else "",
+        choice=choice_line(state),
         version=__version__,
     )
     return str(card)
@@ -186,10 +186,10 @@ def _without_folders(text: str) -> str:
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
-def _eval_results(run: Run, state: RunState, iteration: int) -> list[EvalResult]:
+def _eval_results(state: RunState, iteration: int) -> list[EvalResult]:
     """Return what a round was measured at, in percent, as the Hub lists it."""
     label, found = model_label(iteration), []
-    for name, models in results(run, state).items():
+    for name, models in state.results.items():
         files = find_benchmark(name).files
         for metric, value in models.get(label, {"metrics": {}})["metrics"].items():
             found.append(

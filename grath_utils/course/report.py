@@ -26,13 +26,7 @@ from grath_utils.files import (
     write_text,
 )
 from grath_utils.loop.run_dir import BASE, LOG_ROW, Run, model_label
-from grath_utils.loop.state import (
-    choice_line,
-    comparison_rows,
-    results,
-    run_pairs,
-    run_state,
-)
+from grath_utils.loop.state import RunState, choice_line, run_pairs, run_state
 from grath_utils.loop.verdict import gain_line, verdict, what_happened
 from grath_utils.text import percent, table, with_interval
 
@@ -62,47 +56,47 @@ TEMPLATES.globals |= {
 }
 
 
-def comparison_table(run: Run, form: str) -> str:
+def comparison_table(run: Run | RunState, form: str) -> str:
     """Return every metric before and after, in a format of :func:`.text.table`; empty without any.
 
     Percent, with 95 % bootstrap intervals; the change in points is paired, item by item.
     """
-    found = comparison_rows(run)
-    if not found:
+    state, rows = run_state(run), []
+    if not state.rows:
         return ""
-    rows = []
-    for row in found:
+    for row in state.rows:
         numbers = [
             with_interval(row[part]["value"], row[part]["ci95"], spec, scale=100)
             for part, spec in (("before", ".1f"), ("after", ".1f"), ("difference", "+.1f"))
         ]
         rows.append((row["benchmark"], row["metric"], str(row["n"]), *numbers))
-    final = f"round {run_state(run).final + 1}"
+    final = f"round {state.final + 1}"
     columns = ("benchmark", "metric", "n", BASE, final, "change (points)")
     return table(columns, rows, form, numbers_from=2 if form == "html" else None)
 
 
-def summary_table(run: Run) -> str:
+def summary_table(run: Run | RunState) -> str:
     """Return the gain over the placebo, the before/after table, and which round was chosen."""
-    text = comparison_table(run, "simple")
+    state = run_state(run)
+    text = comparison_table(state, "simple")
     if not text:
         return "No finished pair of evaluations yet."
     note = "percent, with 95 % bootstrap intervals; change: paired"
     note += "; [–]: a single item has none" if "[–]" in text else ""
-    first = f"{gain}\n\n" if (gain := gain_line(run)) else ""
-    said = "\n".join(what_happened(run))
-    return f"{first}{text}\n\n{note}\n\n{said}\n{choice_line(run)}"
+    first = f"{gain}\n\n" if (gain := gain_line(state)) else ""
+    said = "\n".join(what_happened(state))
+    return f"{first}{text}\n\n{note}\n\n{said}\n{choice_line(state)}"
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run | RunState) -> Path:
     """Write ``report.html`` and ``figures/`` from what the run directory holds; return its path."""
     state, figures = run_state(run), {}
-    evaluated = results(run, state)
-    comparison = comparison_table(run, "html")
+    run = state.run
+    comparison = comparison_table(state, "html")
     if comparison:
-        figures["before_after"] = _picture(run, "before_after", "plot_metrics", evaluated)
+        figures["before_after"] = _picture(run, "before_after", "plot_metrics", state.results)
     if state.choice:
-        figures["dashboard"] = _picture(run, "dashboard", "plot_dashboard", dashboard_panels(run))
+        figures["dashboard"] = _picture(run, "dashboard", "plot_dashboard", dashboard_panels(state))
     pairs = []
     for t in state.planned:
         if run.training_log(t).exists():
@@ -115,7 +109,7 @@ def write_report(run: Run) -> Path:
             pairs.append((t + 1, train, len(held_out), len(rejects)))
     notes, rules, label = [], [], model_label(state.final)
     changed = []
-    for benchmark, models in evaluated.items():
+    for benchmark, models in state.results.items():
         shown = models.get(label, {})
         notes += [
             f"{benchmark}, round {state.final + 1}: {note}" for note in shown.get("notes", [])
@@ -137,7 +131,7 @@ def write_report(run: Run) -> Path:
         pairs=_pairs_by_question(pairs),
         written=pairs,
         changed=changed,
-        answers=_answers(run, state.final) if state.base else None,
+        answers=_answers(state) if state.base else None,
         notebooks=[name for name in executed if not name.endswith(".failed.ipynb")],
     )
     write_text(run.report, page)
@@ -196,10 +190,10 @@ def _pairs_by_question(
     ]
 
 
-def _answers(run: Run, final: int) -> tuple[list[str], list[list[str]]]:
+def _answers(state: RunState) -> tuple[list[str], list[list[str]]]:
     """Return free answers as :func:`sample_rows` does: before, of the chosen and the last round."""
-    columns, rows = sample_rows(run, SHOWN)
-    shown = sorted({0, 1, min(final + 2, len(columns) - 1), len(columns) - 1})
+    columns, rows = sample_rows(state, SHOWN)
+    shown = sorted({0, 1, min(state.final + 2, len(columns) - 1), len(columns) - 1})
     return [columns[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 

@@ -73,7 +73,11 @@ class Journal:
         return jsonl_line({"identity": self.identity}).encode()
 
     def append(self, part: int, rows: Sequence[Any]) -> None:
-        """Add a finished part and flush it to the disk; RunError if that cannot be done."""
+        """Add a finished part and flush it to the disk.
+
+        Raises:
+            RunError: the journal cannot be written to, or is that of other work by now.
+        """
         if self.path is None:
             return
         with explained_write_errors(self.path):

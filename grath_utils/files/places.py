@@ -37,6 +37,9 @@ def cache_dir() -> Path:
     """Return the folder for converted models and other re-creatable files.
 
     ``GRATH_CACHE`` if set, else the platform's cache folder. It may not exist yet.
+
+    Raises:
+        UsageError: the environment says nothing of a home folder.
     """
     try:
         name = os.environ.get("GRATH_CACHE") or platformdirs.user_cache_dir("grath")

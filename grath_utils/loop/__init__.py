@@ -35,7 +35,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "state": [
             "choice_line",
-            "comparison_rows",
             "results",
             "run_pairs",
             "run_questions",

@@ -10,7 +10,7 @@ from typing import Any
 from grath_utils.config import Config
 from grath_utils.evaluation.benchmarks import find_benchmark
 from grath_utils.loop.run_dir import BASE, Run, model_label
-from grath_utils.loop.state import run_state
+from grath_utils.loop.state import RunState, run_state
 from grath_utils.pairs.modes import check_pairs_config
 
 
@@ -51,12 +51,13 @@ def check_settings(config: Config) -> None:
         check_trackers(config.dpo.report_to)
 
 
-def plan_stages(run: Run, *, progress: bool = True) -> list[Stage]:
+def plan_stages(run: Run | RunState, *, progress: bool = True) -> list[Stage]:
     """Return all stages of a run in order, as far as they can be known now.
 
     A round that stops the loop takes the later ones off the plan.
     """
     state, plan = run_state(run), []
+    run = state.run
 
     def work(stage: str, *which: int | str | None) -> Callable[[], Any]:
         def do() -> Any:

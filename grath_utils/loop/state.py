@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ def run_pairs(run: Run, iteration: int) -> tuple[list[Pair], list[Pair]]:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, as far as can be known now."""
+    """Where a run stands, as far as can be known now; each evaluation is read once, when asked for.
 
+    What takes a run takes its state in its place, where that was read already.
+    """
+
+    run: Run
     base: dict[str, Any]
     """The signals of the base model (:func:`.choice.measure_signals`); empty before they exist."""
     rounds: tuple[dict[str, Any], ...]
@@ -56,13 +61,87 @@ class RunState:
     Of an arm no base: it has the same as the run beside which it stands.
     """
 
+    @cached_property
+    def results(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The finished evaluations as ``{benchmark: {model label: result}}``, base first.
 
-def run_state(run: Run) -> RunState:
-    """Read where a run stands.
+        Raises:
+            DataError: a file is not as it was written, or of other items than the first.
+        """
+        run, found = self.run, {}
+        for name in run.config.evaluation.benchmarks:
+            files = {
+                label: run.evaluation(label, name) for label in map(model_label, self.evaluated)
+            }
+            models = {
+                label: read_json(file, evaluation.RESULT)
+                for label, file in files.items()
+                if file.exists()
+            }
+            for label, result in models.items():
+                try:
+                    evaluation.check_comparable(next(iter(models.values())), result)
+                except UsageError as error:
+                    raise DataError(f"{files[label]}: {error}{MAKE_AGAIN}") from error
+            if models:
+                found[name] = models
+        return found
+
+    @cached_property
+    def gains(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """What the model has beyond each placebo: ``{labels: {benchmark: {metric: gain}}}``.
+
+        It is paired, item by item, see :func:`.evaluation.compare` and
+        :meth:`.run_dir.Run.placebos`.
+        """
+        label, found = model_label(self.final), {}
+        for labels, placebo in self.run.placebos(self.final).items():
+            found[labels] = {
+                name: self._compare(read_json(file, evaluation.RESULT), models[label])
+                for name, models in self.results.items()
+                if label in models and (file := placebo.evaluation(label, name)).exists()
+            }
+        return found
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per benchmark and metric: base, chosen model, and the paired difference.
+
+        Every number is taken from the evaluation files or computed from their items; the round was
+        chosen without them.
+        """
+        labels, rows = (BASE, model_label(self.final)), []
+        for benchmark, models in self.results.items():
+            if models.keys() >= set(labels):
+                before, after = (models[label] for label in labels)
+                differences = self._compare(before, after)
+                rows += [
+                    {
+                        "benchmark": benchmark,
+                        "metric": metric,
+                        "n": value["n"],
+                        "before": value,
+                        "after": after["metrics"][metric],
+                        "difference": differences[metric],
+                    }
+                    for metric, value in before["metrics"].items()
+                ]
+        return rows
+
+    def _compare(self, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        config = self.run.config
+        how = {"seed": config.seed, "bootstrap": config.evaluation.bootstrap}
+        return evaluation.compare(before, after, **how)["metrics"]
+
+
+def run_state(run: Run | RunState) -> RunState:
+    """Read where a run stands; a state is returned as it is.
 
     Raises:
         DataError: the signals are not as this program writes them.
     """
+    if isinstance(run, RunState):
+        return run
     most = run.config.loop.iterations
     paths = [run.signals(model_label(t)) for t in (None, *range(most))]
     there = itertools.takewhile(Path.exists, paths)
@@ -74,7 +153,7 @@ def run_state(run: Run) -> RunState:
         final = choice.iteration
     shown = planned if run.config.evaluation.every_iteration else sorted({final, last})
     evaluated = (*shown,) if run.main else (None, *shown)
-    return RunState(base, tuple(rounds), choice, planned, final, evaluated)
+    return RunState(run, base, tuple(rounds), choice, planned, final, evaluated)
 
 
 def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Choice:
@@ -91,84 +170,17 @@ def _choose(run: Run, base: dict[str, Any], rounds: list[dict[str, Any]]) -> Cho
     return choice
 
 
-def choice_line(run: Run) -> str:
+def choice_line(run: Run | RunState) -> str:
     """Return which round was chosen and why, and why the loop stopped early if it did."""
     state = run_state(run)
     found = state.choice
     if found is None:
         return "no round has been measured yet"
     line = f"chosen without a look at any benchmark: {found.why}"
-    early = len(state.planned) < run.config.loop.iterations
+    early = len(state.planned) < state.run.config.loop.iterations
     return line + (f"; stopped early, {found.stop}" if early else "")
 
 
-def results(run: Run, state: RunState | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the finished evaluations as ``{benchmark: {model label: result}}``, base first.
-
-    ``state`` is that of the run, where it is known already.
-
-    Raises:
-        DataError: a file is not as it was written, or of other items than the first.
-    """
-    labels = [model_label(t) for t in (state or run_state(run)).evaluated]
-    found = {
-        name: {
-            label: read_json(file, evaluation.RESULT)
-            for label in labels
-            if (file := run.evaluation(label, name)).exists()
-        }
-        for name in run.config.evaluation.benchmarks
-    }
-    for name, models in found.items():
-        for label, result in models.items():
-            try:
-                evaluation.check_comparable(next(iter(models.values())), result)
-            except UsageError as error:
-                raise DataError(f"{run.evaluation(label, name)}: {error}{MAKE_AGAIN}") from error
-    return {name: models for name, models in found.items() if models}
-
-
-def gains(run: Run, state: RunState) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what the model has beyond each placebo: ``{labels: {benchmark: {metric: gain}}}``.
-
-    It is paired, item by item, see :func:`.evaluation.compare` and :meth:`.run_dir.Run.placebos`.
-    """
-    how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
-    label, measured = model_label(state.final), results(run, state)
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for labels, placebo in run.placebos(state.final).items():
-        found[labels] = {}
-        for name, models in measured.items():
-            if label in models and (file := placebo.evaluation(label, name)).exists():
-                other = read_json(file, evaluation.RESULT)
-                found[labels][name] = evaluation.compare(other, models[label], **how)["metrics"]
-    return found
-
-
-def comparison_rows(run: Run) -> list[dict[str, Any]]:
-    """Return one row per benchmark and metric: base, chosen model, and the paired difference.
-
-    Every number is taken from the evaluation files or computed from their items; the round was
-    chosen without them.
-    """
-    how = {"seed": run.config.seed, "bootstrap": run.config.evaluation.bootstrap}
-    state, rows = run_state(run), []
-    labels = BASE, model_label(state.final)
-    for benchmark, models in results(run, state).items():
-        if not models.keys() >= set(labels):
-            continue
-        before, after = (models[label] for label in labels)
-        found = evaluation.compare(before, after, **how)
-        rows += [
-            {
-                "benchmark": benchmark,
-                "metric": metric,
-                "n": value["n"],
-                "before": value,
-                "after": after["metrics"][metric],
-                "difference": found["metrics"][metric],
-                "labels": labels,
-            }
-            for metric, value in before["metrics"].items()
-        ]
-    return rows
+def results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the finished evaluations of a run, see :attr:`RunState.results`."""
+    return run_state(run).results

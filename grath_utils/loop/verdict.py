@@ -14,7 +14,7 @@ import numpy as np
 from grath_utils import evaluation
 from grath_utils.loop.choice import displacement, margins
 from grath_utils.loop.run_dir import BASE, Run
-from grath_utils.loop.state import comparison_rows, gains, results, run_state
+from grath_utils.loop.state import RunState, run_state
 from grath_utils.text import with_interval
 
 DISPLACED = 3.0  # nats that the chosen answers have lost: each is then e^3, twenty times, as rare
@@ -51,10 +51,10 @@ PLACEBOS = {  # by their labels, see Run.placebos
 }
 
 
-def gain_line(run: Run) -> str:
+def gain_line(run: Run | RunState) -> str:
     """Return what the model has beyond each placebo, in points with intervals; '' without one."""
     lines = []
-    for labels, benchmarks in gains(run, run_state(run)).items():
+    for labels, benchmarks in run_state(run).gains.items():
         found = []
         for benchmark, metrics in benchmarks.items():
             values = [
@@ -68,13 +68,13 @@ def gain_line(run: Run) -> str:
     return "\n".join(lines)
 
 
-def verdict(run: Run) -> str:
+def verdict(run: Run | RunState) -> str:
     """Return what a run has come to, in one sentence; nothing before models were compared."""
     state = run_state(run)
-    rows = {(row["benchmark"], row["metric"]): row["difference"] for row in comparison_rows(run)}
+    rows = {(row["benchmark"], row["metric"]): row["difference"] for row in state.rows}
     over = {
         labels: {(name, m): gain for name, metrics in of.items() for m, gain in metrics.items()}
-        for labels, of in gains(run, state).items()
+        for labels, of in state.gains.items()
     }
     compared = {PLACEBOS[labels].training: found for labels, found in over.items() if found}
     compared = compared or {"the base model": rows}
@@ -113,24 +113,24 @@ def outcome(found: Mapping[tuple[str, str], Mapping[str, Any]], against: str) ->
     return f"{said} ({points} points)"
 
 
-def what_happened(run: Run) -> list[str]:
+def what_happened(run: Run | RunState) -> list[str]:
     """Return the sentences about a run, as far as it has been measured."""
     state = run_state(run)
     found = [
         over_placebo(benchmark, metric, gain, labels)
-        for labels, benchmarks in gains(run, state).items()
+        for labels, benchmarks in state.gains.items()
         for benchmark, metrics in benchmarks.items()
         for metric, gain in metrics.items()
         if metric in TRUTH + RIGHT
     ]
-    rows = {(row["benchmark"], row["metric"]): row for row in comparison_rows(run)}
+    rows = {(row["benchmark"], row["metric"]): row for row in state.rows}
     if not found:
         found = [over_base(*key, row["difference"]) for key, row in rows.items() if key[1] in TRUTH]
     if row := rows.get((KEPT, "acc")):
         found.append(retained(row["difference"]))
     if state.rounds:
         found.append(displaced(state.base, state.rounds[min(state.final, len(state.rounds) - 1)]))
-    started = (started_low(name, models) for name, models in results(run, state).items())
+    started = (started_low(name, models) for name, models in state.results.items())
     return [*found, *filter(None, started)]
 
 

@@ -63,7 +63,11 @@ class Audit:
 
 
 def audit_pairs(pairs: Sequence[Pair], questions: Sequence[Question]) -> Audit:
-    """Measure pairs; ``questions`` are all that were asked, with gold answers where known."""
+    """Measure pairs; ``questions`` are all that were asked, with gold answers where known.
+
+    Raises:
+        DataError: there is no pair, or one belongs to none of the questions.
+    """
     if not pairs:
         raise DataError("there are no pairs to audit")
     by_id = {question.id: question for question in questions}

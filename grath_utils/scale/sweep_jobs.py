@@ -20,7 +20,7 @@ from grath_utils.evaluation.measure import RESULT
 from grath_utils.files import atomic_path, read_json, write_json, write_jsonl
 from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
-from grath_utils.loop.state import comparison_rows
+from grath_utils.loop.state import run_state
 from grath_utils.pairs.generate import read_pairs
 from grath_utils.pairs.labels import labelled_as
 from grath_utils.scale.grids import BASE, PAIRS, planned_config
@@ -130,7 +130,7 @@ def row_of(run: Run) -> dict[str, Any]:
                 "last": {key: row["after"][key] for key in ("value", "ci95")},
                 "change": {key: row["difference"][key] for key in ("value", "ci95", "p_value")},
             }
-            for row in comparison_rows(run)
+            for row in run_state(run).rows
         ],
     }
 

@@ -22,7 +22,7 @@ from grath_utils.files import data_dir, read_json, read_jsonl, write_json, write
 from grath_utils.loop.named_models import load_policy
 from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import plan_stages, start_run
-from grath_utils.loop.state import comparison_rows, run_state
+from grath_utils.loop.state import run_state
 from grath_utils.text import percent
 
 pytestmark = [pytest.mark.model, pytest.mark.notebook]
@@ -95,7 +95,7 @@ def test_the_report_shows_the_numbers_of_the_evaluation_files(smoke) -> None:
     page = BeautifulSoup(run.report.read_text(encoding="utf-8"), "html.parser")
     table = [[cell.text for cell in row.find_all(["td", "th"])] for row in page.find_all("tr")]
     rows = {tuple(row[:2]): row for row in table if len(row) == 6}
-    for row in comparison_rows(run):
+    for row in run_state(run).rows:
         shown = rows[(row["benchmark"], row["metric"])]
         for label, cell in (("base", shown[3]), ("iter_1", shown[4])):
             metric = read_json(run.evaluation(label, row["benchmark"]))["metrics"][row["metric"]]

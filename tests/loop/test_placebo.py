@@ -105,15 +105,17 @@ def test_what_is_missing_of_the_placebo_is_made_again_and_nothing_else(
     said: list[str] = []
     run_stages(copy, progress=False, say=said.append)
     assert said == []
-    label = f"iter_{loop.run_state(copy).final}"
+    final = loop.run_state(copy).final
     arm = load_run(copy.path / "arms" / "random")
-    arm.evaluation(label, "probe").unlink()
+    arm.evaluation(f"iter_{final}", "probe").unlink()
     told = " ".join(line for line in loop.what_happened(copy) if line.startswith("On retention"))
     assert "acc " in told  # both, or one would be picked by its outcome
     assert "acc_norm " in told
     assert "not measured yet" not in loop.gain_line(copy)  # the other benchmark still is
     run_stages(copy, progress=False, say=said.append)
-    assert [line.partition("] ")[2] for line in said] == [f"placebo: evaluate {label} on probe"]
+    assert [line.partition("] ")[2] for line in said] == [
+        f"placebo: evaluate after round {final + 1} on probe"
+    ]
     shutil.rmtree(arm.path)
     assert loop.gain_line(copy).splitlines()[0].endswith("random labels): not measured yet")
     assert not any(s.done for s in plan_stages(copy) if s.id.endswith("@random"))

@@ -343,7 +343,7 @@ def test_a_round_is_measured_with_one_model_unless_its_base_is_gone(
 
 
 def test_two_rounds_and_their_evaluation(run: Run) -> None:
-    with pytest.raises(RunError, match="round 0 has not been trained"):
+    with pytest.raises(RunError, match="round 1 has not been trained"):
         load_model(run, 0)
     fingerprints = [load_model(run, None).fingerprint]
     for t in range(2):

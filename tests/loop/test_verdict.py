@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from grath_utils import loop
+from grath_utils.cli import main
 from grath_utils.evaluation import RULES
+from grath_utils.files import read_json
+from grath_utils.loop import state
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.verdict import (
     DISPLACED,
@@ -138,3 +146,20 @@ def test_a_finished_run_is_told(small_run: Run):
     assert "than the base model (probe mc1 " in loop.verdict(small_run)
     assert any("probe" in line for line in said)
     assert any("margin" in line for line in said)
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_command_reads_each_file_of_a_run_once(
+    command: str, small_run: Run, tmp_path: Path, monkeypatch, capsys
+):
+    read: Counter[str] = Counter()
+
+    def counted(path: Path, form: Any) -> Any:
+        read[f"{path.parent.name}/{path.name}"] += 1
+        return read_json(path, form)
+
+    monkeypatch.setattr(state, "read_json", counted)
+    run = shutil.copytree(small_run.path, tmp_path / "run")
+    assert main([command, str(run)]) == 0
+    assert {"base/probe.json", "signals/base.json"} <= read.keys()
+    assert set(read.values()) == {1}, read

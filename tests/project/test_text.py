@@ -22,6 +22,7 @@ def test_numbers_stand_to_the_right_and_floats_have_three_decimals() -> None:
 
 def test_html_is_escaped_and_says_where_each_cell_stands() -> None:
     page = table(["name", "value", "n"], ROWS, "html")
+    assert '<th scope="col" style="vertical-align: top; text-align: left;">name</th>' in page
     assert '<td style="vertical-align: top; text-align: left;">a &lt;b&gt;</td>' in page
     assert '<td style="vertical-align: top; text-align: right;">1.235</td>' in page
     assert page.count("<tr>") == 3
