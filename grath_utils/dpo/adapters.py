@@ -40,10 +40,7 @@ class Weights:
 
     def load(self, *, fold_last: bool = False) -> Policy:
         """Load them, with all adapters but the last folded in, and the last on top if wanted."""
-        policy = load_base(self.base)
-        if not self.adapters:
-            return policy
-        return apply_adapters(policy, list(self.adapters), fold_last=fold_last)
+        return apply_adapters(load_base(self.base), self.adapters, fold_last=fold_last)
 
     def fingerprint(self) -> str:
         """Identify the weights without loading them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -159,19 +159,19 @@ def resolve(config: ModelConfig) -> ModelConfig:
     return replace(config, device=device, dtype=dtype)
 
 
-def apply_adapters(
-    policy: Policy, adapters: list[Path], *, trainable: bool = False, fold_last: bool = False
-) -> Policy:
+def apply_adapters(policy: Policy, adapters: Sequence[Path], *, fold_last: bool = False) -> Policy:
     """Put adapters on a base policy, in the order in which they were trained.
 
     All but the last (with ``fold_last``, all) are folded into the base: their products are added to
     the weights. In a 4-bit or 8-bit layer that would round the sum again, by steps larger than most
     of what was learned; there, a folded adapter stays beside the weights, frozen: the same
-    function, without the rounding. Only the last can be left trainable.
+    function, without the rounding. Without any, the policy is returned as it is.
 
     Raises:
         ModelError: an adapter is missing or damaged, or was made for another base model.
     """
+    if not adapters:
+        return policy
     from peft import PeftModel
 
     model, any_folded = policy.model, policy.folded
@@ -193,9 +193,8 @@ def apply_adapters(
         except Exception as error:  # peft's own, torch's, safetensors', and of wrong types
             raise ModelError(f"cannot load the adapter in {folder}: {reason_of(error)}") from error
     if hasattr(model, "peft_config"):
-        activate_adapters(model, trainable=trainable)
-    if not trainable:
-        model.eval()
+        activate_adapters(model, trainable=False)
+    model.eval()
     identity = fingerprint([policy.fingerprint, *map(adapter_fingerprint, adapters)])
     applied = (*policy.adapters, *adapters)
     return replace(policy, model=model, fingerprint=identity, adapters=applied, folded=any_folded)

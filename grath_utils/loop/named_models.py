@@ -49,10 +49,7 @@ def load_policy(
 
 def load_named(name: str, base: ModelConfig, adapters: list[Path]) -> Policy:
     """Load a base model with adapters on it, to be called by a name."""
-    policy = load_base(base)
-    if adapters:
-        policy = apply_adapters(policy, adapters)
-    return replace(policy, name=name)
+    return replace(apply_adapters(load_base(base), adapters), name=name)
 
 
 def choose_model(

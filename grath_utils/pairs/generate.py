@@ -22,6 +22,7 @@ from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError
 from grath_utils.files import (
     Journal,
+    check_form,
     check_output,
     fingerprint,
     read_json,
@@ -42,7 +43,12 @@ if TYPE_CHECKING:
 
 # Part of the journal's fingerprint: raise it when the same inputs would give other pairs.
 VERSION = 2
-NUMBER = (int, float), "a number"
+MARKS = {  # of a row of pairs beside its texts, as a form for files.read_json
+    "iteration": (int, None),
+    "contrast": (float, None),
+    "truth": (float, None),
+    "swapped": (bool, None),
+}
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,11 @@ def read_pairs(path: Path) -> list[Pair]:
         for name, text in texts.items():
             if not isinstance(text, str) or is_blank(text):
                 raise DataError(f'{where}: "{name}" is missing or no text; found {text!r}')
-        iteration = row.get("iteration", 0)
-        if type(iteration) is not int or iteration < 0:
-            raise DataError(f'{where}: "iteration" holds {iteration!r}, expected 0, 1, 2, ...')
-        said = {name: row.get(name) for name in ("contrast", "truth", "swapped")}
-        for name, value in said.items():
-            kinds, expected = ((bool,), "true or false") if name == "swapped" else NUMBER
-            if type(value) not in (*kinds, type(None)):
-                raise DataError(f'{where}: "{name}" holds {value!r}, expected {expected}')
-        pair = Pair(**texts, iteration=iteration, **said)
+        check_form(row, MARKS, where)
+        marks = {name: row[name] for name in MARKS if row.get(name) is not None}
+        pair = Pair(**texts, **marks)
+        if pair.iteration < 0:
+            raise DataError(f'{where}: "iteration" is {pair.iteration}; expected 0, 1, 2, ...')
         if pair.id in pairs:
             first = [*pairs].index(pair.id) + 1
             raise DataError(f'{where}: id "{pair.id}" is that of pair {first}')

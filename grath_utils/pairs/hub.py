@@ -23,9 +23,8 @@ def hub_rows(
     except Exception as error:  # datasets raises a different kind for each way to be offline
         raise FetchError(
             f'the Hub data set "{data_set}" cannot be fetched ({reason_of(error)}). Without a '
-            "network, set GRATH_MIRROR to a benchmark mirror (made elsewhere with `python -m "
-            "grath_utils mirror --to DIR`), or use our own data: questions.source=own, "
-            "`--benchmark probe`"
+            "network, set GRATH_MIRROR to a mirror of the benchmarks (made elsewhere with `grath "
+            "mirror --to DIR`), or use our own data: questions.source=own, `--benchmark probe`"
         ) from error
     if not rows:
         raise DataError(f'the Hub data set "{data_set}", split "{split}", has no rows')

@@ -174,7 +174,7 @@ def test_refinement_of_strangers_is_refused(tiny_policy, tmp_path, scripted):
     stranger = Pair("zz", "Why?", "a", "b")
     with pytest.raises(DataError, match=r"no question, first: zz"):
         refine(tiny_policy, tmp_path, [stranger])
-    with pytest.raises(DataError, match="from 1 on"):
+    with pytest.raises(DataError, match="is for later rounds"):
         refine(tiny_policy, tmp_path, [stranger], iteration=0)
 
 
@@ -432,10 +432,10 @@ PAIR = {"id": "a", "question": "Why?", "correct": "x", "incorrect": "y", "iterat
         ([{**PAIR, "incorrect": "x "}], 'both answers are "x"'),
         ([{**PAIR, "correct": "\u00e9", "incorrect": "e\u0301"}], 'both answers are "\u00e9"'),
         ([{**PAIR, "incorrect": "\u200b"}], '"incorrect" is missing or no text'),
-        ([{**PAIR, "iteration": -1}], '"iteration" holds -1'),
-        ([{**PAIR, "contrast": "big"}], '"contrast" holds'),
-        ([{**PAIR, "contrast": True}], '"contrast" holds True'),
-        ([{**PAIR, "iteration": True}], '"iteration" holds True'),
+        ([{**PAIR, "iteration": -1}], '"iteration" is -1; expected 0, 1, 2'),
+        ([{**PAIR, "contrast": "big"}], '"contrast" is .big.; expected a number'),
+        ([{**PAIR, "contrast": True}], '"contrast" is True; expected a number'),
+        ([{**PAIR, "iteration": True}], '"iteration" is True; expected a whole number'),
         ([{**PAIR, "id": True}], '"id" is missing or no text; found True'),
     ],
 )

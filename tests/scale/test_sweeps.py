@@ -326,7 +326,7 @@ def test_a_plan_can_be_looked_at_and_collected_at_any_time(capsys, tmp_path: Pat
     assert main(["sweep", "smoke_2x2x2", "--out", str(out), "--plan"]) == 0
     text = capsys.readouterr().out
     assert "8 points: 4 cells, 2 seeds" in text
-    assert "2 times the pairs of iteration 0, 2 times the evaluation of the base model" in text
+    assert "2 times the pairs of round 1, 2 times the evaluation of the base model" in text
     assert "beta=0.05_reference=current_seed=0-" in text
     assert main(["sweep", "smoke_2x2x2", "--out", str(out), "--collect"]) == 0
     assert "0 of 8 points done, 8 not begun" in capsys.readouterr().out

@@ -115,13 +115,6 @@ def finite_numbers(answer: Any, count: int) -> list[float]:
     return values
 
 
-def two_shares(answer: Any, what: str) -> list[float]:
-    """Return an answer as two numbers from 0 to 1."""
-    found = finite_numbers(answer, 2)
-    hold(min(found) >= 0 and max(found) <= 1, f"give two {what} between 0 and 1.")
-    return found
-
-
 def near(found: Sequence[float], wanted: Sequence[float], slack: float | Sequence[float]) -> bool:
     return bool(np.all(np.abs(np.subtract(found, wanted)) <= slack))
 

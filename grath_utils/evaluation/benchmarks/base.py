@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from grath_utils.errors import DataError
+from grath_utils.errors import DataError, reason_of
 from grath_utils.evaluation.benchmarks.hub_files import HubFile, read_rows
 from grath_utils.files import fingerprint, read_jsonl
 
@@ -131,8 +131,7 @@ def naming(place: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"{place}: {what}") from error
+        raise DataError(f"{place}: {reason_of(error)}") from error
 
 
 def make_item(
