@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "course_models": ["COURSE_MODELS", "check_machine", "published"],
+        "course_models": ["COURSE_MODELS", "check_machine"],
         "encoding": ["Request", "token_ids"],
         "generation": ["Order", "Stop", "generate", "generate_together", "shared_beginning"],
         "int8": ["int8_layers", "multiplied_by"],

@@ -25,8 +25,8 @@ from typing import Any, TypeAlias
 from grath_utils.errors import DataError
 from grath_utils.evaluation.benchmarks.base import Item, make_item, naming
 from grath_utils.evaluation.benchmarks.truthfulqa import truthfulqa_item
-from grath_utils.pairs.words import answer_words
 from grath_utils.pairs.words import negated as has_negation
+from grath_utils.pairs.words import word_overlap
 
 Rule: TypeAlias = Callable[[Sequence[str]], list[float]]
 # An item, a row in TruthfulQA's schema, or a (choices, labels) pair.
@@ -36,12 +36,6 @@ RULES: dict[str, Rule] = {}
 """Every rule for picking one choice, by its name in results."""
 UNIFORM_MC2 = "uniform_mc2"
 TIE = 1e-12  # overlaps are ratios of small whole numbers: nearer than this, they are equal
-
-
-def word_overlap(text_a: str, text_b: str) -> float:
-    """Return the Jaccard overlap of two texts' word sets, in [0, 1]; 0 where neither has words."""
-    a, b = set(answer_words(text_a)), set(answer_words(text_b))
-    return len(a & b) / len(a | b) if a | b else 0.0
 
 
 def _rule(score: Rule) -> Rule:

@@ -15,7 +15,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "plan": ["check_settings", "plan_stages"],
         "run_dir": [
-            "BASE",
             "Run",
             "check_not_of_a_run",
             "check_run_dir",

@@ -8,8 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "audit": ["audit_pairs", "embed", "embedding_distance", "wilson"],
         "generate": ["Pair", "check_outputs", "generate_pairs", "read_pairs"],
         "judge": ["JUDGES", "Case", "find_judge", "letters_question", "try_judge"],
-        "labels": ["answers_for", "read_sealed", "relabelled"],
-        "modes": ["demonstrations", "find_mode"],
+        "labels": ["read_sealed", "relabelled"],
+        "modes": ["demonstrations"],
         "overlap": ["overlap_with_benchmarks"],
         "parsing": ["check_pair", "pair_is_complete", "parse_pair"],
         "prompts": [
@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "training_prompt",
         ],
         "preferences": ["FORMS", "preference_row"],
-        "questions": ["Question", "load_questions", "split_held_out"],
+        "questions": ["load_questions", "split_held_out"],
         "words": ["content_words", "negated", "ngram_f1", "split_words"],
     },
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from grath_utils.pairs.questions import Question
-from grath_utils.pairs.words import answer_words, wording
+from grath_utils.pairs.words import answer_words, word_overlap, wording
 
 # A run of eight words alone would flag stock phrases ("Which of the following statements best
 # explains why ..."), so half of all the words of the two questions must be common as well.
@@ -43,17 +43,11 @@ def overlap_with_benchmarks(
         hit, kind = same.get(wording(question.text)), "same"
         if hit is None:
             sharing = (hit for gram in _word_ngrams(question.text) for hit in by_gram.get(gram, ()))
-            near = (hit for hit in sharing if _common(question.text, hit[1]) >= COMMON_WORDS)
+            near = (hit for hit in sharing if word_overlap(question.text, hit[1]) >= COMMON_WORDS)
             hit, kind = next(near, None), "near"
         if hit is not None:
             found.append(Overlap(question.text, *hit, kind))
     return found
-
-
-def _common(a: str, b: str) -> float:
-    """Return shared over all distinct words of two texts, in [0, 1]."""
-    left, right = set(answer_words(a)), set(answer_words(b))
-    return len(left & right) / len(left | right)
 
 
 def _word_ngrams(text: str) -> list[str]:

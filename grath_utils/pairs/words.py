@@ -100,6 +100,12 @@ def word_f1(a: str, b: str) -> float:
     return 2 * len(left & right) / (len(left) + len(right)) if left and right else 0.0
 
 
+def word_overlap(text_a: str, text_b: str) -> float:
+    """Return the Jaccard overlap of two texts' word sets, in [0, 1]; 0 where neither has words."""
+    a, b = set(answer_words(text_a)), set(answer_words(text_b))
+    return len(a & b) / len(a | b) if a | b else 0.0
+
+
 def ngram_f1(a: str, b: str) -> float:
     """Return the similarity of two texts in [0, 1]: F1 over shared character n-grams.
 

@@ -10,11 +10,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "describe_plan",
             "expand",
             "grid_from_dict",
-            "grid_names",
             "plan_of",
             "read_grid",
             "sweep_dir",
         ],
-        "shapes": ["BYTES", "LLAMA2_70B", "LLAMA2_7B", "SMOLLM2_135M", "SMOLLM2_1_7B", "shape_of"],
+        "shapes": ["BYTES", "LLAMA2_70B", "LLAMA2_7B", "shape_of"],
     },
 )

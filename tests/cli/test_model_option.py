@@ -133,7 +133,7 @@ def test_an_option_of_its_own_is_a_setting(places: Path, capsys, option: str) ->
     [
         ("--model org/a --set model.name=org/b", 'names "org/a", and --set model.name "org/b"'),
         ("--model run@0 --set model.name=org/b", 'names "run@0", and --set model.name "org/b"'),
-        ("--model run@7", "iteration 7 has no adapter"),
+        ("--model run@7", "round 8 has no adapter"),
         ("--model nowhere@0", "holds no run"),
         ("--set model.nmae=x", 'did you mean "model.name"'),
     ],

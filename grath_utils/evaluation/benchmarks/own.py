@@ -13,20 +13,19 @@ def _parse_fact(row: base.Row) -> base.Item:
     return base.choice_item(row["id"], row["question"], choices, row["answer"], category)
 
 
-def _load_probe(half: str | None) -> base.Loaded:
-    def wanted(row: base.Row) -> bool:
-        return half in (None, row.get("half"))
-
-    return base.Loaded(base.read_items(data_dir() / "probe.jsonl", truthfulqa_item, wanted))
-
-
 def _probe(half: str | None = None, items: int = 200) -> base.BenchmarkSpec:
     """Return the probe's row, or that of one half: choose on one, test on the other."""
     part = f", the {half} half" if half else ""
     return base.BenchmarkSpec(
         name=f"probe_{half}" if half else "probe",
         about="misconceptions of our own, on which question-blind rules score at chance" + part,
-        load=lambda: _load_probe(half),
+        load=lambda: base.Loaded(
+            base.read_items(
+                data_dir() / "probe.jsonl",
+                truthfulqa_item,
+                wanted=lambda row: half in (None, row.get("half")),
+            )
+        ),
         protocols=PRIMED,
         metrics=("mc1", "mc2", "mc3"),
         score=truthfulqa_metrics,
