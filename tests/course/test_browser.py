@@ -7,15 +7,23 @@ Where there is no browser these tests are skipped. Photographs of every notebook
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nbformat
 import pytest
-from lab import ERROR, ROOT, Lab, Tab, find_browser, open_tab, serve
+from helpers import DPO, LORA, PAIRS
+from lab import ERROR, HEIGHT, ROOT, WIDTH, Lab, Tab, find_browser, open_tab, serve
 
+from grath_utils.config import ModelConfig
 from grath_utils.course.notebooks import numbered_notebooks
+from grath_utils.dpo.round import train_round
+from grath_utils.files import read_jsonl
 from grath_utils.loop.run_dir import Run
 
 if TYPE_CHECKING:
@@ -135,6 +143,47 @@ def test_controls_redraw_in_place(lab: Lab, browser: Browser, tmp_path: Path) ->
         expect(rows).to_have_count(1, timeout=30_000)
         check_looks(tab)
         tab.photograph(SHOTS)
+
+
+def test_tensorboard_s_page_shows_the_curves_of_a_round(
+    browser: Browser, tiny_llama: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    expect = pytest.importorskip("playwright.sync_api").expect
+    base = ModelConfig(name=str(tiny_llama), dtype="float32", device="cpu")
+    dpo = replace(DPO, report_to=("tensorboard",))
+    settings = {"dpo": dpo, "lora": LORA, "progress": False}
+    train_round(base, PAIRS[:4], PAIRS[4:], tmp_path, seed=0, previous=None, **settings)
+    command = [sys.executable, "-m", "tensorboard.main", "--host=127.0.0.1", "--port=0"]
+    command += [f"--logdir={tmp_path}", "--load_fast=false"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        address = next(
+            found[0]
+            for line in process.stderr
+            if (found := re.search(r"http://127\.0\.0\.1:\d+/", line))
+        )
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        page.goto(f"{address}#timeseries")
+        box = page.get_by_role("combobox", name="Filter tags (regex)")
+        box.wait_for(timeout=60_000)
+        rows = read_jsonl(tmp_path / "training_log.jsonl")
+        for tag, split, key in (("train/loss", "train", "loss"), ("eval/loss", "held_out", "loss")):
+            last = [row for row in rows if row["split"] == split][-1]
+            box.fill(tag)
+            card = page.locator("metrics-filtered-view scalar-card")
+            expect(card).to_have_count(1, timeout=20_000)
+            expect(card.locator(".tag")).to_have_attribute("title", tag)
+            # Below a curve: the last value, as TensorBoard rounds it, and its step.
+            expect(card).to_contain_text(f"{last[key]:.4f}".rstrip("0"), timeout=20_000)
+            expect(card).to_contain_text(re.compile(rf"\b{last['step']}\b"))
+            expect(card.locator("line-chart .series-view")).to_be_visible()
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / "tensorboard.png")
+        page.close()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
 @pytest.mark.parametrize("path", numbered_notebooks(), ids=lambda path: path.stem)
