@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import subprocess
@@ -9,9 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 from grath_utils.config import Config, DPOConfig, LoraConfig, load_config
-from grath_utils.files import write_jsonl
+from grath_utils.files import write_jsonl, write_text
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import run_questions
 from grath_utils.pairs.generate import Pair
@@ -172,3 +174,21 @@ def follow_contributing(title: str, room: str, last: str, folder: Path) -> None:
     rows = (folder / registry).read_text(encoding="utf-8")
     assert last in rows
     (folder / registry).write_text(rows.replace(last, last + line), encoding="utf-8")
+
+
+def write_grid(path: Path, common: dict[str, object], grid: dict[str, object]) -> Path:
+    """Write a grid of sweeps on the profile ``smoke``."""
+    tree = {"profile": "smoke", "set": common, "grid": grid}
+    write_text(path, yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def rows_in(sweep: Path) -> list[str]:
+    """Return the points of a sweep that have their numbers."""
+    return sorted(path.stem for path in (sweep / "rows").glob("*.json"))
+
+
+def table_of(sweep: Path) -> list[dict[str, str]]:
+    """Return what a sweep ended in."""
+    with open(sweep / "table.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

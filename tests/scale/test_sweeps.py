@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
 import signal
@@ -16,13 +15,13 @@ from types import SimpleNamespace
 import matplotlib.image
 import pytest
 import torch
-import yaml
+from helpers import rows_in, table_of, write_grid
 
 from grath_utils.cli import main
 from grath_utils.config import load_config
 from grath_utils.course.notebooks import open_notebook_run, run_parameters
 from grath_utils.errors import RunError
-from grath_utils.files import read_json, write_json, write_text
+from grath_utils.files import read_json, write_json
 from grath_utils.loop.run_dir import load_run
 from grath_utils.loop.stages import (
     evaluate_model,
@@ -53,12 +52,6 @@ def needs_processes(test: Callable) -> Callable:
     return pytest.mark.slow(pytest.mark.skipif(os.name == "nt", reason="needs bash")(test))
 
 
-def write_grid(path: Path, common: dict[str, object], grid: dict[str, object]) -> Path:
-    tree = {"profile": "smoke", "set": common, "grid": grid}
-    write_text(path, yaml.safe_dump(tree, sort_keys=False))
-    return path
-
-
 def command(grid: Path, out: Path) -> list[str]:
     # Two jobs of one thread each, whatever the machine has.
     start = [sys.executable, "-m", "grath_utils", "sweep", str(grid), "--out", str(out)]
@@ -67,15 +60,6 @@ def command(grid: Path, out: Path) -> list[str]:
 
 def run_sweep(grid: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(grid, out), capture_output=True, text=True, timeout=LIMIT)
-
-
-def rows_in(out: Path) -> list[str]:
-    return sorted(path.stem for path in (out / "rows").glob("*.json"))
-
-
-def table_of(out: Path) -> list[dict[str, str]]:
-    with open(out / "table.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
