@@ -94,7 +94,7 @@ def draw_dpo_step() -> Figure:
     _box(axes, (0.1, 2.5, 2.0, 0.9), "prompt + chosen\n$(x, y_w)$", BLUE)
     _box(axes, (0.1, 0.6, 2.0, 0.9), "prompt + rejected\n$(x, y_l)$", VERMILION)
     _box(axes, (3.0, 2.5, 1.9, 0.9), "policy $\\pi_\\theta$\n(trained)", GREEN)
-    _box(axes, (3.0, 0.6, 1.9, 0.9), "reference $\\pi_{ref}$\n(fixed)", GREY)
+    _box(axes, (3.0, 0.6, 1.9, 0.9), "reference $\\pi_{\\mathrm{ref}}$\n(fixed)", GREY)
     _box(axes, (5.9, 1.5, 2.3, 1.0), "4 summed\nlog-probabilities", GREY)
     _box(axes, (9.1, 1.5, 1.7, 1.0), "margin\n→ loss", GREY)
     for y in (2.95, 1.05):
