@@ -62,7 +62,10 @@ def values(result: dict[str, Any], metric: str) -> np.ndarray:
 
 
 def with_interval(differences: np.ndarray) -> dict[str, Any]:
-    """Return the mean of (seeds, items) differences and its 95 % interval."""
+    """Return the mean of (seeds, items) differences, its 95 % interval and p, by the bootstrap.
+
+    p is that of no difference: twice the share of resamples on the other side of 0.
+    """
     seeds, items = differences.shape
     generator = np.random.default_rng(0)
     means = [
@@ -72,9 +75,11 @@ def with_interval(differences: np.ndarray) -> dict[str, Any]:
         for _ in range(RESAMPLES)
     ]
     low, high = np.percentile(means, [2.5, 97.5])
+    other_side = min(np.mean(np.array(means) <= 0), np.mean(np.array(means) >= 0))
     return {
         "change": round(float(differences.mean()), 1),
         "ci95": [round(float(low), 1), round(float(high), 1)],
+        "p": min(1.0, 2 * max(float(other_side), 1 / RESAMPLES)),
     }
 
 

@@ -157,6 +157,9 @@ def controls_table() -> str:
     return "\n".join(lines)
 
 
+CONTROL_NAMES = {"random": "the coin", "mismatched": "another pair's question"}
+
+
 def arms_table(arms: list[dict]) -> str:
     """Return the table of arms on record: the change of each, and what it has over random."""
     shown = (("truthfulqa_mc", "mc1"), ("truthfulqa_mc", "mc2"), ("probe_testing", "mc1"))
@@ -177,12 +180,18 @@ def arms_table(arms: list[dict]) -> str:
         moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
         seeds = len(found[0]["seeds"])
         lines.append(f"| {plots.ARMS[arm][0]} | {changes} | {moved} | {seeds} |")
-    for control, name in (("random", "the coin"), ("mismatched", "another pair's question")):
-        over = [rows["own", *key][f"over_{control}"] for key in shown]
+    over_all = {c: [rows["own", *key][f"over_{c}"] for key in shown] for c in CONTROL_NAMES}
+    tests = {(c, i): r["p"] for c, over in over_all.items() for i, r in enumerate(over) if "p" in r}
+    adjusted = holm(tests)  # over all differences that are shown
+    for control, name in CONTROL_NAMES.items():
+        over = over_all[control]
         changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
         lines.append(
             f"| **the model judges, minus {name}** | {changes} | | {len(over[0]['seeds'])} |"
         )
+        if adjusted:
+            values = " | ".join(f"{adjusted[control, i]:.3f}" for i in range(len(over)))
+            lines.append(f"| p of that, by Holm | {values} | | |")
     return "\n".join(lines)
 
 
