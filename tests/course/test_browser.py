@@ -186,6 +186,40 @@ def test_tensorboard_s_page_shows_the_curves_of_a_round(
         process.wait(timeout=30)
 
 
+def test_asking_both_models_as_a_person_does(
+    smoke: tuple[Run, str], lab: Lab, browser: Browser, tmp_path: Path
+) -> None:
+    expect = pytest.importorskip("playwright.sync_api").expect
+    code = (
+        "from grath_utils.course import widgets\nfrom grath_utils.loop.run_dir import load_run\n"
+        f"run = load_run({str(smoke[0].path)!r})\n"
+        'widgets.ask_side_by_side(run, ["Is ice cold?"], max_new_tokens=5)'
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code)],
+        metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+    )
+    nbformat.write(notebook, tmp_path / "ask.ipynb")
+    with open_tab(browser, lab, lab.add(tmp_path / "ask.ipynb", {})) as tab:
+        tab.run_all(LIMIT)
+        rows, button = tab.page.locator("tbody tr"), tab.page.get_by_role("button", name="Ask both")
+        expect(rows).to_have_count(1, timeout=30_000)
+        button.click()
+        expect(tab.page.get_by_text("Write a question first.")).to_be_visible(timeout=30_000)
+        assert rows.count() == 1
+        tab.page.get_by_placeholder("Your question?").press_sequentially("What is the Sun?")
+        button.click()
+        expect(rows).to_have_count(2, timeout=60_000)
+        question, *answers = rows.first.locator("td").all_inner_texts()
+        assert question == "What is the Sun?"
+        assert len(answers) == 2
+        assert all(answer.strip() for answer in answers)
+        expect(button).to_be_enabled()
+        expect(tab.page.get_by_text("answering ...")).to_have_count(0)
+        check_looks(tab)
+        tab.photograph(SHOTS)
+
+
 @pytest.mark.parametrize("path", numbered_notebooks(), ids=lambda path: path.stem)
 def test_executed_notebooks_look_right(
     smoke: tuple[Run, str], lab: Lab, browser: Browser, path: Path
