@@ -227,5 +227,5 @@ def test_rows_say_what_the_judge_said(tmp_path):
     assert read_pairs(tmp_path / "p.jsonl") == PAIRS[:2]
     for fault in ({"truth": True}, {"swapped": 1}, {"swapped": "yes"}):
         write_jsonl(tmp_path / "p.jsonl", [PAIRS[0].to_row() | fault])
-        with pytest.raises(DataError, match=f'"{next(iter(fault))}" holds'):
+        with pytest.raises(DataError, match=f'"{next(iter(fault))}" is'):
             read_pairs(tmp_path / "p.jsonl")
