@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 # Part of the journal's fingerprint: raise it when the same inputs would give other pairs.
 VERSION = 2
 MARKS = {  # of a row of pairs beside its texts, as a form for files.read_json
-    "iteration": (int, None),
+    "iteration": int,
     "contrast": (float, None),
     "truth": (float, None),
     "swapped": (bool, None),
@@ -98,7 +98,7 @@ def read_pairs(path: Path) -> list[Pair]:
         for name, text in texts.items():
             if not isinstance(text, str) or is_blank(text):
                 raise DataError(f'{where}: "{name}" is missing or no text; found {text!r}')
-        check_form(row, MARKS, where)
+        check_form({"iteration": 0, **row}, MARKS, where)
         marks = {name: row[name] for name in MARKS if row.get(name) is not None}
         pair = Pair(**texts, **marks)
         if pair.iteration < 0:
