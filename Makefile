@@ -73,8 +73,9 @@ format: setup-dev  ## format the code
 	@$(VENV_PYTHON) -m ruff check --fix --quiet . || true
 	@$(VENV_PYTHON) -m ruff format .
 
-lock:  ## pin every package, for every system and Python, in requirements.lock
+lock:  ## pin every package, for every system and Python, with checksums, in requirements.lock
 	@$(VENV_PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	  --generate-hashes --no-emit-package torch \
 	  --custom-compile-command "make lock" requirements.txt --output-file requirements.lock
 
 classroom: setup  ## the course with a finished run in one folder that needs no network: CLASSROOM=DIR

@@ -90,15 +90,15 @@ class Target:
         }
 
     def pins(self, lock: Path) -> list[str]:
-        """Return the pins of requirements.lock that hold on such a machine, without torch's.
+        """Return the pins of requirements.lock that hold on such a machine.
 
         pip itself evaluates conditions for the machine that it runs on.
         """
-        lines = (line.partition("#")[0] for line in lock.read_text(encoding="utf-8").splitlines())
+        lines = (line.partition("#")[0] for line in set_up.without_checksums(lock).splitlines())
         return [
             f"{pin.name}{pin.specifier}"
             for pin in (Requirement(line) for line in lines if line.strip())
-            if pin.name != "torch" and (not pin.marker or pin.marker.evaluate(self.environment))
+            if not pin.marker or pin.marker.evaluate(self.environment)
         ]
 
 
@@ -288,7 +288,12 @@ def collect_wheels(
 
 def _fetch_here(scratch: str, lock: Path, target: Target) -> list[str]:
     torch = set_up.torch_arguments(Path(sys.executable), cpu=True)
-    for wanted in (["--no-deps", *target.pins(lock)], ["--constraint", str(lock), *torch]):
+    versions = Path(scratch, "constraints.txt")
+    versions.write_text("\n".join(target.pins(lock)), encoding="utf-8")
+    for wanted in (
+        ["--no-deps", "--requirement", str(lock)],
+        ["--constraint", str(versions), *torch],
+    ):
         if reason := _pip("wheel", scratch, "--wheel-dir", scratch, *wanted):
             raise FetchError(f"the packages for this machine cannot be had: {reason}")
     return []

@@ -5,8 +5,8 @@ Standard library only, because nothing is installed yet when this runs::
     python3 grath_utils/workshop/set_up.py [--dev | --book] [--wheels DIR]
 
 A second call finds its stamp and does nothing. Where uv is on the PATH it installs, in seconds
-instead of a minute; otherwise pip. All versions are those of requirements.lock, except
-what comes with torch (:func:`torch_arguments`).
+instead of a minute; otherwise pip. Versions and checksums are those of requirements.lock, except
+for torch and what its build brings (:func:`torch_arguments`).
 """
 
 from __future__ import annotations
@@ -82,14 +82,26 @@ def install(*, dev: bool, book: bool = False, wheels: Path | None = None) -> Non
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
             continue
         print(f"Installing {name} into {VENV.name} (a few minutes the first time) ...", flush=True)
-        if name == "requirements.txt":
-            pip_install(*([*offline, torch_pin()] if wheels else torch_arguments(python_of(VENV))))
-        pip_install(*offline, "--requirement", str(ROOT / name), "--constraint", str(lock))
+        if name == "requirements.txt" and not wheels:
+            pip_install("--no-deps", "--require-hashes", "--requirement", str(lock))
+            pip_install(*torch_arguments(python_of(VENV)))
+        else:
+            # In constraints pip takes checksums for a demand on everything, torch included; and a
+            # classroom's wheels, some of them built there, have checksums of their own.
+            versions = VENV / "constraints.txt"
+            versions.write_text(without_checksums(lock), encoding="utf-8")
+            what = ["--requirement", str(ROOT / name), "--constraint", str(versions)]
+            pip_install(*offline, *what)
         if name == "requirements.txt":
             # setuptools is there already (torch needs it), so nothing more has to be fetched.
             alone = ["--no-deps", "--no-build-isolation"]
             pip_install(*offline, *alone, "--editable", str(ROOT))
         stamp.write_text(wanted, encoding="utf-8")
+
+
+def without_checksums(lock: Path) -> str:
+    """Return the versions of requirements.lock, without the checksums of their files."""
+    return re.sub(r"\s*\\\n\s*--hash=\S+", "", lock.read_text(encoding="utf-8"))
 
 
 def make_venv() -> None:

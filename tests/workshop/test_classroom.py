@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 from grath_utils.config import load_config
 from grath_utils.errors import FetchError, UsageError
-from grath_utils.files import read_json, write_json
+from grath_utils.files import read_json, sha256_file, write_json
 from grath_utils.loop.run_dir import Run
 from grath_utils.loop.stages import start_run
 from grath_utils.workshop import checkpoints, classroom, classroom_install, set_up
@@ -68,7 +68,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 LOCK = """\
 # What `make lock` would write
-torch==0.1
 toy-lab==1.0
 toy-console==1.2 ; sys_platform == "win32"
 toy-cuda==2.0 ; sys_platform != "win32"
@@ -241,8 +240,48 @@ def test_what_is_installed_here_is_what_is_locked() -> None:
 
 def test_the_lock_is_that_of_the_requirements_for_every_patch_release() -> None:
     text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    assert set_up.torch_pin() in text.splitlines()
+    wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = {line.split()[0] for line in wanted if line[:1] not in ("", "#")} - {set_up.torch_pin()}
+    assert pins <= set(re.findall(r"^[^\s#]+", text, re.MULTILINE))
+    assert set_up.torch_pin() not in text, "its checksum depends on the build"
     assert not re.search(r"python_full_version [<>=!]+ '\d+\.\d+\.\d", text)
+
+
+def test_every_pin_has_its_checksums() -> None:
+    lock = ROOT / "requirements.lock"
+    text = lock.read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(lines) > 100
+    assert all("--hash=sha256:" in line for line in lines)
+    versions = set_up.without_checksums(lock).splitlines()
+    assert [line.split("--hash")[0].strip() for line in lines] == [
+        line for line in versions if not line.startswith("#")
+    ]
+
+
+def test_a_package_with_another_checksum_is_not_installed(
+    tmp_path: Path, index: Path, course: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr(set_up, "VENV", course / ".venv")
+    monkeypatch.setattr(set_up, "torch_arguments", lambda python: [set_up.torch_pin()])
+    lock, digests = course / "requirements.lock", {p.stem: sha256_file(p) for p in index.iterdir()}
+    lines = {
+        f"{name}=={version}": f"{name}=={version} \\\n    --hash=sha256:{digests[stem]}"
+        for stem in digests
+        for name, version in [stem.split("-")[:2]]
+        if name in ("toy_lab", "toy_cuda")
+    }
+    wrong = lines["toy_lab==1.0"].replace(digests["toy_lab-1.0-py3-none-any"], "0" * 64)
+    lock.write_text("\n".join([wrong, lines["toy_cuda==2.0"]]) + "\n")
+    with pytest.raises(SystemExit, match="installing failed"):
+        set_up.install(dev=False)
+    said = capfd.readouterr().err
+    assert "toy_lab" in said.replace("-", "_")
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in said
+    assert not [*(course / ".venv").rglob("toy_*")]
+    lock.write_text("\n".join(lines.values()) + "\n")
+    set_up.install(dev=False)
+    assert [p.name for p in (course / ".venv").rglob("toy_lab.py")] == ["toy_lab.py"]
 
 
 # --- the folder ----------------------------------------------------------------------------------

@@ -148,12 +148,13 @@ def test_a_second_call_installs_nothing(tmp_path, monkeypatch) -> None:
     set_up.main(["--dev"])
     asked = [" ".join(Path(part).name for part in call) for call in calls]
     assert asked == [
+        "--no-deps --require-hashes --requirement requirements.lock",
         "torch==1",
-        "--requirement requirements.txt --constraint requirements.lock",
         f"--no-deps --no-build-isolation --editable {set_up.ROOT.name}",
-        "--requirement requirements-book.txt --constraint requirements.lock",
-        "--requirement requirements-dev.txt --constraint requirements.lock",
+        "--requirement requirements-book.txt --constraint constraints.txt",
+        "--requirement requirements-dev.txt --constraint constraints.txt",
     ]
+    assert "--hash" not in (venv / "constraints.txt").read_text()
     calls.clear()
     set_up.main(["--dev"])
     set_up.main([])
