@@ -14,7 +14,7 @@ VENV_PYTHON := .venv/bin/python
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-book setup-dev run render book lab test test-fast test-versions test-colab test-latest address fuzz lint format bench lock classroom clean
+.PHONY: help setup setup-book setup-dev run render book lab test test-fast test-versions test-colab test-latest test-offline address fuzz lint format bench lock classroom clean
 
 help:  ## show this list
 	@$(PYTHON) -c "import re; [print(f'make {t:10} {d}') for t, d in re.findall(r'^([a-z-]+):.*?## (.*)', open('Makefile').read(), re.M)]"
@@ -41,7 +41,7 @@ book: setup-book  ## the whole course as an HTML book with search, in build/book
 lab: setup  ## open the notebooks in JupyterLab
 	@$(VENV_PYTHON) -m jupyterlab notebooks
 
-test test-fast test-versions test-colab test-latest: export OMP_NUM_THREADS = 1
+test test-fast test-versions test-colab test-latest test-offline: export OMP_NUM_THREADS = 1
 
 test: setup-dev lint  ## lint and all tests, on two cores
 	@$(VENV_PYTHON) -m pytest -n 2 --no-loadscope-reorder
@@ -60,6 +60,9 @@ test-colab: setup-dev  ## notebooks as their badges open them, on what Colab's m
 
 test-latest: setup-dev  ## the same on the newest versions of everything (slow)
 	@$(VENV_PYTHON) tests/versions.py latest
+
+test-offline: setup-dev  ## a classroom folder, installed and used without any network (slow, Linux)
+	@$(VENV_PYTHON) tests/workshop/offline.py
 
 address: setup  ## write another address of the repository everywhere: REPO=org/name REF=tag
 	@$(VENV_PYTHON) .github/address.py $(REPO) $(REF)
