@@ -51,9 +51,10 @@ def finished(sweeps: list[Path], steps: int | None = None) -> Results:
 
 def arm_of(run: Run) -> str:
     """Return what distinguishes a run from the main arm."""
-    if run.config.pairs.judge == "none":
-        return "unjudged"
-    return run.config.pairs.labels
+    pairs = run.config.pairs
+    if pairs.flipped:
+        return f"{pairs.flipped:.0%} turned round"
+    return "unjudged" if pairs.judge == "none" else pairs.labels
 
 
 def values(result: dict[str, Any], metric: str) -> np.ndarray:
