@@ -51,3 +51,20 @@ def test_a_part_of_the_gain_is_form_and_a_part_is_not() -> None:
     for trial in ("science 14", "mismatched 14", "science 14 minus mismatched 14"):
         assert mc1[trial]["ci95"][0] > 0
     assert mc1["judged14"]["ci95"][0] < 0, "notebook 5, section 4: clauses do not lift"
+
+
+def test_labels_turned_round_ruin_easy_facts_and_the_judge_adds_something() -> None:
+    rows = {(row["arm"], row["benchmark"], row["metric"]): row for row in records("labels")}
+    own, quarter, coin, turned = (
+        {key[1:]: row for key, row in rows.items() if key[0] == arm}
+        for arm in ("own", "25% turned round", "random", "inverted")
+    )
+    facts, mc1, mc2 = ("retention", "acc"), ("truthfulqa_mc", "mc1"), ("truthfulqa_mc", "mc2")
+    assert turned[facts]["ci95"][1] < -20
+    assert not excludes_zero(coin[facts])
+    assert turned[mc2]["ci95"][1] < 0
+    assert own[facts]["base"] > 90, "nine in ten"
+    for key in (mc1, mc2):
+        assert own[key]["over_unjudged"]["ci95"][0] > 0
+        assert quarter[key]["change"] < own[key]["change"] / 2, "more than half of the gain"
+    assert abs(own[mc1]["nats_true"] - rows["unjudged", *mc1]["nats_true"]) < 1, "as many nats"

@@ -33,6 +33,7 @@ MEASURED = read_jsonl(ROOT / "grath_utils" / "scale" / "measurements.jsonl")
 FINAL = read_jsonl(APPENDIX / "recipe_final.jsonl")
 CONTROLS = read_jsonl(APPENDIX / "recipe_controls.jsonl")
 ARMS = read_jsonl(APPENDIX / "recipe_arms.jsonl")
+LABELS = read_jsonl(APPENDIX / "recipe_labels.jsonl")
 PROFILE = read_jsonl(APPENDIX / "recipe_profile.jsonl")
 SEALED = read_jsonl(APPENDIX / "recipe_sealed.jsonl")
 
@@ -157,10 +158,23 @@ def controls_table() -> str:
     return "\n".join(lines)
 
 
-CONTROL_NAMES = {"random": "the coin", "mismatched": "another pair's question"}
+TURNED = ("own", "25% turned round", "random", "inverted", "unjudged")
+CONTROL_NAMES = {
+    "random": "the coin",
+    "mismatched": "another pair's question",
+    "unjudged": "not judged",
+}
 
 
-def arms_table(arms: list[dict]) -> str:
+NAMES = {arm: look[0] for arm, look in plots.ARMS.items()} | {
+    "25% turned round": "a quarter turned round",
+    "inverted": "all turned round",
+}
+
+
+def arms_table(
+    arms: list[dict], order: tuple[str, ...] = ("own", "annotated", "mismatched", "random")
+) -> str:
     """Return the table of arms on record: the change of each, and what it has over random."""
     shown = (("truthfulqa_mc", "mc1"), ("truthfulqa_mc", "mc2"), ("probe_testing", "mc1"))
     shown += (("probe_testing", "mc2"), ("retention", "acc"))
@@ -172,19 +186,20 @@ def arms_table(arms: list[dict]) -> str:
         "|---|" + "---|" * 7,
         f"| the model before (%) | {base} | | |",
     ]
-    for arm in ("own", "annotated", "mismatched", "random"):
+    for arm in order:
         found = [rows[arm, *key] for key in shown if (arm, *key) in rows]
         if not found:
             continue
         changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in found)
         moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
         seeds = len(found[0]["seeds"])
-        lines.append(f"| {plots.ARMS[arm][0]} | {changes} | {moved} | {seeds} |")
-    over_all = {c: [rows["own", *key][f"over_{c}"] for key in shown] for c in CONTROL_NAMES}
+        lines.append(f"| {NAMES[arm]} | {changes} | {moved} | {seeds} |")
+    controls = [name for name in CONTROL_NAMES if f"over_{name}" in rows["own", *shown[0]]]
+    over_all = {c: [rows["own", *key][f"over_{c}"] for key in shown] for c in controls}
     tests = {(c, i): r["p"] for c, over in over_all.items() for i, r in enumerate(over) if "p" in r}
     adjusted = holm(tests)  # over all differences that are shown
-    for control, name in CONTROL_NAMES.items():
-        over = over_all[control]
+    for control in controls:
+        name, over = CONTROL_NAMES[control], over_all[control]
         changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
         lines.append(
             f"| **the model judges, minus {name}** | {changes} | | {len(over[0]['seeds'])} |"
@@ -214,12 +229,13 @@ def judges_table() -> str:
     [
         ("README.md", arms_table(ARMS)),
         ("RESULTS.md", arms_table(PROFILE)),
+        ("RESULTS.md", arms_table(LABELS, TURNED)),
         ("RESULTS.md", judges_table()),
         ("RESULTS.md", result_table("cpu", "change after two rounds (points)")),
         ("RESULTS.md", result_table("cpu-long", "change (points)")),
         ("RESULTS.md", controls_table()),
     ],
-    ids=("arms", "profile", "judges", "cpu", "cpu-long", "controls"),
+    ids=("arms", "profile", "labels", "judges", "cpu", "cpu-long", "controls"),
 )
 def test_a_page_holds_the_table_as_it_is_computed(page: str, table: str) -> None:
     assert table in PAGES[page], f"{page}: put in\n{table}"
