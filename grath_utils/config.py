@@ -168,7 +168,7 @@ class PairsConfig:
         "own",
         "what the same pairs are trained on as: the model's own labels; random (the placebo), "
         "inverted; annotated: the sealed answers to our own questions in their place; mismatched: "
-        "each pair under another pair's question, so that only the form of answers can be learned",
+        "each pair under another pair's question, of whose answers it tells nothing",
         choices=("own", "random", "inverted", "annotated", "mismatched"),
         added=True,
     )
@@ -290,7 +290,7 @@ class LoopConfig:
     placebo_labels: tuple[str, ...] = option(
         ("random",),
         "these labels (pairs.labels): random, a coin for each pair; mismatched, the answers of "
-        "another question, which differ in the same form and tell no truth about this one",
+        "another question, as true and as false, which tell nothing about this one",
         choices=("random", "mismatched"),
         added=True,
     )

@@ -42,7 +42,7 @@ PLACEBOS = {  # by their labels, see Run.placebos
         had="a coin for labels",
     ),
     "mismatched": Placebo(
-        name="the placebo of form",
+        name="the placebo of other questions",
         pairs="the same pairs under other questions",
         training="the same training on the answers of other questions",
         taught="the answers say of their questions",

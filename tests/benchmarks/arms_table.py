@@ -49,6 +49,16 @@ def finished(sweeps: list[Path], steps: int | None = None) -> Results:
     return found
 
 
+def add_measured(results: Results, folder: Path) -> None:
+    """Add what was measured afterwards: ``base.json`` and ARM.json, of arms that have one seed."""
+    before = read_json(folder / "base.json", RESULT)
+    for arm, seeds in results.items():
+        [of_seed] = seeds.values()
+        name = f"{before['benchmark']}, {before['protocol']}"
+        if (file := folder / f"{arm}.json").exists():
+            of_seed[name] = [before, read_json(file, RESULT)]
+
+
 def arm_of(run: Run) -> str:
     """Return what distinguishes a run from the main arm."""
     pairs = run.config.pairs
@@ -114,7 +124,8 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
                 moved = [nats(*each[name]) for each in seeds.values()]
                 row |= {k: round(float(np.mean([m[k] for m in moved])), 1) for k in moved[0]}
                 for control in CONTROLS:
-                    both = sorted(seeds.keys() & results.get(control, {}).keys())
+                    measured = {s for s, of in results.get(control, {}).items() if name in of}
+                    both = sorted(seeds.keys() & measured)
                     if arm != control and both:
                         scores = {s: values(results[control][s][name][1], metric) for s in both}
                         over = np.array([pairs[s][1] - scores[s] for s in both])
@@ -129,13 +140,15 @@ def main() -> None:
     parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dose", nargs="*", type=int, metavar="STEPS", help="a row for each")
+    parser.add_argument("--also", type=Path, help="a folder with results of `grath evaluate`")
     given = parser.parse_args()
     doses = given.dose or [14, 28, 42, 56] if given.dose is not None else [None]
-    rows = [
-        ({} if steps is None else {"steps": steps}) | row
-        for steps in doses
-        for row in rows_of(finished(given.sweeps, steps))
-    ]
+    rows = []
+    for steps in doses:
+        results = finished(given.sweeps, steps)
+        if given.also:
+            add_measured(results, given.also)
+        rows += [({} if steps is None else {"steps": steps}) | row for row in rows_of(results)]
     for row in rows:
         print(row)
     if given.out:

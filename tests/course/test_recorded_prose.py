@@ -67,4 +67,9 @@ def test_labels_turned_round_ruin_easy_facts_and_the_judge_adds_something() -> N
     for key in (mc1, mc2):
         assert own[key]["over_unjudged"]["ci95"][0] > 0
         assert quarter[key]["change"] < own[key]["change"] / 2, "more than half of the gain"
+    arc = ("arc_challenge, zero-shot", "acc")
+    assert own[arc]["over_random"]["ci95"][0] > 0
+    assert not excludes_zero(coin[arc])
+    assert turned[arc]["ci95"][1] < 0
+    assert rows["mismatched", *arc]["ci95"][0] > 0, "it is no answer to the question"
     assert abs(own[mc1]["nats_true"] - rows["unjudged", *mc1]["nats_true"]) < 1, "as many nats"

@@ -67,7 +67,7 @@ def test_the_placebo_of_form_has_the_answers_of_other_questions(run: Run) -> Non
         assert (own.id, own.correct, own.incorrect) == (other.id, other.correct, other.incorrect)
         assert own.question != other.question
     assert "under other questions), in points: probe mc1 " in loop.gain_line(run).splitlines()[1]
-    assert any("the placebo of form" in sentence for sentence in loop.what_happened(run))
+    assert any("the placebo of other questions" in sentence for sentence in loop.what_happened(run))
     assert all(stage.done for stage in plan_stages(arm))
 
 

@@ -210,6 +210,28 @@ def arms_table(
     return "\n".join(lines)
 
 
+def arc_table() -> str:
+    """Return the table of what the arms of LABELS change on questions of ARC."""
+    metrics = ("acc", "acc_norm")
+    rows = {(r["arm"], r["metric"]): r for r in LABELS if r["benchmark"].startswith("arc")}
+    base = " | ".join(f"{rows['own', m]['base']:.1f}" for m in metrics)
+    lines = [
+        "| arm | ARC, accuracy | ARC, length-normalised | nats |",
+        "|---|---|---|---|",
+        f"| the model before (%) | {base} | |",
+    ]
+    for arm in ("own", "unjudged", "mismatched", "random", "inverted"):
+        found = [rows[arm, m] for m in metrics]
+        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in found)
+        moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
+        lines.append(f"| {NAMES[arm]} | {changes} | {moved} |")
+    for control, name in CONTROL_NAMES.items():
+        over = [rows["own", m][f"over_{control}"] for m in metrics]
+        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
+        lines.append(f"| **the model judges, minus {name}** | {changes} | |")
+    return "\n".join(lines)
+
+
 def judges_table() -> str:
     """Return the table of how well judges tell sealed answers apart."""
     lines = [
@@ -230,12 +252,13 @@ def judges_table() -> str:
         ("README.md", arms_table(ARMS)),
         ("RESULTS.md", arms_table(PROFILE)),
         ("RESULTS.md", arms_table(LABELS, TURNED)),
+        ("RESULTS.md", arc_table()),
         ("RESULTS.md", judges_table()),
         ("RESULTS.md", result_table("cpu", "change after two rounds (points)")),
         ("RESULTS.md", result_table("cpu-long", "change (points)")),
         ("RESULTS.md", controls_table()),
     ],
-    ids=("arms", "profile", "labels", "judges", "cpu", "cpu-long", "controls"),
+    ids=("arms", "profile", "labels", "arc", "judges", "cpu", "cpu-long", "controls"),
 )
 def test_a_page_holds_the_table_as_it_is_computed(page: str, table: str) -> None:
     assert table in PAGES[page], f"{page}: put in\n{table}"
