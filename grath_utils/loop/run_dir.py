@@ -127,7 +127,7 @@ class Run:
 
         Its pairs, steps and seeds are this run's. Over ``random`` labels this run's model gains by
         *which* answer it was taught; over ``mismatched`` ones by what the answers say of their
-        question, form aside.
+        question.
         """
         config = self.config
         rounds = {"iterations": final + 1, "keep": "last", "early_stop": False, "signals": False}
