@@ -89,7 +89,11 @@ def by_reasons(ask: Ask, policy: Policy, cases: list[Case]) -> list[np.ndarray]:
         f"{prompt}{bare_answer(tokenizer, reason.text.strip())}\nSo the true answer is"
         for prompt, reason in zip(rendered, said, strict=True)
     ]
-    requests = [engine.Request(prompt, f" {letter}") for prompt in begun for letter in "AB"]
+    requests = [
+        engine.Request(prompt, f" {letter}", f"prompt {number}")
+        for number, prompt in enumerate(begun)
+        for letter in "AB"
+    ]
     scores = [score.logprob for score in engine.score_completions(policy, requests)]
     return [mean_of_orders(orders) for orders in np.reshape(scores, (-1, 2, 2))]
 
