@@ -289,7 +289,7 @@ def collect_wheels(
 def _fetch_here(scratch: str, lock: Path, target: Target) -> list[str]:
     torch = set_up.torch_arguments(Path(sys.executable), cpu=True)
     versions = Path(scratch, "constraints.txt")
-    versions.write_text("\n".join(target.pins(lock)), encoding="utf-8")
+    versions.write_text(set_up.without_checksums(lock), encoding="utf-8")
     for wanted in (
         ["--no-deps", "--requirement", str(lock)],
         ["--constraint", str(versions), *torch],

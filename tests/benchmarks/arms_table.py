@@ -52,10 +52,10 @@ def finished(sweeps: list[Path], steps: int | None = None) -> Results:
 def add_measured(results: Results, folder: Path) -> None:
     """Add what was measured afterwards: ``base.json`` and ARM.json, of arms that have one seed."""
     before = read_json(folder / "base.json", RESULT)
+    name = f"{before['benchmark']}, {before['protocol']}"
     for arm, seeds in results.items():
-        [of_seed] = seeds.values()
-        name = f"{before['benchmark']}, {before['protocol']}"
         if (file := folder / f"{arm}.json").exists():
+            [of_seed] = seeds.values()
             of_seed[name] = [before, read_json(file, RESULT)]
 
 

@@ -42,7 +42,7 @@ def test_the_models_own_words_lift_truthful_qa_and_annotated_ones_are_no_upper_b
             assert not excludes_zero(found), "notebook 5, section 9: only TruthfulQA moves"
 
 
-def test_a_part_of_the_gain_is_form_and_a_part_is_not() -> None:
+def test_a_part_of_the_gain_needs_no_fitting_question_and_a_part_does() -> None:
     mc1 = {
         row["trial"]: row
         for row in records("small")

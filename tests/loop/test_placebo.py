@@ -61,7 +61,7 @@ def test_the_placebo_differs_in_its_labels_alone(run: Run) -> None:
     assert all(stage.done for stage in plan_stages(arm))
 
 
-def test_the_placebo_of_form_has_the_answers_of_other_questions(run: Run) -> None:
+def test_the_second_placebo_has_the_answers_of_other_questions(run: Run) -> None:
     arm = run.placebos(loop.run_state(run).final)["mismatched"]
     for own, other in zip(read_pairs(run.pairs(0)), read_pairs(arm.pairs(0)), strict=True):
         assert (own.id, own.correct, own.incorrect) == (other.id, other.correct, other.incorrect)

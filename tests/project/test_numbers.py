@@ -172,6 +172,16 @@ NAMES = {arm: look[0] for arm, look in plots.ARMS.items()} | {
 }
 
 
+def cells_of(changes: list[dict]) -> str:
+    """Return changes with their intervals as the cells of a table's line."""
+    return " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in changes)
+
+
+def nats_of(row: dict) -> str:
+    """Return by how much the log-probability of true and of false answers changed."""
+    return f"{row['nats_true']:+.1f} / {row['nats_false']:+.1f}"
+
+
 def arms_table(
     arms: list[dict], order: tuple[str, ...] = ("own", "annotated", "mismatched", "random")
 ) -> str:
@@ -190,8 +200,8 @@ def arms_table(
         found = [rows[arm, *key] for key in shown if (arm, *key) in rows]
         if not found:
             continue
-        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in found)
-        moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
+        changes = cells_of(found)
+        moved = nats_of(found[0])
         seeds = len(found[0]["seeds"])
         lines.append(f"| {NAMES[arm]} | {changes} | {moved} | {seeds} |")
     controls = [name for name in CONTROL_NAMES if f"over_{name}" in rows["own", *shown[0]]]
@@ -200,7 +210,7 @@ def arms_table(
     adjusted = holm(tests)  # over all differences that are shown
     for control in controls:
         name, over = CONTROL_NAMES[control], over_all[control]
-        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
+        changes = cells_of(over)
         lines.append(
             f"| **the model judges, minus {name}** | {changes} | | {len(over[0]['seeds'])} |"
         )
@@ -222,12 +232,12 @@ def arc_table() -> str:
     ]
     for arm in ("own", "unjudged", "mismatched", "random", "inverted"):
         found = [rows[arm, m] for m in metrics]
-        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in found)
-        moved = f"{found[0]['nats_true']:+.1f} / {found[0]['nats_false']:+.1f}"
+        changes = cells_of(found)
+        moved = nats_of(found[0])
         lines.append(f"| {NAMES[arm]} | {changes} | {moved} |")
     for control, name in CONTROL_NAMES.items():
         over = [rows["own", m][f"over_{control}"] for m in metrics]
-        changes = " | ".join(with_interval(r["change"], r["ci95"], "+.1f") for r in over)
+        changes = cells_of(over)
         lines.append(f"| **the model judges, minus {name}** | {changes} | |")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ and notebooks 00 to 04 run from it. Linux, with ``unshare`` (util-linux)::
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def without_network(home: Path, *command: str | Path) -> str:
 
 def main(folder: Path) -> None:
     python, home = Path(sys._base_executable), folder.with_name(f"{folder.name}_learner")
+    for left in (home, folder / "course" / ".venv", folder / "course" / "runs"):
+        shutil.rmtree(left, ignore_errors=True)  # or old work would pass for new
     here = without_network(home, python, "-c", INTERFACES).strip()
     if here != "['lo']":
         sys.exit(f"there is a network in here: {here}")
