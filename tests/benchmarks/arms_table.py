@@ -50,13 +50,13 @@ def finished(sweeps: list[Path], steps: int | None = None) -> Results:
 
 
 def add_measured(results: Results, folder: Path) -> None:
-    """Add what was measured afterwards: ``base.json`` and ARM.json, of arms that have one seed."""
+    """Add what was measured afterwards: ``base.json``, and SEED/ARM.json of whatever is there."""
     before = read_json(folder / "base.json", RESULT)
     name = f"{before['benchmark']}, {before['protocol']}"
     for arm, seeds in results.items():
-        if (file := folder / f"{arm}.json").exists():
-            [of_seed] = seeds.values()
-            of_seed[name] = [before, read_json(file, RESULT)]
+        for seed, of_seed in seeds.items():
+            if (file := folder / str(seed) / f"{arm}.json").exists():
+                of_seed[name] = [before, read_json(file, RESULT)]
 
 
 def arm_of(run: Run) -> str:
@@ -107,27 +107,29 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
     """Return one row for each arm, benchmark and metric."""
     rows = []
     for arm, seeds in results.items():
-        for name in next(iter(seeds.values())):
-            for metric in next(iter(seeds.values()))[name][0]["metrics"]:
-                pairs = {s: [values(r, metric) for r in each[name]] for s, each in seeds.items()}
+        for name, (first, _) in next(iter(seeds.values())).items():
+            measured = {s: each[name] for s, each in seeds.items() if name in each}
+            for metric in first["metrics"]:
+                pairs = {s: [values(r, metric) for r in each] for s, each in measured.items()}
                 change = np.array([after - before for before, after in pairs.values()])
                 row = {
                     "arm": arm,
                     "benchmark": name,
                     "metric": metric,
                     "n": change.shape[1],
-                    "seeds": sorted(seeds),
+                    "seeds": sorted(measured),
                     "base": round(float(np.mean([b for b, _ in pairs.values()])), 1),
                     **with_interval(change),
                     "each_seed": [round(float(each.mean()), 1) for each in change],
                 }
-                moved = [nats(*each[name]) for each in seeds.values()]
+                moved = [nats(*each) for each in measured.values()]
                 row |= {k: round(float(np.mean([m[k] for m in moved])), 1) for k in moved[0]}
                 for control in CONTROLS:
-                    measured = {s for s, of in results.get(control, {}).items() if name in of}
-                    both = sorted(seeds.keys() & measured)
+                    of_seeds = results.get(control, {}).items()
+                    others = {s: each[name] for s, each in of_seeds if name in each}
+                    both = sorted(measured.keys() & others.keys())
                     if arm != control and both:
-                        scores = {s: values(results[control][s][name][1], metric) for s in both}
+                        scores = {s: values(others[s][1], metric) for s in both}
                         over = np.array([pairs[s][1] - scores[s] for s in both])
                         row[f"over_{control}"] = with_interval(over) | {"seeds": both}
                 rows.append(row)
