@@ -66,7 +66,8 @@ class ReadyDataTrainer(DPOTrainer):
     def __init__(self, *, pieces: PieceBatches | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.pieces = pieces
-        self.shares: list[float] = []  # of the pieces since the last row of the log
+        # What each batch since the last row of the log counts, beside TRL's own lists of means.
+        self.shares: dict[str, list[float]] = {"train": [], "eval": []}
         # Pieces differ in size, so gathering TRL's metrics would hang.
         self.accelerator.gather = self.accelerator.gather_for_metrics = lambda tensor: tensor
         self.precompute_ref_logps = True  # the reference is read from the data
@@ -112,14 +113,20 @@ class ReadyDataTrainer(DPOTrainer):
                 label_smoothing=self.label_smoothing,
             )
             loss = loss + losses.mean()
-        if share is not None:
-            self.shares.append(share)
+        # A mean over batches is one over pairs only where each batch counts by its pairs.
+        pairs = len(inputs["ref_chosen_logps"])
+        self.shares[self._mode()].append(pairs if share is None else share)
+        if not self.model.training:  # transformers' own mean counts by rows, however many pairs
+            self._metrics["eval"]["loss"].append(loss.item())
         return loss * scale
 
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            self._metrics["train"].update(_combined(self._metrics["train"], self.shares))
-            self.shares.clear()
+        metrics, shares = self._metrics[self._mode()], self.shares[self._mode()]
+        metrics.update(_combined(metrics, shares))
+        shares.clear()
         super().log(logs, start_time)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -119,7 +119,7 @@ def draw_qlora() -> Figure:
     axes.text(9.2, 2.4, "trained,\n16 or 32 bits", fontsize=10, va="center")
     axes.text(9.2, 1.1, "$B = 0$ at first:\nnothing changes", fontsize=10, va="center")
     axes.text(1.9, 0.2, "about 4.1 bits a weight, no gradient", fontsize=10, ha="center")
-    axes.text(7.2, 0.2, "rank $r$: a few percent of the weights", fontsize=10, ha="center")
+    axes.text(7.2, 0.2, "rank $r$: under one percent of the weights", fontsize=10, ha="center")
     return figure
 
 

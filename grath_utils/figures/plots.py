@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from grath_utils.evaluation.blind_rules import chance_level
 from grath_utils.pairs.audit import wilson
@@ -209,6 +210,7 @@ def plot_lengths(pairs: Sequence[Any]) -> Figure:
     axes.hist(correct, color=BLUE, label="correct", **look)
     axes.hist(incorrect, color=VERMILION, linestyle="--", label="incorrect", **look)
     axes.set(xlabel="words in the answer", ylabel="answers")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
 
@@ -296,6 +298,7 @@ def plot_rounds(logs: Sequence[Sequence[Measured]]) -> Figure:
             axis.annotate(f"round {t + 1}", ((begin + end) / 2, 1), ha="center", va="bottom",
                           xycoords=("data", "axes fraction"), fontsize=9.5)  # fmt: skip
             axis.set_xlabel("optimiser step, all rounds")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         begin = end
     axes[0].legend(fontsize=9)
     axes[1].set_ylabel("reward margin (nats)")
@@ -404,7 +407,8 @@ def plot_differences(rows: Sequence[tuple[str, Measured]]) -> Figure:
     _changes(axes, [(name, change["value"], change["ci95"]) for name, change in rows])
     _centre_on_zero(axes, len(rows))
     shown = _with_interval(change["ci95"] for _, change in rows)
-    axes.set_xlabel(f"change in points, {shown} (grey band: too small to be seen here)")
+    band = "grey band: true changes this small are missed more than once in five"
+    axes.set_xlabel(f"change in points, {shown}\n({band})")
     return figure
 
 

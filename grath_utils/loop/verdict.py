@@ -167,13 +167,9 @@ def over_base(benchmark: str, metric: str, change: Mapping[str, Any]) -> str:
 
 def retained(change: Mapping[str, Any]) -> str:
     """Say whether what the model knew is still there."""
-    points = _points(change)
-    match _side(change):
-        case "below":
-            return f"Easy facts were lost: {KEPT} {points} points."
-        case "above":
-            return f"Easy facts were not lost; more are found than before: {KEPT} {points} points."
-    return f"No loss of easy facts is seen: {KEPT} {points} points."
+    lost = _side(change) == "below"
+    what = "Easy facts were lost" if lost else "No loss of easy facts is seen"
+    return f"{what}: {KEPT} {_points(change)} points."
 
 
 def displaced(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -224,4 +220,4 @@ def _side(change: Mapping[str, Any]) -> str:
 
 def _least(change: Mapping[str, Any]) -> str:
     least = change.get("smallest_detectable")
-    return f", where {100 * least:.1f} would mostly have been seen" if least else ""
+    return f" (a true change of {100 * least:.1f} is found four times in five)" if least else ""

@@ -213,6 +213,28 @@ def test_a_round_lowers_the_loss_and_logs_it(done: tuple[Path, TrainingReport]) 
     assert not (folder / "checkpoints").exists()
 
 
+def test_each_held_out_pair_counts_alike_in_batches_of_two_sizes(
+    base: ModelConfig, tmp_path: Path
+) -> None:
+    some = {"lora": LORA, "seed": 0, "progress": False}
+    logs = [
+        train_round(
+            base,
+            TRAINED,
+            TRAINED[:3],
+            tmp_path / str(size),
+            dpo=replace(DPO, micro_batch_size=size, log_every=2, evaluate_every=1),
+            **some,
+        ).log
+        for size in (1, 2)  # three batches of one pair; one of two and one of one
+    ]
+    alone, together = ([row for row in log if row["split"] == "held_out"] for log in logs)
+    assert [row["step"] for row in together] == [0, 1, 2, 3, 4]
+    for one, other in zip(alone[1:], together[1:], strict=True):  # at step 0 margins are ties
+        numbers = [{k: v for k, v in row.items() if k != "split"} for row in (one, other)]
+        assert numbers[1] == pytest.approx(numbers[0], abs=1e-4)
+
+
 def test_the_adapter_moved_and_names_its_base_and_no_path_of_this_machine(
     base: ModelConfig, done: tuple[Path, TrainingReport]
 ) -> None:
