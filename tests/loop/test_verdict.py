@@ -52,7 +52,8 @@ def test_over_the_placebo(gain, begins):
 
 def test_what_was_not_seen_says_what_could_have_been():
     for say in (over_placebo, over_base):
-        assert "(a true change of 3.1 is found four times in five)" in say("x", "mc1", change(0.0, -0.1, 0.1))
+        said = say("x", "mc1", change(0.0, -0.1, 0.1))
+        assert "(a true change of 3.1 is found four times in five)" in said
 
 
 def test_without_a_placebo_a_gain_is_left_open():
