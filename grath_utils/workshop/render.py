@@ -230,13 +230,13 @@ def _neutral(text: str, places: Sequence[tuple[str, str]]) -> str:
 
 
 def smaller_png(picture: bytes) -> bytes:
-    """Return a PNG with few colours, if that makes it smaller."""
+    """Return a PNG with few colours, if that makes it smaller; thin lines keep their own."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture))
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A") if "A" in image.getbands() else None)
-    few = flat.quantize(FIGURE_COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = flat.quantize(FIGURE_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     out = io.BytesIO()
     few.save(out, "PNG", optimize=True)
     return min(out.getvalue(), picture, key=len)
