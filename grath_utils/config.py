@@ -213,7 +213,7 @@ class DPOConfig:
         ge=0,
         le=0.5,
     )
-    learning_rate: float = option(5e-4, "peak learning rate", gt=0)
+    learning_rate: float = option(5e-4, "peak learning rate", gt=0, le=1.0)
     schedule: str = option(
         "cosine", "learning-rate schedule", choices=("cosine", "linear", "constant_with_warmup")
     )

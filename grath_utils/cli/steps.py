@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,14 @@ from grath_utils.config import (
 )
 from grath_utils.errors import UsageError
 from grath_utils.evaluation.benchmarks import BENCHMARKS, Benchmark, find_benchmark
-from grath_utils.files import check_output, read_json, read_jsonl, user_path, write_jsonl
+from grath_utils.files import (
+    check_output,
+    is_text,
+    read_json,
+    read_jsonl,
+    user_path,
+    write_jsonl,
+)
 from grath_utils.pairs.modes import MODES, check_pairs_config
 from grath_utils.text import metric_line, quantization_line
 
@@ -272,8 +280,11 @@ def do_export(options: argparse.Namespace) -> None:
     else:
         written, held_out = loop.run_pairs(*loop.named_round(options.name))
     loop.check_not_of_a_run(options.to)
-    own = ("prompt", "chosen", "rejected", "id", "iteration")
-    check_output(options.to, read_jsonl, own, [source])
+    own, more = (
+        ("prompt", "chosen", "rejected", "id", "iteration"),
+        ("contrast", "truth", "swapped"),
+    )
+    check_output(options.to, read_jsonl, own, [source], allowed=own + more)
     write_jsonl(options.to, (pairs.preference_row(pair, options.form) for pair in written))
     left = f"; the {len(held_out)} held out are left out" if held_out else ""
     print(f"{len(written)} pairs{left}\nPairs: {options.to}")
@@ -297,9 +308,14 @@ def do_chat(options: argparse.Namespace) -> None:
 def _read_question() -> str:
     """Return a typed question; an empty line or the end of the input ends the conversation."""
     try:
-        return input("question (empty line to stop): ").strip()
+        question = input("question (empty line to stop): ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        question = "\0"
+    if not is_text(question):
+        raise UsageError(f"a question is no text in this system's encoding ({sys.stdin.encoding})")
+    return question
 
 
 @arg.command(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from grath_utils.engine.models import Policy, activate_adapters
 from grath_utils.engine.scoring import plan_encoded, run_plan
 from grath_utils.errors import DataError, RunError, UsageError
 from grath_utils.files import (
+    PARTIAL,
     cache_dir,
     check_new_folder,
     fingerprint,
@@ -48,6 +50,10 @@ from grath_utils.pairs.generate import Pair
 
 IDENTITY = "identity.json"  # beside the checkpoints: which training they belong to
 WHOLE = "checkpoint-*/complete.json"  # in every checkpoint that was written to its end
+# What stands in that folder: TRL adds a README.
+_NAMES = re.compile(
+    rf"checkpoint-\d+|README\.md|runs|{re.escape(IDENTITY)}|\..+{re.escape(PARTIAL)}"
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,36 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "adapter").exists():
         raise UsageError(f"{folder / 'adapter'} exists already; choose another folder")
-    checkpoints = folder / "checkpoints"
-    if not (checkpoints / IDENTITY).exists() and not any(checkpoints.glob(WHOLE)):
+    begun = _checkpoints_of_ours(folder / "checkpoints")
+    beside = folder.is_dir() and {path.name for path in folder.iterdir()} - {"checkpoints"}
+    # What was killed before it noted whose training it is has left an empty folder.
+    if begun is None or (not begun and beside):
         check_new_folder(folder)
+
+
+def _checkpoints_of_ours(checkpoints: Path) -> list[Path] | None:
+    """Return what is in a round's checkpoints; None where that is not, or not all, of a round's."""
+    if not checkpoints.is_dir():
+        return None
+    found = list(checkpoints.iterdir())
+    ours = all(_NAMES.fullmatch(path.name) for path in found)
+    if ours and (identity := checkpoints / IDENTITY).exists():
+        with contextlib.suppress(DataError):
+            return found if read_json(identity, {"identity": str}).keys() == {"identity"} else None
+        return None
+    whole = any(checkpoints.glob(WHOLE)) or all(path.name.endswith(PARTIAL) for path in found)
+    return found if ours and whole else None
+
+
+def _remove_checkpoints(checkpoints: Path) -> None:
+    """Remove what training left; a folder that holds anything else stays, with that in it."""
+    for path in checkpoints.glob("*"):
+        if path.is_dir() and _NAMES.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif _NAMES.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        checkpoints.rmdir()
 
 
 def _ids(examples: Sequence[PreferenceExample]) -> list[list[Sequence[int]]]:
@@ -166,7 +199,7 @@ def train_round(
     def save() -> None:
         write_jsonl(folder / "training_log.jsonl", log)
         save_adapter(policy, weights, folder / "adapter", base=base, merged=merged)  # means "done"
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _remove_checkpoints(folder / "checkpoints")
 
     processes.on_main(save)
     return TrainingReport(
@@ -226,7 +259,7 @@ def _reference_table(
 
     def stored() -> dict[str, list[float]] | None:
         with contextlib.suppress(DataError):  # absent or damaged: computed again
-            return read_json(cache)
+            return read_json(cache, {"chosen": [float], "rejected": [float]})
         return None
 
     table = processes.on_main(stored)

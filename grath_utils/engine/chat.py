@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from grath_utils.errors import ModelError
+from grath_utils.errors import ModelError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,17 +106,15 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, listed: int | Sequence[int] | No
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, prompt: bool
 ) -> str:
-    from jinja2 import TemplateError
-
     # A model that can think before it answers is asked not to: answers are short here.
     options = {"tokenize": False, "add_generation_prompt": prompt, "enable_thinking": False}
     try:
         template = _without_clock(tokenizer.get_chat_template())
         return tokenizer.apply_chat_template(list(messages), chat_template=template, **options)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         raise ModelError(
             "the model's chat template cannot write a conversation in which user and assistant "
-            f"take turns: {error}"
+            f"take turns: {reason_of(error)}"
         ) from error
 
 

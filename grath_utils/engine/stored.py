@@ -172,6 +172,7 @@ def load_stored(
     with quiet_transformers():
         with explained("tokenizer", config):
             tokenizer = AutoTokenizer.from_pretrained(folder, **safely)
+            tokenizer("What is ice?")  # some mistakes in its files show only in use
         with explained("weights", config):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,

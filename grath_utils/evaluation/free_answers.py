@@ -49,7 +49,10 @@ def evaluate_answers(
     prompts = [ids.tolist() for ids in encode_texts(policy.tokenizer, texts)]
     identity = fingerprint([policy.fingerprint, benchmark.fingerprint, protocol.name, prompts])
     journal = Journal.beside(out if processes.is_main() else None, identity)
-    done, stops = processes.on_main(journal.read), protocol.stop
+    starts = range(0, len(prompts), QUESTIONS_AT_ONCE)
+    sizes = [len(prompts[start : start + QUESTIONS_AT_ONCE]) for start in starts]
+    form = {"answer": str, "tokens": int, "finished": bool}
+    done, stops = processes.on_main(lambda: journal.read(sizes, form)), protocol.stop
 
     def write(number: int) -> list[dict[str, Any]]:
         start = number * QUESTIONS_AT_ONCE
@@ -65,7 +68,7 @@ def evaluate_answers(
             for c in completions
         ]
 
-    answers, numbers = dict(done), range(-(-len(prompts) // QUESTIONS_AT_ONCE))
+    answers, numbers = dict(done), range(len(sizes))
     for number, rows in processes.in_turns([n for n in numbers if n not in done], write):
         journal.append(number, rows)
         answers[number] = rows

@@ -189,7 +189,8 @@ def _evaluate_choices(
         ]
     )
     journal = Journal.beside(out if processes.is_main() else None, identity)
-    done = processes.on_main(journal.read)
+    sizes = [len(plan.own_edges(block)) for block in plan.blocks]
+    done = processes.on_main(lambda: journal.read(sizes, float))
     with tqdm(
         total=plan.work.computed,
         desc=f"{benchmark.name} ({policy.name})",

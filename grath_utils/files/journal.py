@@ -6,11 +6,13 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grath_utils.errors import RunError
+from grath_utils.errors import DataError, RunError
+from grath_utils.files.reading import check_form
 from grath_utils.files.whole import explained_write_errors, jsonl_line
 
 
@@ -32,11 +34,12 @@ class Journal:
         """Return the journal of an output file: ``OUT.journal``."""
         return Journal(out and out.with_name(f"{out.name}.journal"), identity)
 
-    def read(self) -> dict[int, list[Any]]:
+    def read(self, sizes: Sequence[int] | None = None, form: Any = Any) -> dict[int, list[Any]]:
         """Return the finished parts by number; drop a line that a killed writer left unfinished.
 
-        A journal of other work is moved to ``NAME.old`` (``NAME.old2``, ...) with a warning: its
-        parts belong to other results.
+        A part that is not as this program writes it is made again: part ``n`` has ``sizes[n]`` rows
+        of a form (:func:`.check_form`). A journal of other work is moved to ``NAME.old``
+        (``NAME.old2``, ...) with a warning: its parts belong to other results.
         """
         if self.path is None or not self.path.is_file():
             return {}
@@ -48,10 +51,11 @@ class Journal:
                 break
             if not raw.endswith(b"\n") or not isinstance(row, dict):
                 break
+            if whole and not (type(row.get("part")) is int and isinstance(row.get("rows"), list)):
+                break
             whole.append((raw, row))
         head, *parts = [row for _, row in whole] or [{}]
         ours = head.get("identity") == self.identity
-        ours &= all(row.keys() == {"part", "rows"} for row in parts)
         if not whole:  # killed in its first line?
             ours = self._head().startswith(self.path.read_bytes())
         if not ours:
@@ -67,7 +71,13 @@ class Journal:
         # Append after the last whole line, or the next one would be joined to a torn one.
         with open(self.path, "r+b") as handle:
             handle.truncate(sum(len(raw) for raw, _ in whole))
-        return {row["part"]: row["rows"] for row in parts}
+        done = {}
+        for part, rows in ((row["part"], row["rows"]) for row in parts):
+            with suppress(DataError):
+                check_form(rows, [form], str(self.path))
+                if sizes is None or (0 <= part < len(sizes) and len(rows) == sizes[part]):
+                    done[part] = rows
+        return done
 
     def _head(self) -> bytes:
         return jsonl_line({"identity": self.identity}).encode()

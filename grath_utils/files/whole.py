@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,8 @@ from grath_utils.errors import DataError, RunError, UsageError
 
 PARTIAL = ".grath-partial"  # how the name of a folder with something half-written ends
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, or none left to this user
+_numbers = "|".join(map(str, FULL))
+SAID_FULL = re.compile(rf"(?i)no space left|file too large|quota exceeded|os error ({_numbers})\b")
 
 
 @contextmanager
@@ -81,12 +84,17 @@ def check_new_folder(target: Path) -> None:
 
 
 def check_output(
-    target: Path, read: Callable[[Path], Any], keys: Iterable[str], inputs: Iterable[Path] = ()
+    target: Path,
+    read: Callable[[Path], Any],
+    keys: Iterable[str],
+    inputs: Iterable[Path] = (),
+    allowed: Iterable[str] | None = None,
 ) -> None:
     """Check, before the work, that a command may write a file: at most its own is replaced.
 
-    Each object in such a file has the ``keys``, as :func:`read_json` or :func:`read_jsonl` finds.
-    ``inputs`` are files that the command reads.
+    Each object in such a file has the ``keys``, as :func:`read_json` or :func:`read_jsonl` finds,
+    and, where ``allowed`` is given, no others than these. ``inputs`` are files that the command
+    reads.
 
     Raises:
         UsageError: see :func:`check_place`; or it is a folder, an input (by whatever name), or a
@@ -102,7 +110,9 @@ def check_output(
     with suppress(DataError):
         rows = read(target) if target.stat().st_size else []
         rows = rows if isinstance(rows, list) else [rows]
-        if all(isinstance(row, dict) and set(keys) <= row.keys() for row in rows):
+        found = [row.keys() for row in rows if isinstance(row, dict)]
+        known = allowed is None or set().union(*found) <= set(allowed)
+        if known and len(found) == len(rows) and all(set(keys) <= each for each in found):
             return
     raise UsageError(
         f"{target} exists and was not written by this command, so it stays; choose another output"
@@ -123,7 +133,7 @@ def explained_write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = getattr(error, "errno", None) in FULL or "no space left" in str(error).lower()
+        full = getattr(error, "errno", None) in FULL or bool(SAID_FULL.search(str(error)))
         with suppress(OSError):
             full |= shutil.disk_usage(Path(target).parent).free < 1 << 15
         if isinstance(error, RunError) or not (full or _is_about(error, Path(target))):

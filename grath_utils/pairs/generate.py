@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from grath_utils.config import PairsConfig, own_settings
 from grath_utils.engine import processes
-from grath_utils.errors import DataError, RunError
+from grath_utils.errors import DataError, RunError, brief
 from grath_utils.files import (
     Journal,
     check_form,
     check_output,
     fingerprint,
-    read_json,
+    is_text,
+    parse_json,
     read_jsonl,
+    read_text,
     write_jsonl,
 )
 from grath_utils.pairs.judge import find_judge, judged
@@ -48,6 +50,18 @@ MARKS = {  # of a row of pairs beside its texts, as a form for files.read_json
     "contrast": (float, None),
     "truth": (float, None),
     "swapped": (bool, None),
+}
+
+
+WRITTEN = {  # what became of a question, in the journal: a WrittenPair
+    "correct": (str, None),
+    "incorrect": (str, None),
+    "rejected": [{"prompt": str, "completion": str, "reason": str, "truth": (float, None)}],
+    "contrast": (float, None),
+    "truth": (float, None),
+    "swapped": (bool, None),
+    "completions": int,
+    "tokens": int,
 }
 
 
@@ -87,7 +101,11 @@ def read_pairs(path: Path) -> list[Pair]:
             that comes twice, or equal answers; file and row are named.
     """
     pairs: dict[str, Pair] = {}
-    rows = read_json(path, [dict]) if Path(path).suffix == ".json" else read_jsonl(path)
+    if Path(path).suffix == ".json":
+        rows = parse_json(read_text(path), str(path))
+        check_form(rows, [dict], str(path), " with a prompt, a chosen and a rejected answer each")
+    else:
+        rows = read_jsonl(path)
     for number, row in enumerate(rows, start=1):
         where = f"{path}, pair {number}"
         if is_preference(row):
@@ -96,8 +114,8 @@ def read_pairs(path: Path) -> list[Pair]:
         if type(texts["id"]) is int:  # true and false are of that kind, too
             texts["id"] = str(texts["id"])
         for name, text in texts.items():
-            if not isinstance(text, str) or is_blank(text):
-                raise DataError(f'{where}: "{name}" is missing or no text; found {text!r}')
+            if not isinstance(text, str) or is_blank(text) or not is_text(text):
+                raise DataError(f'{where}: "{name}" is missing or no text; found {brief(text)}')
         check_form({"iteration": 0, **row}, MARKS, where)
         marks = {name: row[name] for name in MARKS if row.get(name) is not None}
         pair = Pair(**texts, **marks)
@@ -143,9 +161,10 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def check_outputs(out: Path, rejects: Path, inputs: Iterable[Path] = ()) -> None:
     """Check that :func:`generate_pairs` may write its files, see :func:`.files.check_output`."""
-    sides = ("id", "question", "correct", "incorrect")
-    for path, keys in ((out, sides), (rejects, ("id", "question", "reason", "completion"))):
-        check_output(path, read_jsonl, keys, inputs)
+    asked = {"id", "question", "iteration"}
+    known = {field.name for field in dataclasses.fields(Pair)}
+    check_output(out, read_jsonl, asked | {"correct", "incorrect"}, inputs, allowed=known)
+    check_output(rejects, read_jsonl, asked | {"prompt", "reason", "completion"}, inputs)
 
 
 def generate_pairs(
@@ -216,7 +235,7 @@ def generate_pairs(
     settings = [own_settings(dataclasses.replace(config, server_url=None)), iteration, seed, size]
     identity = fingerprint([VERSION, policy.fingerprint, *settings, prompts, asked])
     journal = Journal.beside(out if processes.is_main() else None, identity)
-    done = processes.on_main(journal.read)
+    done = processes.on_main(lambda: journal.read([len(chunk) for chunk in chunks], WRITTEN))
     resumed = sum(map(len, done.values()))
     todo = [number for number in range(len(chunks)) if number not in done]
 
@@ -265,7 +284,10 @@ def generate_pairs(
             advice = "pairs.labels=annotated is for questions.source=own"
         elif not writer.kinds:
             advice = "look at the options that the source gives"
-        elif Reason.UNDECIDED in list(counts)[:1]:  # of all reasons the most frequent
+        elif Reason.TOO_LONG in list(counts)[:1]:  # of all reasons the most frequent
+            advice = "their prompts do not fit into the model's context; shorten the questions, "
+            advice += "use fewer pairs.shots, or a model with a longer context"
+        elif Reason.UNDECIDED in list(counts)[:1]:
             advice = "the judge can hardly tell them apart; try a stronger model or no pairs.judge"
         elif config.mode != "default":
             advice = advice.replace("try", "try pairs.mode=default,")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from grath_utils.pairs.generate import Pair
 
 FORMS = ("conversational", "plain")
+# Where other tools keep what stands before a question, or belongs to it.
+ELSEWHERE = ("system", "history", "tools", "images", "input")
+ONE_TURN = "a question has one, without a system prompt or earlier turns: leave such rows out"
 
 
 def preference_row(pair: Pair, form: str) -> dict[str, Any]:
@@ -45,12 +48,18 @@ def own_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         DataError: it has no prompt or more than one turn; what and where is said.
     """
     prompt = row.get("prompt", row.get("question"))
+    for key in ELSEWHERE:
+        if row.get(key) not in (None, "", "[]", [], {}):
+            raise DataError(f'{where}: "{key}" stands beside the prompt; {ONE_TURN}')
     sides = {key: row[key] for key in ("chosen", "rejected")}
     for key, side in sides.items():
         if isinstance(side, list) and len(side) > 1:  # the conversation from its beginning
             *asked, answer = side
             if isinstance(prompt, list) and prompt != asked:
                 raise DataError(f'{where}: "chosen" and "rejected" do not answer the same')
+            words = _text(asked, "user", f'{where}: "{key}"')
+            if isinstance(prompt, str) and prompt.strip() != words:
+                raise DataError(f'{where}: "prompt" is not what "{key}" answers')
             prompt, sides[key] = asked, [answer]
     question = _text(prompt, "user", f'{where}: "prompt"')
     correct, incorrect = (_text(sides[k], "assistant", f'{where}: "{k}"') for k in sides)
@@ -61,13 +70,12 @@ def own_row(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _text(value: Any, role: str, where: str) -> str:
     """Return a text, or that of a conversation's only message, without space around it."""
     if isinstance(value, list) and len(value) > 1:
-        raise DataError(
-            f"{where} has {len(value)} messages; a question has one, without a system prompt or "
-            "earlier turns: leave such rows out"
-        )
+        raise DataError(f"{where} has {len(value)} messages; {ONE_TURN}")
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         if value[0].get("role") != role:
             raise DataError(f'{where} is not by the {role} but by "{value[0].get("role")}"')
+        if more := [k for k, v in value[0].items() if v and k not in ("role", "content")]:
+            raise DataError(f'{where} has "{more[0]}" beside its content; leave such rows out')
         value = value[0].get("content")
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where} is missing or no text; found {brief(value)}")

@@ -34,7 +34,8 @@ def is_blank(text: str) -> bool:
 
 def same_text(text: str) -> str:
     """Return what texts share that differ only in case, spaces or Unicode form (NFC or NFD)."""
-    folded = normalize("NFD", _UNSEEN.sub("", text)).casefold()
+    # Not `casefold`, to which "in Maßen" (in moderation) is "in Massen" (in masses).
+    folded = normalize("NFD", _UNSEEN.sub("", text)).lower().replace("ς", "σ")
     return normalize("NFC", " ".join(folded.split()))
 
 

@@ -26,7 +26,8 @@ from grath_utils.evaluation.measure import RESULT
 from grath_utils.files import read_json, write_jsonl
 from grath_utils.loop.run_dir import BASE, Run, load_run, model_label
 
-CONTROLS, RESAMPLES = ("random", "mismatched", "unjudged"), 2000
+CONTROLS = ("random", "mismatched", "unjudged", "25% turned round")
+RESAMPLES = 2000
 Results = dict[str, dict[int, dict[str, Any]]]
 """Arm -> seed -> benchmark -> (result before, result after)."""
 

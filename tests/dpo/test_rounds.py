@@ -333,6 +333,43 @@ def test_a_stopped_round_is_continued_by_the_same_training_alone(
         check_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names", ["identity.json", "checkpoint-500/model.bin", "checkpoint-5/complete.json notes.txt"]
+)
+def test_checkpoints_of_another_tool_stay(names: str, tmp_path: Path) -> None:
+    for name in names.split():
+        path = tmp_path / "checkpoints" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"run": "of another tool"}')
+    with pytest.raises(UsageError, match="not empty, and stays"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["", ".identity.json.x1.grath-partial"])
+def test_a_round_killed_in_its_first_moment_can_be_given_again(
+    left: str, base: ModelConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints" / left).mkdir(parents=True)
+    check_folder(tmp_path)
+    assert one_round(base, tmp_path, steps=1).steps == 1
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "stored", ["[]", "5", '{"chosen": 3}', '{"chosen": [null], "rejected": []}']
+)
+def test_a_reference_of_another_form_in_the_cache_is_computed_again(
+    stored: str, base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRATH_CACHE", str(tmp_path / "cache"))
+    logs = []
+    for name in "ab":
+        logs.append(one_round(base, tmp_path / name, steps=1).log)
+        for file in (tmp_path / "cache" / "reference").iterdir():
+            file.write_text(stored)
+    assert logs[0] == logs[1]
+
+
 # Architecture, targets, and the number of layers that get an adapter, or what the refusal says.
 TARGETS = [
     ("llama", "all-linear", 14),

@@ -98,6 +98,20 @@ def test_theirs_are_read(form: str, ending: str, tmp_path: Path) -> None:
             {"chosen": [{"role": "user", "content": "Other?"}, GOOD], "rejected": [*ASKED, BAD]},
             "do not answer the same",
         ),
+        (
+            {"prompt": "Other?", "chosen": [*ASKED, GOOD], "rejected": [*ASKED, BAD]},
+            '"prompt" is not what "chosen" answers',
+        ),
+        (
+            {"prompt": "Q?", "system": "Be brief.", "chosen": "a", "rejected": "b"},
+            '"system" stands',
+        ),
+        ({"prompt": "Q?", "history": [["a", "b"]], "chosen": "a", "rejected": "b"}, '"history" st'),
+        (
+            {"prompt": "Q?", "chosen": [GOOD | {"tool_calls": [{}]}], "rejected": [BAD]},
+            'has "tool_calls" beside its content',
+        ),
+        ({"prompt": "Q?\0", "chosen": "a", "rejected": "b"}, '"question" is missing or no text'),
     ],
 )
 def test_what_is_no_pair_is_named(row: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -116,6 +130,22 @@ def test_a_run_can_be_trained_on_theirs(tiny_policy: Policy, tmp_path: Path) -> 
     generate_pairs(tiny_policy, found.questions, PairsConfig(mode="gold"), **how)
     (row,) = read_jsonl(out)
     assert (row["correct"], row["incorrect"]) == ("It is a star.", "It is a lamp.")
+
+
+@pytest.mark.parametrize("own", ["id question correct incorrect", "prompt chosen rejected id"])
+def test_a_file_with_columns_of_its_user_stays(own: str, tmp_path: Path, capsys) -> None:
+    write_jsonl(tmp_path / "own.jsonl", (pair.to_row() for pair in PAIRS))
+    write_questions(tmp_path / "q.jsonl")
+    mine = tmp_path / "mine.jsonl"
+    write_jsonl(mine, [dict.fromkeys([*own.split(), "checked_by"], "me") | {"iteration": 0}])
+    before, to = mine.read_bytes(), str(mine)
+    for command in (
+        ["export", str(tmp_path / "own.jsonl"), "--to", to],
+        ["pairs", "--profile", "smoke", "--questions", str(tmp_path / "q.jsonl"), "--out", to],
+    ):
+        assert main(command) == 2
+        assert "was not written by this command" in capsys.readouterr().err
+        assert mine.read_bytes() == before
 
 
 def test_an_export_replaces_nobody_s_file(tmp_path: Path, capsys) -> None:

@@ -24,7 +24,7 @@ SAME = [
     ("What is a caf\u00e9?", "What is a cafe\u0301?"),  # NFC and NFD
     ("\u1e69", "s\u0307\u0323"),  # two marks, in the other order
     ("WHAT IS  ICE?", " what\u00a0is\u2003ice?\u3000"),
-    ("Wie hei\u00dft die Stra\u00dfe?", "WIE HEISST DIE STRASSE?"),
+    ("Wo ist \u03a3\u03cd\u03c1\u03bf\u03c2?", "WO IST \u03a3\u038e\u03a1\u039f\u03a3?"),
     ("What\ufeff is\u200b ice?", "What is ice?"),  # zero width
     ("co\u00adoperate", "cooperate"),  # a soft hyphen
     ("\u200eWho?\u200f", "Who?"),  # marks of direction
@@ -47,6 +47,7 @@ DIFFERENT = [
     ("\u0e44\u0e21\u0e48", "\u0e44\u0e21\u0e49", ""),  # Thai tones
     ("Was it 1.5?", "Was it 15?", ""),
     ("\u0130", "\u0131", ""),  # Turkish
+    ("In Ma\u00dfen?", "In Massen?", None),  # in moderation, in masses
     ("Is it?", "Is it", None),
     ("What is (a b) c?", "What is a (b c)?", None),
     ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u062e", None),  # a joiner of Persian

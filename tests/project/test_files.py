@@ -387,6 +387,27 @@ def test_two_kinds_of_work_on_one_output_are_not_mixed(tmp_path: Path) -> None:
     assert second.read() == {0: [2], 1: [2]}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"part": 0, "rows": []}',
+        '{"part": 0, "rows": [1.5]}',
+        '{"part": 0, "rows": [1.5, "a"]}',
+        '{"part": [0], "rows": [1.5, 2.5]}',
+        '{"part": 7, "rows": [1.5, 2.5]}',
+        '{"part": 0}',
+    ],
+)
+def test_a_part_of_another_form_is_made_again(tmp_path: Path, line: str) -> None:
+    journal = Journal.beside(tmp_path / "r.json", "one")
+    journal.append(1, [0.5])
+    with open(journal.path, "a", encoding="utf-8") as handle:
+        handle.write(line + "\n")
+    assert journal.read([2, 1], float) == {1: [0.5]}
+    journal.append(0, [1, 2.5])
+    assert journal.read([2, 1], float) == {1: [0.5], 0: [1, 2.5]}
+
+
 def test_no_journal_is_kept_without_an_output() -> None:
     journal = Journal.beside(None, "one")
     journal.append(0, [1])
