@@ -51,11 +51,10 @@ class Journal:
                 break
             if not raw.endswith(b"\n") or not isinstance(row, dict):
                 break
-            if whole and not (type(row.get("part")) is int and isinstance(row.get("rows"), list)):
-                break
             whole.append((raw, row))
         head, *parts = [row for _, row in whole] or [{}]
         ours = head.get("identity") == self.identity
+        ours &= all(row.keys() == {"part", "rows"} for row in parts)
         if not whole:  # killed in its first line?
             ours = self._head().startswith(self.path.read_bytes())
         if not ours:
@@ -72,9 +71,10 @@ class Journal:
         with open(self.path, "r+b") as handle:
             handle.truncate(sum(len(raw) for raw, _ in whole))
         done = {}
-        for part, rows in ((row["part"], row["rows"]) for row in parts):
+        for row in parts:
             with suppress(DataError):
-                check_form(rows, [form], str(self.path))
+                check_form(row, {"part": int, "rows": [form]}, str(self.path))
+                part, rows = row["part"], row["rows"]
                 if sizes is None or (0 <= part < len(sizes) and len(rows) == sizes[part]):
                     done[part] = rows
         return done

@@ -395,7 +395,6 @@ def test_two_kinds_of_work_on_one_output_are_not_mixed(tmp_path: Path) -> None:
         '{"part": 0, "rows": [1.5, "a"]}',
         '{"part": [0], "rows": [1.5, 2.5]}',
         '{"part": 7, "rows": [1.5, 2.5]}',
-        '{"part": 0}',
     ],
 )
 def test_a_part_of_another_form_is_made_again(tmp_path: Path, line: str) -> None:
