@@ -72,4 +72,7 @@ def test_labels_turned_round_ruin_easy_facts_and_the_judge_adds_something() -> N
     assert not excludes_zero(coin[arc])
     assert turned[arc]["ci95"][1] < 0
     assert rows["mismatched", *arc]["ci95"][0] > 0, "it is no answer to the question"
-    assert abs(own[mc1]["nats_true"] - rows["unjudged", *mc1]["nats_true"]) < 1, "as many nats"
+    assert own[("retention", "acc_norm")]["over_unjudged"]["ci95"][0] > 0
+    assert rows["unjudged", "retention", "acc_norm"]["over_random"]["ci95"][1] < 0, "a loss"
+    assert own[mc1]["over_25% turned round"]["ci95"][0] > 0
+    assert {len(arm[mc1]["seeds"]) for arm in (own, coin, turned)} == {3}

@@ -226,19 +226,18 @@ def arc_table() -> str:
     rows = {(r["arm"], r["metric"]): r for r in LABELS if r["benchmark"].startswith("arc")}
     base = " | ".join(f"{rows['own', m]['base']:.1f}" for m in metrics)
     lines = [
-        "| arm | ARC, accuracy | ARC, length-normalised | nats |",
-        "|---|---|---|---|",
-        f"| the model before (%) | {base} | |",
+        "| arm | ARC, accuracy | ARC, length-normalised | nats | seeds |",
+        "|---|---|---|---|---|",
+        f"| the model before (%) | {base} | | |",
     ]
-    for arm in ("own", "unjudged", "mismatched", "random", "inverted"):
+    for arm in (*TURNED, "mismatched"):
         found = [rows[arm, m] for m in metrics]
-        changes = cells_of(found)
-        moved = nats_of(found[0])
-        lines.append(f"| {NAMES[arm]} | {changes} | {moved} |")
+        changes, moved, seeds = cells_of(found), nats_of(found[0]), len(found[0]["seeds"])
+        lines.append(f"| {NAMES[arm]} | {changes} | {moved} | {seeds} |")
     for control, name in CONTROL_NAMES.items():
         over = [rows["own", m][f"over_{control}"] for m in metrics]
-        changes = cells_of(over)
-        lines.append(f"| **the model judges, minus {name}** | {changes} | |")
+        changes, seeds = cells_of(over), len(over[0]["seeds"])
+        lines.append(f"| **the model judges, minus {name}** | {changes} | | {seeds} |")
     return "\n".join(lines)
 
 
