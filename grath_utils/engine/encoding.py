@@ -144,7 +144,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> It
     rest = iter(texts)
     while batch := list(islice(rest, TEXTS_AT_ONCE)):
         for ids in _encode_bare(tokenizer, batch):
-            begun = ids[: len(start)] == start
+            place = ids.index(start[0]) if start and start[0] in ids else 0
+            begun = ids[place : place + len(start)] == start
+            # A template may begin with white space of its own ("▁" to SentencePiece).
+            begun &= not tokenizer.decode(ids[:place]).strip(" \n\t▁")
             yield np.array(ids if begun else [*start, *ids], dtype=np.int32)
 
 

@@ -618,6 +618,14 @@ def test_an_empty_prompt_is_the_start_of_a_text(tokenizer: Fast, prompt: list[in
         assert (encoded.prompt.tolist(), encoded.completion) == (prompt, words)
 
 
+def test_a_start_behind_white_space_is_no_reason_for_a_second_one() -> None:
+    tokenizer = sentence_piece([], "<s> $A", bos_token="<s>", eos_token="</s>")
+    start = start_ids(tokenizer)
+    for text in (" <s>So.", "\n<s>So.", "So <s>"):
+        (ids,) = encode_texts(tokenizer, [text])
+        assert ids.tolist().count(start[0]) == (2 if text == "So <s>" else 1)
+
+
 def zephyr(folder: Path, rows: int, **options: str) -> Policy:
     """Load a random Llama with as many rows in its embedding and the tokenizer of Zephyr's kind."""
     tokenizer = sentence_piece(
