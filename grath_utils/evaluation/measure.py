@@ -189,7 +189,7 @@ def _evaluate_choices(
         ]
     )
     journal = Journal.beside(out if processes.is_main() else None, identity)
-    sizes = [len(plan.own_edges(block)) for block in plan.blocks]
+    sizes = [(edges := plan.own_edges(block)).stop - edges.start for block in plan.blocks]
     done = processes.on_main(lambda: journal.read(sizes, float))
     with tqdm(
         total=plan.work.computed,
