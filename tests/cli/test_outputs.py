@@ -140,11 +140,14 @@ def test_questions_are_not_overwritten_by_the_answers(place: Path, capsys, out: 
 
 
 def test_nor_by_what_was_rejected(place: Path, capsys) -> None:
-    questions = ["pairs", "--questions", "asked.rejects.jsonl", "--out", "asked.jsonl"]
-    assert "asked.rejects.jsonl is read by" in refused(place, capsys, *questions)
+    row = {"id": "q", **PAIR, "question": "Q?", "iteration": 0}
+    (place / "written.jsonl").write_text(json.dumps(row) + "\n")  # an earlier output
+    (place / "asked.rejects.jsonl").rename(place / "written.rejects.jsonl")
+    questions = ["pairs", "--questions", "written.rejects.jsonl", "--out", "written.jsonl"]
+    assert "written.rejects.jsonl is read by" in refused(place, capsys, *questions)
     questions[2] = "own"
     said = refused(place, capsys, *questions)
-    assert "asked.rejects.jsonl exists and was not written by this command" in said
+    assert "written.rejects.jsonl exists and was not written by this command" in said
 
 
 def test_a_runs_own_files_are_written_by_the_run_alone(place: Path, capsys) -> None:
