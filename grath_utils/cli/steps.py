@@ -274,17 +274,16 @@ def do_push(options: argparse.Namespace) -> None:
     ),
 )
 def do_export(options: argparse.Namespace) -> None:
+    from grath_utils.pairs.generate import MARKS
+
     source, held_out = user_path(options.name), []
     if source.is_file():
         written = pairs.read_pairs(source)
     else:
         written, held_out = loop.run_pairs(*loop.named_round(options.name))
     loop.check_not_of_a_run(options.to)
-    own, more = (
-        ("prompt", "chosen", "rejected", "id", "iteration"),
-        ("contrast", "truth", "swapped"),
-    )
-    check_output(options.to, read_jsonl, own, [source], allowed=own + more)
+    own = ("prompt", "chosen", "rejected", "id", "iteration")
+    check_output(options.to, read_jsonl, own, [source], allowed={*own, *MARKS})
     write_jsonl(options.to, (pairs.preference_row(pair, options.form) for pair in written))
     left = f"; the {len(held_out)} held out are left out" if held_out else ""
     print(f"{len(written)} pairs{left}\nPairs: {options.to}")
@@ -312,7 +311,7 @@ def _read_question() -> str:
     except EOFError:
         return ""
     except UnicodeDecodeError:
-        question = "\0"
+        question = "\0"  # no text either
     if not is_text(question):
         raise UsageError(f"a question is no text in this system's encoding ({sys.stdin.encoding})")
     return question

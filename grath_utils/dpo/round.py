@@ -98,10 +98,10 @@ def _checkpoints_of_ours(checkpoints: Path) -> list[Path] | None:
 
 def _remove_checkpoints(checkpoints: Path) -> None:
     """Remove what training left; a folder that holds anything else stays, with that in it."""
-    for path in checkpoints.glob("*"):
-        if path.is_dir() and _NAMES.fullmatch(path.name):
+    for path in (path for path in checkpoints.glob("*") if _NAMES.fullmatch(path.name)):
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif _NAMES.fullmatch(path.name):
+        else:
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         checkpoints.rmdir()
