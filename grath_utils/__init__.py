@@ -26,8 +26,8 @@ import os
 # No network access that the user did not ask for: the libraries below report usage by default.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-# On a CPU each number of rows has compiled products of its own, which oneDNN keeps, and torch again:
-# 1024 by default, up to a gigabyte for as long as the process lives. These hold those of some steps.
+# On a CPU each number of rows has compiled products of its own. oneDNN keeps them, and torch again:
+# 1024 by default, up to a gigabyte for as long as the process lives. 128 are those of some steps.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_cache, "128")
 
