@@ -13,9 +13,9 @@ import re
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 
 from grath_utils.engine.chat import end_ids, end_of_answer, render_chat
 from grath_utils.engine.encoding import encode_apart, token_ids
-from grath_utils.engine.generation import Completion, Stop, generate
+from grath_utils.engine.generation import Completion, Stop, common_prefix, generate
 from grath_utils.engine.models import Policy, adapter_fingerprint
 from grath_utils.engine.slices import plain_logits
 from grath_utils.errors import GrathError, ModelError, UsageError, brief, reason_of
@@ -48,10 +48,6 @@ PROBE_TOKENS = 24
 FAR = 0.5  # nats, see check_answers
 
 
-class Refused(UsageError):
-    """The server will not do what it was asked, however often it is asked."""
-
-
 @dataclass
 class Server:
     """A server that writes what a policy would write."""
@@ -61,7 +57,7 @@ class Server:
     url: str
     in_flight: int  # requests that are sent at once
     model: str = ""  # its name there
-    takes_ids: bool = True
+    takes_ids: bool = False
 
     def complete(
         self,
@@ -84,10 +80,10 @@ class Server:
         """
         if not prompts:
             return []
-        ends = end_ids(self.policy.tokenizer, self.policy.model.generation_config.eos_token_id)
+        tokenizer, listed = self.policy.tokenizer, self.policy.model.generation_config.eos_token_id
         settings = {
             "max_tokens": max_new_tokens,
-            "stop_token_ids": sorted(ends),
+            "stop_token_ids": sorted(end_ids(tokenizer, listed)),
             "temperature": temperature,
             "top_p": top_p,
             "top_k": top_k,
@@ -106,15 +102,9 @@ class Server:
 
         names = keys or map(str, range(len(prompts)))
         with ThreadPoolExecutor(self.in_flight) as pool:
-            futures = [pool.submit(one, *pair) for pair in zip(prompts, names, strict=True)]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # those that have not been sent never are
-                pool.shutdown(wait=False, cancel_futures=True)
-        written = [each.result() for each in futures if not each.cancelled()]  # or its error
-        texts = [text for text, _ in written]
-        ids = encode_apart(self.policy.tokenizer, texts)
-        return [Completion(text, ids, why) for (text, why), ids in zip(written, ids, strict=True)]
+            written = list(pool.map(one, prompts, names))  # after an error, no more are sent
+        ids = encode_apart(tokenizer, [text for text, _ in written])
+        return [Completion(text, own, why) for (text, why), own in zip(written, ids, strict=True)]
 
     def _complete(self, prompt: str, settings: Mapping[str, Any]) -> tuple[str, str]:
         """Return the text after one prompt, and why it ended."""
@@ -142,9 +132,9 @@ class Server:
         return text, reason
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Return the server's answer; trouble that may pass is waited for."""
+        """Return the server's answer; wait for trouble that may pass, not for a UsageError."""
         method = "GET" if body is None else "POST"
-        for pause in (*PAUSES, None):
+        for pause in (*PAUSES, 0):
             try:
                 answer = self.client.request(method, path, json=body)
                 if answer.is_success:
@@ -155,7 +145,7 @@ class Server:
                 if answer.status_code in (401, 403):
                     trouble += f"; its key belongs into the environment variable {KEY}"
                 if answer.status_code not in MAY_PASS:
-                    raise Refused(f"{self.url} refused a request for {path}: {trouble}")
+                    raise UsageError(f"{self.url} refused a request for {path}: {trouble}")
             except httpx2.ReadTimeout as error:
                 raise GrathError(
                     f"{self.url} has not answered for {PATIENCE:.0f} s ({self.in_flight} requests "
@@ -164,8 +154,7 @@ class Server:
                 ) from error
             except (httpx2.TransportError, ValueError) as error:
                 trouble = reason_of(error)
-            if pause is not None:
-                time.sleep(pause)
+            time.sleep(pause)
         raise GrathError(
             f"{self.url} does not answer ({trouble}; tried {len(PAUSES) + 1} times in "
             f"{sum(PAUSES):.0f} s). Start it again, or name it by pairs.server_url. {CONTINUE}"
@@ -184,7 +173,6 @@ def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: in
     """
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
     key = os.environ.get(KEY)
-    fault = f'"pairs.server_url" holds {url!r}'
     try:
         client = httpx2.Client(
             base_url=url,
@@ -192,13 +180,16 @@ def connect(policy: Policy, url: str, model: str | None = None, *, in_flight: in
             timeout=httpx2.Timeout(PATIENCE, connect=10),
             limits=httpx2.Limits(max_connections=in_flight),
         )
+        if client.base_url.scheme not in ("http", "https"):
+            raise httpx2.InvalidURL("it begins with no http:// or https://")
     except httpx2.InvalidURL as error:
-        raise UsageError(f"{fault}: {reason_of(error)}") from error
-    if client.base_url.scheme not in ("http", "https"):
-        raise UsageError(f"{fault}, and begins with no http:// or https://")
+        raise UsageError(f'"pairs.server_url" holds {url!r}: {reason_of(error)}') from error
     server = Server(policy, client, url, in_flight)
     server.model = served_name(server, model)
-    server.takes_ids = takes_ids(server)
+    ids = token_ids(policy.tokenizer, PROBES[0])
+    with suppress(httpx2.TransportError):  # llama-cpp-python's server says no by status 500
+        body = {"model": server.model, "prompt": ids, "max_tokens": 1}
+        server.takes_ids = client.post("completions", json=body).is_success
     check_answers(server)
     return server
 
@@ -227,22 +218,12 @@ def served_name(server: Server, model: str | None) -> str:
     if name not in served:
         try:  # vLLM's way (with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1)
             server.ask("load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
-        except Refused as error:
+        except UsageError as error:
             raise ModelError(
                 f'{server.url} does not serve the adapter in {folder} as "{name}" and cannot load '
                 f"it now ({reason_of(error)}). Load it by this name, and run the same again"
             ) from error
     return name
-
-
-def takes_ids(server: Server) -> bool:
-    """Ask whether a prompt may be token ids; llama-cpp-python's server says no by status 500."""
-    ids = token_ids(server.policy.tokenizer, PROBES[0])
-    body = {"model": server.model, "prompt": ids, "max_tokens": 1}
-    try:
-        return server.client.post("completions", json=body).is_success
-    except httpx2.TransportError:
-        return False
 
 
 def check_answers(server: Server) -> None:
@@ -255,9 +236,9 @@ def check_answers(server: Server) -> None:
     """
     tokenizer = server.policy.tokenizer
     prompts = [render_chat(tokenizer, [{"role": "user", "content": each}]) for each in PROBES]
-    limit = {"max_new_tokens": PROBE_TOKENS}
-    theirs = server.complete(prompts, **limit)
-    nats = partings(server.policy, prompts, generate(server.policy, prompts, **limit), theirs)
+    theirs = server.complete(prompts, max_new_tokens=PROBE_TOKENS)
+    ours = generate(server.policy, prompts, max_new_tokens=PROBE_TOKENS)
+    nats = partings(server.policy, prompts, ours, theirs)
     if (mean := sum(nats) / len(nats)) > FAR:
         far = max(range(len(nats)), key=nats.__getitem__)
         raise ModelError(
@@ -277,15 +258,12 @@ def partings(
     tokenizer, nats = policy.tokenizer, []
     end = tokenizer.convert_tokens_to_ids(end_of_answer(tokenizer) or tokenizer.eos_token)
     for prompt, *pair in zip(prompts, ours, theirs, strict=True):
-        if pair[0].text == pair[1].text:
-            nats.append(0.0)
-            continue
         a, b = ([*ids, end] for ids in encode_apart(tokenizer, [each.text for each in pair]))
-        same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(a, b, strict=False)))
-        ids = torch.tensor([[*token_ids(tokenizer, prompt), *a[:same]]], device=policy.device)
+        same = common_prefix([a, b])
+        ids = torch.tensor([[*token_ids(tokenizer, prompt), *same]], device=policy.device)
         with torch.inference_mode():
             logits = plain_logits(policy.model, ids)[0, -1].float()
-        nats.append(abs(float(logits[a[same]] - logits[b[same]])))
+        nats.append(abs(float(logits[a[len(same)]] - logits[b[len(same)]])))
     return nats
 
 
