@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from tqdm import tqdm
 
 from grath_utils.config import BUILT_IN_MODELS, ModelConfig
 from grath_utils.engine.gguf_files import convert_gguf
-from grath_utils.engine.hub import LateBar, hub_reason, quiet_hub
-from grath_utils.engine.machine import free_memory, return_freed_memory, total_memory
+from grath_utils.engine.hub import LateBar, hub_reason
+from grath_utils.engine.machine import free_memory, quiet, return_freed_memory, total_memory
 from grath_utils.errors import (
     DataError,
     FetchError,
@@ -65,10 +64,11 @@ class HubFile:
     def fetch(self, file: Path, size: int) -> None:
         """Download to ``file``; a second call goes on where the first was cut off."""
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
 
         place = {"revision": self.revision, "local_dir": file.parent / "hub"}
         try:
-            with quiet_hub():
+            with quiet(logging):  # it tells of its retries
                 got = hf_hub_download(self.repository, self.path, tqdm_class=LateBar, **place)
         except Exception as error:  # the Hub, the network and the disk fail in many ways
             raise FetchError(hub_reason(error)) from error
@@ -225,11 +225,7 @@ def course_model_dir(name: str) -> Path:
         RunError: the disk is full.
     """
     model = COURSE_MODELS[name]
-    if not model.is_cached():
-        # Thirty notebooks may start at once on a shared cache: one converts, the others wait.
-        with _lock(model.folder, f"the model `{name}`"):
-            if not model.is_cached():
-                _make(model)
+    _once(model.folder, f"the model `{name}`", model.is_cached, lambda: _make(model))
     return model.folder
 
 
@@ -249,23 +245,20 @@ def gguf_model_dir(file: Path) -> Path:
         digest = sha256_file(file)[:16]
         write_cache(remembered, digest)
     folder = cache_dir() / f"gguf-{digest}-v1"
-    if not folder.is_dir():
-        with _lock(folder, file.name):
-            if not folder.is_dir():
-                print(f"Converting {file.name} to safetensors in {folder} (once) ...")
-                _convert_users(file, folder)
+    _once(folder, file.name, folder.is_dir, lambda: _convert(file.name, file, folder))
     return folder
 
 
-def _convert_users(file: Path, folder: Path) -> None:
+def _convert(what: str, file: Path, folder: Path, *, tie: bool = False) -> None:
+    print(f"Converting {what} to safetensors in {folder} (once) ...")
     try:
-        with explained_write_errors(folder), atomic_path(folder) as partial:
-            convert_gguf(file, partial)
+        with atomic_path(folder) as partial:
+            convert_gguf(file, partial, tie=tie)
     except (GrathError, OSError):
         raise
     except Exception as error:  # of gguf, transformers and tokenizers, each of its own kind
         raise ModelError(f"{file.name} cannot be converted: {reason_of(error)}") from error
-    return_freed_memory()
+    return_freed_memory()  # over a gigabyte, in a process that lives as long as the run
 
 
 def check_machine(config: ModelConfig) -> None:
@@ -283,9 +276,13 @@ def check_machine(config: ModelConfig) -> None:
         )
 
 
-@contextmanager
-def _lock(folder: Path, what: str) -> Iterator[None]:
-    """Let one process make a folder of the cache, while the others wait."""
+def _once(folder: Path, what: str, is_there: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Make a folder of the cache that is not there.
+
+    Thirty notebooks may start at once on a shared cache: one makes it, the others wait.
+    """
+    if is_there():
+        return
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty, but no whole model: delete it")
@@ -304,7 +301,8 @@ def _lock(folder: Path, what: str) -> Iterator[None]:
             "variable GRATH_CACHE to a folder that can be written, or mend this one"
         ) from error
     try:
-        yield
+        if not is_there():
+            make()
     finally:
         lock.release()
 
@@ -315,10 +313,7 @@ def _make(model: CourseModel) -> None:
         download.mkdir(exist_ok=True)
     _check_room(model, download)
     file = _fetch(model, download)
-    print(f"Converting the model `{model.name}` to safetensors in {model.folder} (once) ...")
-    with atomic_path(model.folder) as partial:
-        convert_gguf(file, partial, tie=model.tie)
-    return_freed_memory()  # over a gigabyte, in a process that lives as long as the run
+    _convert(f"the model `{model.name}`", file, model.folder, tie=model.tie)
     shutil.rmtree(download, ignore_errors=True)
     stem = model.conversion.rpartition("-v")[0]
     if old := [f.name for f in cache_dir().glob(f"{stem}-v*") if f != model.folder]:
@@ -347,7 +342,7 @@ def _check_room(model: CourseModel, download: Path) -> None:
 def _fetch(model: CourseModel, folder: Path) -> Path:
     """Return the model's file, complete and verified, from the first source that has it."""
     file = folder / f"{model.name}.gguf"
-    if file.is_file() and file.stat().st_size == model.size and not _wrong(model, file):
+    if file.is_file() and file.stat().st_size == model.size and sha256_file(file) == model.sha256:
         return file
     reasons = []
     for source in model.sources:
@@ -355,10 +350,13 @@ def _fetch(model: CourseModel, folder: Path) -> Path:
         try:
             with explained_write_errors(file):
                 source.fetch(file, model.size)
-            if wrong := _wrong(model, file):
-                file.unlink()
-                raise FetchError(wrong)
-            return file
+            if (found := sha256_file(file)) == model.sha256:
+                return file
+            file.unlink()
+            raise FetchError(
+                f"what arrived has SHA-256 {found}, expected {model.sha256}: it is damaged or not "
+                "the file that this project was made with, and was thrown away"
+            )
         except FetchError as error:
             reasons.append(f"{source}: {error}")
     raise FetchError(
@@ -366,14 +364,4 @@ def _fetch(model: CourseModel, folder: Path) -> Path:
         f"({cache_dir()}) and could not be fetched ({'; '.join(reasons)}). Connect to the network "
         "and run the same again, which resumes the download; or set GRATH_CACHE to a folder copied "
         "from a machine that has it, or name a local model folder with model.name=FOLDER"
-    )
-
-
-def _wrong(model: CourseModel, file: Path) -> str:
-    """Return what is wrong with a downloaded file; nothing if it is the model's."""
-    if (found := sha256_file(file)) == model.sha256:
-        return ""
-    return (
-        f"what arrived has SHA-256 {found}, expected {model.sha256}: it is damaged or not the file "
-        "that this project was made with, and was thrown away"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -31,16 +29,3 @@ def hub_reason(error: Exception) -> str:
         error = error.__cause__ or error
     offline = isinstance(error, errors.OfflineModeIsEnabled)
     return "HF_HUB_OFFLINE is set" if offline else reason_of(error)
-
-
-@contextlib.contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Silence the Hub library's own notices, such as those of its retries."""
-    from huggingface_hub.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

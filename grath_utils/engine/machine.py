@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -69,17 +70,24 @@ def return_freed_memory() -> None:
 
 
 @contextlib.contextmanager
+def quiet(logging: Any) -> Iterator[None]:
+    """Silence the notices of a library of Hugging Face's, by its ``utils.logging``."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the libraries' own bars and notices while a model is loaded, wrapped or saved."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the libraries about each other
+    try:  # FutureWarning: of the libraries about each other
+        with quiet(logging), warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield
     finally:
-        logging.set_verbosity(level)
         logging.enable_progress_bar()
