@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,7 @@ class Prefix:
     """The beginning that prompts share, computed once; made by :func:`shared_beginning`."""
 
     token_ids: tuple[int, ...]
-    layers: Layers = field(repr=False)
+    layers: Layers = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +150,9 @@ def generate_together(
     if not any(encoded):
         return [[] for _ in orders]
     longest = max(
-        max(map(len, prompts)) + order.max_new_tokens
+        len(ids) + order.max_new_tokens
         for order, prompts in zip(orders, encoded, strict=True)
-        if prompts
+        for ids in prompts
     )
     reason = "" if method == "plain" else why_not_shared(policy.model, longest)
     if reason and method == "shared":
@@ -171,7 +171,7 @@ def generate_together(
     count = sum(map(len, encoded))
     bar = tqdm(total=count, disable=not progress, unit="completion", file=sys.stderr)
     job = _Job(policy, batch_size, ends, bar)
-    prefixes: dict[int, Prefix] = {}  # by identity
+    prefixes: dict[Prefix, int] = {}  # each with its number
     sequences: list[list[_Sequence]] = []
     for order, prompts in zip(orders, encoded, strict=True):
         if not prompts:
@@ -179,12 +179,11 @@ def generate_together(
             continue
         none = Prefix((), [])
         prefix = none if plain else order.prefix or shared_beginning(policy, prompts)
-        prefixes[id(prefix)] = prefix
-        group = list(prefixes).index(id(prefix))
+        group = prefixes.setdefault(prefix, len(prefixes))
         sequences.append(_sequences(job, order, prompts, prefix, group))
-    everything = [sequence for each in sequences for sequence in each]
+    everything = list(chain(*sequences))
     with torch.inference_mode(), bar:
-        _run_plain(job, everything, way) if plain else _run(job, everything, [*prefixes.values()])
+        _run_plain(job, everything, way) if plain else _run(job, everything, list(prefixes))
     return [
         [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in each]
         for each in sequences
@@ -320,19 +319,13 @@ class _Sequence:
             self.finished = "eos"
         else:
             self.written.append(token)
-            if self._stops():
+            stop, decode = self.order.stop, self.job.decode
+            if stop and stop.trigger in decode([token]) and stop.reached(decode(self.written)):
                 self.finished = "stop"
             elif len(self.written) == self.order.max_new_tokens:
                 self.finished = "length"
         if self.finished:
             self.job.bar.update()
-
-    def _stops(self) -> bool:
-        """Return True if the stop condition holds after the last token."""
-        stop, decode = self.order.stop, self.job.decode
-        if stop is None or stop.trigger not in decode(self.written[-1:]):
-            return False
-        return stop.reached(decode(self.written))
 
     def accept(self, predicted: Sequence[int]) -> None:
         """Take the model's own tokens for as long as the draft had guessed the one before."""

@@ -24,7 +24,7 @@ import torch
 
 from grath_utils.engine.chat import end_ids, end_of_answer, render_chat
 from grath_utils.engine.encoding import encode_apart, token_ids
-from grath_utils.engine.generation import Completion, Stop, common_prefix, generate
+from grath_utils.engine.generation import Completion, Order, Stop, common_prefix, generate
 from grath_utils.engine.models import Policy, adapter_fingerprint
 from grath_utils.engine.slices import plain_logits
 from grath_utils.errors import GrathError, ModelError, UsageError, brief, reason_of
@@ -59,19 +59,8 @@ class Server:
     model: str = ""  # its name there
     takes_ids: bool = False
 
-    def complete(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        stop: Stop | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 50,
-        seed: int = 0,
-        keys: Sequence[str] | None = None,
-    ) -> list[Completion]:
-        """Return one completion for each rendered prompt, as :func:`.generation.generate` does.
+    def complete(self, prompts: Sequence[str], **options: Any) -> list[Completion]:
+        """Return one completion for each rendered prompt; options are the fields of an ``Order``.
 
         A server's random numbers are its own: with the same seed another server draws otherwise.
 
@@ -80,27 +69,28 @@ class Server:
         """
         if not prompts:
             return []
+        order = Order(prompts=prompts, **options)
         tokenizer, listed = self.policy.tokenizer, self.policy.model.generation_config.eos_token_id
         settings = {
-            "max_tokens": max_new_tokens,
+            "max_tokens": order.max_new_tokens,
             "stop_token_ids": sorted(end_ids(tokenizer, listed)),
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
+            "temperature": order.temperature,
+            "top_p": order.top_p,
+            "top_k": order.top_k,
             "min_p": 0.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "repetition_penalty": 1.0,  # vLLM's and SGLang's name
             "repeat_penalty": 1.0,  # llama.cpp's
         }
-        if stop and stop.strings:
-            settings["stop"] = list(stop.strings)
+        if order.stop and order.stop.strings:
+            settings["stop"] = list(order.stop.strings)
 
         def one(prompt: str, key: str) -> tuple[str, str]:
-            own = int(fingerprint([seed, key])[:7], 16)
-            return _cut(*self._complete(prompt, {**settings, "seed": own}), stop)
+            own = int(fingerprint([order.seed, key])[:7], 16)
+            return _cut(*self._complete(prompt, {**settings, "seed": own}), order.stop)
 
-        names = keys or map(str, range(len(prompts)))
+        names = order.keys or map(str, range(len(prompts)))
         with ThreadPoolExecutor(self.in_flight) as pool:
             written = list(pool.map(one, prompts, names))  # after an error, no more are sent
         ids = encode_apart(tokenizer, [text for text, _ in written])
