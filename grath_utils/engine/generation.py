@@ -157,8 +157,7 @@ def generate_together(
     reason = "" if method == "plain" else why_not_shared(policy.model, longest)
     if reason and method == "shared":
         raise UsageError(f"{policy.name} cannot share a prefix: {reason}")
-    plain = method == "plain" or bool(reason)
-    way = plain_way(policy.model, longest) if plain else ""
+    way = plain_way(policy.model, longest) if reason or method == "plain" else ""
     if reason:
         say_once(
             policy.model,
@@ -178,12 +177,12 @@ def generate_together(
             sequences.append([])
             continue
         none = Prefix((), [])
-        prefix = none if plain else order.prefix or shared_beginning(policy, prompts)
+        prefix = none if way else order.prefix or shared_beginning(policy, prompts)
         group = prefixes.setdefault(prefix, len(prefixes))
         sequences.append(_sequences(job, order, prompts, prefix, group))
     everything = list(chain(*sequences))
     with torch.inference_mode(), bar:
-        _run_plain(job, everything, way) if plain else _run(job, everything, list(prefixes))
+        _run_plain(job, everything, way) if way else _run(job, everything, list(prefixes))
     return [
         [Completion(job.decode(s.written), tuple(s.written), s.finished) for s in each]
         for each in sequences
@@ -276,11 +275,10 @@ class _Job:
         places: dict[tuple[float, float, int], list[int]] = {}
         for place, sequence in enumerate(sequences):
             places.setdefault(sequence.order.sampling, []).append(place)
-        for (temperature, top_p, top_k), own in places.items():
+        for sampling, own in places.items():
             some = [sequences[place] for place in own]
-            draws = [s.draws[len(s.written)] for s in some] if temperature else []
-            how = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-            tokens = sample_tokens(logits[own] if len(places) > 1 else logits, draws, **how)
+            draws = [s.draws[len(s.written)] for s in some if s.draws]
+            tokens = sample_tokens(logits[own] if len(places) > 1 else logits, draws, *sampling)
             for sequence, token in zip(some, tokens, strict=True):
                 if not sequence.finished:
                     sequence.push(token)
@@ -338,7 +336,6 @@ class _Sequence:
 def sample_tokens(
     logits: torch.Tensor,
     draws: Sequence[float] = (),
-    *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 50,

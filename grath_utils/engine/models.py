@@ -115,9 +115,8 @@ def load_base(config: ModelConfig) -> Policy:
     # Some chat models ship sampling settings: here, each call says what it wants.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     model.eval()
-    identity = [base_weights_fingerprint(config), config.quantization, config.dtype]
-    weights = fingerprint(identity)
-    return Policy(model, tokenizer, config.name, config, weights, quantized=part)
+    identity = fingerprint([base_weights_fingerprint(config), config.quantization, config.dtype])
+    return Policy(model, tokenizer, config.name, config, identity, quantized=part)
 
 
 def _codes_file(config: ModelConfig) -> Path | None:
@@ -134,15 +133,11 @@ def _codes_file(config: ModelConfig) -> Path | None:
 
 def part_to_quantize(config: ModelConfig) -> Quantized | None:
     """Return how much of a base model is going to be quantized, without loading its weights."""
-    from transformers import AutoModelForCausalLM
-
     if config.quantization == "none":
         return None
     settings = architecture(config)
-    with explained("weights", config), quiet_transformers():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings)
-        return quantized_part(quantized_skeleton(model, config.quantization))
+    with explained("weights", config):
+        return quantized_part(quantized_skeleton(settings, config.quantization))
 
 
 def resolve(config: ModelConfig) -> ModelConfig:

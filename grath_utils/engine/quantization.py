@@ -22,7 +22,7 @@ from grath_utils.errors import ModelError, RunError, UsageError
 from grath_utils.files import atomic_path
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 Codes = dict[str, torch.Tensor]
 CODES, SEPARATOR = "codes", "/"
@@ -58,18 +58,19 @@ def bitsandbytes_config(config: ModelConfig) -> BitsAndBytesConfig:
     )
 
 
-def quantized_skeleton(model: PreTrainedModel, quantization: str) -> PreTrainedModel:
-    """Return a model like this one, without weights, that has the layers which a GPU would hold.
+def quantized_skeleton(config: PreTrainedConfig, quantization: str) -> PreTrainedModel:
+    """Return a model without weights that has the layers which a GPU would hold.
 
     Transformers itself puts bitsandbytes' layers where they belong, so a CPU rounds the same ones.
     """
+    from transformers import AutoModelForCausalLM
     from transformers.quantizers import AutoHfQuantizer
 
-    with torch.device("meta"), quiet_transformers():
-        skeleton = type(model)(copy.deepcopy(model.config))
     settings = bitsandbytes_config(ModelConfig(quantization=quantization, dtype="float32"))
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     with quiet_transformers():
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         quantizer.preprocess_model(skeleton, device_map=None)
     return skeleton
 
@@ -117,7 +118,7 @@ def round_weights(model: PreTrainedModel, quantization: str, kept: Path | None =
     model's 4-bit codes, which is made where it is missing or damaged: to read them takes a
     twentieth of the time of finding them.
     """
-    skeleton = quantized_skeleton(model, quantization)
+    skeleton = quantized_skeleton(model.config, quantization)
     part = quantized_part(skeleton)
     known, found = _read_codes(kept) if kept else {}, {}
     for name in quantized_layers(skeleton):

@@ -1,9 +1,8 @@
 """Summed log-probabilities of completions: every distinct prefix is computed once.
 
-The requests' tokens form a trie (drawn in :mod:`.trie`). A forward pass holds many questions with
-all their answers in one row; a mask lets every token see its own prefix only, and its position is
-its depth. The keys and values of a long common prefix (the few-shot primer) are computed once and
-put before each row. The language-model head runs only where an answer's token is predicted.
+The requests' tokens form a trie, drawn in :mod:`.trie`: many questions with all their answers are
+one row, after the cached keys and values of what they begin with (the few-shot primer). The
+language-model head runs only where an answer's token is predicted.
 
 A model that computes something else in such a row than for a sequence alone (found out by trying a
 slice of it, :mod:`.slices`) is scored one whole sequence at a time instead.
