@@ -295,6 +295,8 @@ def _once(folder: Path, what: str, is_there: Callable[[], bool], make: Callable[
             print(f"Waiting for another process, which fetches or converts {what} ...")
             lock.acquire()
     except (OSError, UsageError, RunError) as error:
+        if is_there():  # by now: another process has just made it
+            return
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"{what} cannot be put into the cache {folder.parent} ({reason}); set the environment "

@@ -295,6 +295,15 @@ def test_one_fetches_and_the_others_wait(model, pip, cache, capsys) -> None:
     assert "Waiting for another process" in capsys.readouterr().out
 
 
+def test_one_that_another_process_has_just_made_is_taken(model, pip, monkeypatch) -> None:
+    looks = iter([False])  # it appears between the first look and the next
+    monkeypatch.setattr(CourseModel, "is_cached", lambda self: next(looks, True))
+    model.folder.mkdir(parents=True)
+    (model.folder / "config.json").write_text("{}")
+    assert course_model_dir("small") == model.folder
+    assert not pip.seen
+
+
 # --- the machine ---------------------------------------------------------------------------------
 
 
