@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, takewhile
 from typing import Any
 
@@ -144,16 +144,13 @@ def generate_together(
     """
     if method not in ("auto", "shared", "plain"):
         raise UsageError(f'unknown method "{method}"; there are auto, shared and plain')
-    encoded = [_encode(policy, order.prompts) for order in orders]
-    for order, prompts in zip(orders, encoded, strict=True):
-        _check(policy, order, prompts)
-    if not any(encoded):
+    orders = [replace(order, prompts=_encode(policy, order.prompts)) for order in orders]
+    for order in orders:
+        _check(policy, order)
+    lengths = [len(ids) + order.max_new_tokens for order in orders for ids in order.prompts]
+    if not lengths:
         return [[] for _ in orders]
-    longest = max(
-        len(ids) + order.max_new_tokens
-        for order, prompts in zip(orders, encoded, strict=True)
-        for ids in prompts
-    )
+    longest = max(lengths)
     reason = "" if method == "plain" else why_not_shared(policy.model, longest)
     if reason and method == "shared":
         raise UsageError(f"{policy.name} cannot share a prefix: {reason}")
@@ -167,19 +164,18 @@ def generate_together(
         )
 
     ends = end_ids(policy.tokenizer, policy.model.generation_config.eos_token_id)
-    count = sum(map(len, encoded))
-    bar = tqdm(total=count, disable=not progress, unit="completion", file=sys.stderr)
+    bar = tqdm(total=len(lengths), disable=not progress, unit="completion", file=sys.stderr)
     job = _Job(policy, batch_size, ends, bar)
     prefixes: dict[Prefix, int] = {}  # each with its number
     sequences: list[list[_Sequence]] = []
-    for order, prompts in zip(orders, encoded, strict=True):
-        if not prompts:
+    for order in orders:
+        if not order.prompts:
             sequences.append([])
             continue
         none = Prefix((), [])
-        prefix = none if way else order.prefix or shared_beginning(policy, prompts)
+        prefix = none if way else order.prefix or shared_beginning(policy, order.prompts)
         group = prefixes.setdefault(prefix, len(prefixes))
-        sequences.append(_sequences(job, order, prompts, prefix, group))
+        sequences.append(_sequences(job, order, prefix, group))
     everything = list(chain(*sequences))
     with torch.inference_mode(), bar:
         _run_plain(job, everything, way) if way else _run(job, everything, list(prefixes))
@@ -189,13 +185,13 @@ def generate_together(
     ]
 
 
-def _check(policy: Policy, order: Order, prompts: Sequence[Sequence[int]]) -> None:
+def _check(policy: Policy, order: Order) -> None:
     temperature, top_p, top_k = order.sampling
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise UsageError(f"impossible sampling options: {temperature=}, {top_p=}, {top_k=}")
     if order.drafts is not None and temperature:
         raise UsageError("drafts are for greedy decoding")
-    for number, ids in enumerate(prompts):
+    for number, ids in enumerate(order.prompts):
         if not ids:
             raise UsageError(f"prompt {number} is empty")
         if len(ids) + order.max_new_tokens > policy.max_length:
@@ -205,20 +201,18 @@ def _check(policy: Policy, order: Order, prompts: Sequence[Sequence[int]]) -> No
             )
 
 
-def _sequences(
-    job: _Job, order: Order, prompts: list[list[int]], prefix: Prefix, group: int
-) -> list[_Sequence]:
-    """Return what is to be written for an order."""
+def _sequences(job: _Job, order: Order, prefix: Prefix, group: int) -> list[_Sequence]:
+    """Return what is to be written for an order, whose prompts are token ids."""
     shared = len(prefix.token_ids)
-    for number, ids in enumerate(prompts):
+    for number, ids in enumerate(order.prompts):
         if len(ids) <= shared or tuple(ids[:shared]) != prefix.token_ids:
             raise UsageError(f"prompt {number} does not begin with the prefix that was given")
-    guesses = [[]] * len(prompts)
+    guesses = [[]] * len(order.prompts)
     if order.drafts is not None:
         guesses = _encode(job.policy, order.drafts, encode_apart)
     sequences = [
         _Sequence(job, order, group, ids[shared:], guess[: order.max_new_tokens - 1])
-        for ids, guess in zip(prompts, guesses, strict=True)
+        for ids, guess in zip(order.prompts, guesses, strict=True)
     ]
     if order.temperature:
         keys = order.keys or map(str, range(len(sequences)))
