@@ -102,16 +102,9 @@ def whole_number(name: str, least: int = 1, most: int = 2**31 - 1) -> Callable[[
     return read
 
 
-def amount(name: str, help: str, *, metavar: str = "N", default: int | None = None) -> Argument:
+def amount(name: str, help: str, *, metavar: str = "N", **settings: Any) -> Argument:
     """Return an option that counts something, one or more."""
-    return option(name, metavar, help, type=whole_number(name), default=default)
-
-
-def seed(help: str, default: int | None = None) -> Argument:
-    """Return the option ``--seed``, with the limits of the setting of that name."""
-    limits = Config.__dataclass_fields__["seed"].metadata
-    kind = whole_number('"seed"', limits["ge"], limits["le"])
-    return argument("--seed", type=kind, default=default, help=help)
+    return option(name, metavar, help, type=whole_number(name), **settings)
 
 
 def many(name: str, metavar: str, help: str, **settings: Any) -> Argument:
@@ -144,17 +137,10 @@ def file(text: str) -> Path:
     return folder(text)
 
 
-class _RunDir(argparse.Action):
-    def __call__(self, parser: Any, options: Any, value: Any, name: str | None = None) -> None:
-        if options.run_dir not in (None, value) and value is not None:
-            parser.error(f"two run directories are named: {options.run_dir} and {value}")
-        options.run_dir = value or options.run_dir
-
-
 def RUN_DIR(parser: argparse.ArgumentParser) -> None:
     """Take an existing run directory, as a word or after ``--run-dir``: see :func:`settle`."""
-    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", action=_RunDir)
-    parser.add_argument("--run-dir", metavar="DIR", action=_RunDir, help="the same")
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", action="append")
+    parser.add_argument("--run-dir", metavar="DIR", action="append", help="the same")
     parser.set_defaults(reads_a_run=True)
 
 
@@ -164,24 +150,28 @@ def settle(options: argparse.Namespace, left: list[str]) -> None:
     Before Python 3.12 it misses a word that may be left out where an option stands before it.
     """
     example = f"as in `grath {options.command.example.splitlines()[0]}`"
-    if not getattr(options, "reads_a_run", False):
-        if left:
-            hint = "; a run directory comes after --run-dir" if "run_dir" in options else ""
-            raise UsageError(f"no use for {' '.join(map(brief, left))}{hint}, {example}")
-        return
-    if options.run_dir is None and left:
-        options.run_dir = left.pop(0)
+    hint = "; a run directory comes after --run-dir" if "run_dir" in options else ""
+    if "reads_a_run" in options:
+        named = [*dict.fromkeys(filter(None, [*options.run_dir, *left]))]
+        if not named:
+            runs = sorted(str(record.parent) for record in Path("runs").glob("*/run.json"))
+            here = f"; here are {', '.join(runs)}" if runs else ""
+            raise UsageError(f"name a run directory, {example}{here}")
+        options.run_dir, *left = named
+        hint = f"; the run directory is {options.run_dir}"
     if left:
-        raise UsageError(f"no use for {' '.join(map(brief, left))}, {example}")
-    if not options.run_dir:
-        runs = sorted(str(record.parent) for record in Path("runs").glob("*/run.json"))
-        here = f"; here are {', '.join(runs)}" if runs else ""
-        raise UsageError(f"name a run directory, {example}{here}")
+        raise UsageError(f"no use for {' '.join(map(brief, left))}{hint}, {example}")
 
 
 NEW_RUN_DIR = option("--run-dir", "DIR", "default: runs/PROFILE in the checkout")
 PROFILE = argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
-SEED = seed("replaces the profile's seed")
+_SEEDS = Config.__dataclass_fields__["seed"].metadata
+SEED = option(
+    "--seed",
+    "SEED",
+    "replaces the profile's seed",
+    type=whole_number('"seed"', _SEEDS["ge"], _SEEDS["le"]),
+)
 SET_HELP = "change settings; `grath options` lists them"
 SET = many("--set", "KEY=VALUE", SET_HELP, dest="overrides")
 NAMED_ROUND = "RUN_DIR@N (@0: after round 1)"

@@ -41,29 +41,32 @@ BENCHMARKS_HELP = "; ".join(f"{name}: {row.about}" for name, row in BENCHMARKS.i
 MERGED_HELP = "of the written weights; 16 bits round away part of what was learned"
 
 
-def _step_config(options: argparse.Namespace) -> tuple[Config, dict[str, Any]]:
-    """Return a step's configuration, and what of it was written beside the profile."""
+def _step(options: argparse.Namespace, limited: str | None = None) -> tuple[Config, list[Path]]:
+    """Return a step's settings, with its base model, and the adapters that go onto that.
+
+    How many are asked of the section ``limited`` was written for this step, or is all there is: a
+    profile's own limit is about its run.
+    """
     own = {key: value for key, value in vars(options).items() if "." in key and value is not None}
     settings = parse_overrides(options.overrides)
     for key in own.keys() & settings.keys():
         raise UsageError(f'"{key}" is given twice: by an option of its own, and by --set')
     given = {**own, **settings}
-    return load_config(options.profile or {}, given, seed=options.seed), given
-
-
-def _limit(options: argparse.Namespace, given: dict[str, Any], key: str) -> int | None:
-    """Return how many were asked for: a profile's own limit is about its run."""
-    if options.limit is not None and key in given:
-        raise UsageError(f"both --limit and --set {key} say how many; give one of them")
-    return options.limit or given.get(key)
-
-
-def _model(
-    options: argparse.Namespace, config: Config, given: Iterable[str]
-) -> tuple[ModelConfig, list[Path]]:
-    """Return the base model and the adapters that a step works on."""
+    config = load_config(options.profile or {}, given, seed=options.seed)
     keys = {key.removeprefix("model.") for key in given if key.startswith("model.")}
-    return loop.choose_model(options.model, config.model, keys)
+    base, adapters = loop.choose_model(options.model, config.model, keys)
+    config = replace(config, model=base)
+    if limited:
+        key = f"{limited}.limit"
+        if options.limit is not None and key in given:
+            raise UsageError(f"both --limit and --set {key} say how many; give one of them")
+        section = replace(getattr(config, limited), limit=options.limit or given.get(key))
+        config = replace(config, **{limited: section})
+    return config, adapters
+
+
+def _load(options: argparse.Namespace, base: ModelConfig, adapters: list[Path]) -> engine.Policy:
+    return loop.load_named(options.model or base.name, base, adapters)
 
 
 @arg.command(
@@ -80,18 +83,16 @@ def _model(
     *(arg.MODEL, arg.PROFILE, arg.SEED, arg.SET),
 )
 def do_pairs(options: argparse.Namespace) -> None:
-    config, given = _step_config(options)
+    config, adapters = _step(options, "questions")
     check_pairs_config(config.pairs)
-    source = replace(config.questions, limit=_limit(options, given, "questions.limit"))
     rejects = options.out.with_name(f"{options.out.name.removesuffix('.jsonl')}.rejects.jsonl")
     for path in (options.out, rejects):
         loop.check_not_of_a_run(path)
-    pairs.check_outputs(options.out, rejects, [user_path(source.source)])
-    questions = pairs.load_questions(source, config.seed)
+    pairs.check_outputs(options.out, rejects, [user_path(config.questions.source)])
+    questions = pairs.load_questions(config.questions, config.seed)
     print(f"{len(questions)} questions from {questions.source}")
-    base, adapters = _model(options, config, given)
     report = pairs.generate_pairs(
-        loop.load_named(options.model or base.name, base, adapters),
+        _load(options, config.model, adapters),
         questions.questions,
         config.pairs,
         seed=config.seed,
@@ -111,14 +112,13 @@ def do_pairs(options: argparse.Namespace) -> None:
     *(arg.MODEL, arg.PROFILE, arg.SEED, arg.SET),
 )
 def do_train(options: argparse.Namespace) -> None:
-    config, given = _step_config(options)
+    config, adapters = _step(options)
     dpo.check_folder(options.out)
     warn_of_long_warmup(config.dpo)
     written = pairs.read_pairs(options.pairs)
-    base, adapters = _model(options, config, given)
     train, held_out = pairs.split_held_out(written, config.questions.held_out, config.seed)
     report = dpo.train_round(
-        engine.pinned(engine.resolve(base)),
+        engine.pinned(engine.resolve(config.model)),
         train,
         held_out,
         options.out,
@@ -153,20 +153,18 @@ def do_train(options: argparse.Namespace) -> None:
     arg.option("--out", "FILE.json", RESULTS_HELP, required=True, type=arg.file),
 )
 def do_evaluate(options: argparse.Namespace) -> None:
-    config, given = _step_config(options)
-    limit = _limit(options, given, "evaluation.limit")
+    config, adapters = _step(options, "evaluation")
     outs = _result_files(options.out, dict.fromkeys(options.benchmark))
     for name, out in outs.items():
         find_benchmark(name)
         evaluation.find_protocol(name, options.protocol)
         loop.check_not_of_a_run(out)
         evaluation.check_out(out)
-    base, adapters = _model(options, config, given)
-    policy = loop.load_named(options.model or base.name, base, adapters)
+    policy = _load(options, config.model, adapters)
     for name, out in outs.items():
         how = {"seed": config.seed, "bootstrap": config.evaluation.bootstrap}
         how["protocol"] = evaluation.find_protocol(name, options.protocol).name
-        benchmark = evaluation.load_benchmark(name, limit=limit, seed=config.seed)
+        benchmark = evaluation.load_benchmark(name, limit=config.evaluation.limit, seed=config.seed)
         result = _finished(policy, benchmark, how, out) if len(outs) > 1 else None
         if result is None:
             batch = config.evaluation.batch_tokens
