@@ -165,13 +165,9 @@ def settle(options: argparse.Namespace, left: list[str]) -> None:
 
 NEW_RUN_DIR = option("--run-dir", "DIR", "default: runs/PROFILE in the checkout")
 PROFILE = argument("--profile", default="cpu", help="see grath_utils/profiles (default: cpu)")
-_SEEDS = Config.__dataclass_fields__["seed"].metadata
-SEED = option(
-    "--seed",
-    "SEED",
-    "replaces the profile's seed",
-    type=whole_number('"seed"', _SEEDS["ge"], _SEEDS["le"]),
-)
+_limits = Config.__dataclass_fields__["seed"].metadata
+_seed = whole_number('"seed"', _limits["ge"], _limits["le"])
+SEED = argument("--seed", type=_seed, help="replaces the profile's seed")
 SET_HELP = "change settings; `grath options` lists them"
 SET = many("--set", "KEY=VALUE", SET_HELP, dest="overrides")
 NAMED_ROUND = "RUN_DIR@N (@0: after round 1)"

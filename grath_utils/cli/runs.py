@@ -55,15 +55,12 @@ def do_run(options: argparse.Namespace) -> None:
         _show_plan(loop.check_run_dir(folder, config))
         return
     engine.check_machine(config.model)
-    if options.no_notebooks:
-        run = loop.start_run(folder, config)
-        loop.run_stages(run)
-    else:
+    notebooks = []
+    if not options.no_notebooks:
         notebooks = course.numbered_notebooks() if options.all else course.main_line()
-        run = loop.start_run(folder, config)
-        course.run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
-        if not all(stage.done for stage in loop.plan_stages(run)):  # what was deleted since
-            loop.run_stages(run)
+    run = loop.start_run(folder, config)
+    course.run_notebooks(run, notebooks, cell_timeout=options.cell_timeout)
+    loop.run_stages(run)  # without notebooks all of them, else what was deleted since
 
     def conclude() -> None:
         chosen = loop.run_state(run).final

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from grath_utils import engine
@@ -29,48 +31,44 @@ from grath_utils.pairs.parsing import FILTERS
 SCHEMA = "grath.schema.json"
 
 
-def listing(kind: str) -> dict[str, str]:
-    """Return what there is of a kind: what each is, by its name."""
-    match kind:
-        case "benchmarks":
-            return {name: row.about for name, row in BENCHMARKS.items()}
-        case "profiles":
-            return {name: _first_comment(name) for name in profile_names()}
-        case "questions":
-            parts = ", ".join(part for part in OWN_QUESTIONS.values() if part)
-            return {
-                "own": f"this project's own questions, with nobody's answers ({parts})",
-                "own_science": "those of them about school science",
-                "own_everyday": "those of them about popular beliefs, mostly false ones",
-                "arc_challenge": "ARC-Challenge, training split, as in the paper (mirror or Hub)",
-                "arc_easy": "ARC-Easy, training split (mirror or Hub)",
-                "FILE": "your own: a .jsonl, .csv or .tsv file with a column `question`",
-                "ORG/NAME": "a data set of the Hub; --column and --split say which part",
-            }
-        case "modes":
-            return {name: mode.summary for name, mode in MODES.items()}
-        case "judges":
-            none = "every pair stays as it was written, as published"
-            return {"none": none, **{name: judge.summary for name, judge in JUDGES.items()}}
-    return {
-        name: f"{model.title}, {model.parameters / 1e6:,.0f} million parameters, {model.licence}; "
-        + ("in the cache" if model.is_cached() else f"to fetch: {model.size / 1e6:,.0f} MB")
-        for name, model in engine.COURSE_MODELS.items()
-    } | {
+KINDS: dict[str, Callable[[], dict[str, str]]] = {
+    "benchmarks": lambda: {name: row.about for name, row in BENCHMARKS.items()},
+    "profiles": lambda: {name: _first_comment(name) for name in profile_names()},
+    "questions": lambda: {
+        "own": "this project's own questions, with nobody's answers "
+        f"({', '.join(filter(None, OWN_QUESTIONS.values()))})",
+        "own_science": "those of them about school science",
+        "own_everyday": "those of them about popular beliefs, mostly false ones",
+        "arc_challenge": "ARC-Challenge, training split, as in the paper (mirror or Hub)",
+        "arc_easy": "ARC-Easy, training split (mirror or Hub)",
+        "FILE": "your own: a .jsonl, .csv or .tsv file with a column `question`",
+        "ORG/NAME": "a data set of the Hub; --column and --split say which part",
+    },
+    "modes": lambda: {name: mode.summary for name, mode in MODES.items()},
+    "judges": lambda: {
+        "none": "every pair stays as it was written, as published",
+        **{name: judge.summary for name, judge in JUDGES.items()},
+    },
+    "models": lambda: {
+        **{
+            name: f"{model.title}, {model.parameters / 1e6:,.0f} million parameters, "
+            f"{model.licence}; "
+            + ("in the cache" if model.is_cached() else f"to fetch: {model.size / 1e6:,.0f} MB")
+            for name, model in engine.COURSE_MODELS.items()
+        },
         "FOLDER": "a model of your own in the form of transformers",
         "ORG/NAME": "a model of the Hub; pin its commit with model.revision",
-    }
-
-
-KINDS = ("benchmarks", "profiles", "questions", "modes", "judges", "models")
+    },
+}
+"""What there is to choose from, by kind: what each is, by its name."""
 NAMED = {"pairs.mode": "modes", "pairs.judge": "judges", "evaluation.benchmarks": "benchmarks"}
 """Settings whose values are the names of a kind; two of them have no list of choices."""
 
 
 def _first_comment(profile: str) -> str:
     """Return the first sentence of the comment that a profile begins with."""
-    lines = read_text(PROFILES / f"{profile}.yaml").splitlines()
-    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    text = read_text(PROFILES / f"{profile}.yaml")
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return " ".join(line.lstrip("# ") for line in head).partition(". ")[0].rstrip(".")
 
 
@@ -87,7 +85,7 @@ def do_ls(options: argparse.Namespace) -> None:
     for kind in options.kind:
         if kind not in KINDS:
             raise UsageError(f'nothing of the kind "{kind}"{did_you_mean(kind, KINDS)}')
-    found = {kind: listing(kind) for kind in options.kind or KINDS}
+    found = {kind: KINDS[kind]() for kind in options.kind or KINDS}
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -108,7 +106,7 @@ def do_options(options: argparse.Namespace) -> None:
     values, rows = load_config(options.profile).flat(), {}
     for key, default, text in describe_options():
         if key in NAMED and "[" not in text:
-            listed = listing(NAMED[key])
+            listed = KINDS[NAMED[key]]()
             if key != "evaluation.benchmarks":  # `ls` has what each is
                 text = "; ".join(f"`{name}`: {about}" for name, about in listed.items())
             text += f" [{' | '.join(listed)}]"
@@ -189,7 +187,7 @@ def _value_schema(each: dataclasses.Field, kind: Any, key: str) -> dict[str, Any
     facts, none = each.metadata, []
     if isinstance(kind, types.UnionType):  # ``int | None``
         kind, none = typing.get_args(kind)[0], ["null"]
-    names = listing(NAMED[key]) if key in NAMED else facts.get("choices", ())
+    names = KINDS[NAMED[key]]() if key in NAMED else facts.get("choices", ())
     if key == "pairs.filters":
         names = (*FILTERS, "none")
     choices = {"enum": list(names)} if names else {}

@@ -19,7 +19,7 @@ from grath_utils.config import (
     warn_of_long_warmup,
 )
 from grath_utils.errors import UsageError
-from grath_utils.evaluation.benchmarks import BENCHMARKS, Benchmark, find_benchmark
+from grath_utils.evaluation.benchmarks import BENCHMARKS, Benchmark
 from grath_utils.files import (
     check_output,
     is_text,
@@ -155,19 +155,17 @@ def do_train(options: argparse.Namespace) -> None:
 def do_evaluate(options: argparse.Namespace) -> None:
     config, adapters = _step(options, "evaluation")
     outs = _result_files(options.out, dict.fromkeys(options.benchmark))
-    for name, out in outs.items():
-        find_benchmark(name)
-        evaluation.find_protocol(name, options.protocol)
+    protocols = {name: evaluation.find_protocol(name, options.protocol).name for name in outs}
+    for out in outs.values():
         loop.check_not_of_a_run(out)
         evaluation.check_out(out)
-    policy = _load(options, config.model, adapters)
+    policy, settings = _load(options, config.model, adapters), config.evaluation
     for name, out in outs.items():
-        how = {"seed": config.seed, "bootstrap": config.evaluation.bootstrap}
-        how["protocol"] = evaluation.find_protocol(name, options.protocol).name
-        benchmark = evaluation.load_benchmark(name, limit=config.evaluation.limit, seed=config.seed)
+        how = {"seed": config.seed, "bootstrap": settings.bootstrap, "protocol": protocols[name]}
+        benchmark = evaluation.load_benchmark(name, limit=settings.limit, seed=config.seed)
         result = _finished(policy, benchmark, how, out) if len(outs) > 1 else None
         if result is None:
-            batch = config.evaluation.batch_tokens
+            batch = settings.batch_tokens
             result = evaluation.evaluate(policy, benchmark, batch_tokens=batch, out=out, **how)
         _print_result(result, policy.config.quantization)
         print(f"Result: {out}")
