@@ -6,14 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["costs", "sweeps"],
     submod_attrs={
-        "grids": [
-            "describe_plan",
-            "expand",
-            "grid_from_dict",
-            "plan_of",
-            "read_grid",
-            "sweep_dir",
-        ],
+        "grids": ["expand", "grid_from_dict", "read_grid"],
         "shapes": ["BYTES", "LLAMA2_70B", "LLAMA2_7B", "shape_of"],
     },
 )

@@ -28,6 +28,7 @@ from grath_utils.config import Config, config_from_dict, load_config, own_settin
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.files import fingerprint, read_yaml
 
+GRID_FILES = Path(__file__).resolve().parent / "grid_files"  # the examples and the Snakefile
 PAIRS, BASE = "pairs", "base"
 SHARED_SECTIONS = {
     PAIRS: ("seed", "model", "questions", "pairs"),
@@ -48,19 +49,6 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """A stage that several points need: what it is, and the configuration of its run directory."""
-
-    kind: str
-    config: Config
-
-    @property
-    def name(self) -> str:
-        """Its address, such as ``pairs-0f3c…``: the same for the same work."""
-        return f"{self.kind}-{fingerprint(own_settings(self.config))}"
-
-
-@dataclass(frozen=True)
 class Point:
     """One point of the grid: a whole run."""
 
@@ -73,15 +61,15 @@ class Point:
         slug = re.sub(r"[^\w.=+-]+", "-", label(self.values, between="_"))
         return f"{slug[:72].rstrip('-._=')}-{fingerprint(own_settings(self.config))[:8]}"
 
-    def shared(self, kind: str) -> Shared:
-        """Return the shared stage of a kind that this point uses."""
+    def shared(self, kind: str) -> Config:
+        """Return the configuration of the shared stage of a kind that this point uses."""
         kept = {name: getattr(self.config, name) for name in SHARED_SECTIONS[kind]}
         if kind == PAIRS:  # the same pairs, whatever labels they are then given
             kept["pairs"] = replace(kept["pairs"], labels="own", flipped=0.0)
         if kind == BASE:  # which iterations are evaluated does not matter to the base model
             every = Config().evaluation.every_iteration
             kept["evaluation"] = replace(kept["evaluation"], every_iteration=every)
-        return Shared(kind, Config(**kept))
+        return Config(**kept)
 
 
 def cell_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,24 +95,19 @@ def _shown_value(value: Any) -> str:
     return Path(value).name if "/" in str(value) else str(value)  # of a path or a Hub id, its end
 
 
-def sweep_dir() -> Path:
-    """Return the folder with the example grids and the Snakefile."""
-    return Path(__file__).resolve().parent / "grid_files"
-
-
-def grid_names() -> list[str]:
-    """Return the names of the example grids that come with the package."""
-    return sorted(path.stem for path in sweep_dir().glob("*.yaml"))
+def example_grids() -> dict[str, Path]:
+    """Return the example grids that come with the package, by name."""
+    return {path.stem: path for path in sorted(GRID_FILES.glob("*.yaml"))}
 
 
 def read_grid(name: str) -> Grid:
     """Read a grid by the name of an example, or by the path of a YAML file."""
-    path, known = Path(os.path.expanduser(name)), grid_names()
+    path, examples = Path(os.path.expanduser(name)), example_grids()
     if not name.endswith((".yaml", ".yml")):
-        if name not in known:
-            near = did_you_mean(name, known)
+        if name not in examples:
+            near = did_you_mean(name, examples)
             raise ConfigError(f'unknown grid "{name}"{near}; or name a .yaml file')
-        path = sweep_dir() / f"{name}.yaml"
+        path = examples[name]
     return grid_from_dict(read_yaml(path), where=str(path))
 
 
@@ -192,24 +175,19 @@ def expand(grid: Grid) -> list[Point]:
 def plan_of(points: list[Point], grid: Grid, made_in: str) -> dict[str, Any]:
     """Return what the jobs of a sweep need to know, as plain JSON.
 
-    Relative paths in the grid start from the working directory ``made_in``.
+    Relative paths in the grid start from the working directory ``made_in``. The name of a shared
+    stage, such as ``pairs-0f3c…``, is the same for the same work.
     """
-    stages = [point.shared(kind) for point in points for kind in SHARED_SECTIONS]
-    return {
-        "schema_version": 1,
-        "grid": grid.where,
-        "made_in": made_in,
-        "shared": {s.name: {"kind": s.kind, "config": s.config.to_dict()} for s in stages},
-        "points": [
-            {
-                "name": point.name,
-                "values": dict(point.values),
-                "config": point.config.to_dict(),
-                **{kind: point.shared(kind).name for kind in SHARED_SECTIONS},
-            }
-            for point in points
-        ],
-    }
+    plan = {"schema_version": 1, "grid": grid.where, "made_in": made_in, "shared": {}, "points": []}
+    for point in points:
+        config = point.config.to_dict()
+        row = {"name": point.name, "values": dict(point.values), "config": config}
+        for kind in SHARED_SECTIONS:
+            stage = point.shared(kind)
+            row[kind] = f"{kind}-{fingerprint(own_settings(stage))}"
+            plan["shared"][row[kind]] = {"kind": kind, "config": stage.to_dict()}
+        plan["points"].append(row)
+    return plan
 
 
 def describe_plan(plan: Mapping[str, Any]) -> str:

@@ -35,13 +35,13 @@ from grath_utils.files import (
 from grath_utils.loop.plan import check_settings
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import (
+    GRID_FILES,
     SHARED_SECTIONS,
     describe_plan,
     expand,
     label,
     plan_of,
     read_grid,
-    sweep_dir,
 )
 from grath_utils.scale.sweep_results import PointOutcome, collect, counts, find_row, outcome_of
 
@@ -141,7 +141,7 @@ def _run_snakemake(name: str, out: Path, jobs: int, extra: Sequence[str]) -> int
 
 def snakemake_command(out: Path, *, jobs: int, extra: Sequence[str]) -> list[str]:
     """Return the command line that does the jobs of a sweep."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(sweep_dir() / "Snakefile")]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(GRID_FILES / "Snakefile")]
     command += ["--directory", str(out.resolve()), "--keep-going", "--rerun-incomplete"]
     # What is done is decided by the files, and our own lock goes with a killed process.
     command += ["--rerun-triggers", "mtime", "--nolock", "--scheduler", "greedy"]

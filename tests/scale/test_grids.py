@@ -15,14 +15,13 @@ from grath_utils.scale.grids import (
     PAIRS,
     Point,
     cell_of,
+    example_grids,
     expand,
     grid_from_dict,
-    grid_names,
     label,
     plan_of,
     planned_config,
     read_grid,
-    sweep_dir,
 )
 
 
@@ -152,7 +151,7 @@ def test_a_stage_is_another_when_what_it_depends_on_is(kinds: set[str], settings
     (plain,) = points_of({"seed": [0]})
     for key, value in settings.items():
         (other,) = points_of({key: [value]})
-        assert {k for k in (PAIRS, BASE) if plain.shared(k).name != other.shared(k).name} == kinds
+        assert {k for k in (PAIRS, BASE) if plain.shared(k) != other.shared(k)} == kinds
 
 
 def test_every_setting_but_those_of_training_belongs_to_a_shared_stage() -> None:
@@ -167,15 +166,15 @@ def test_shared_stages_are_shared_across_profiles_that_agree() -> None:
     base = {key: value for key, value in smoke if key.startswith(("model.", "evaluation."))}
     tree = {"profile": ["smoke", "cpu"], "set": base, "grid": {"seed": [0]}}
     one, two = expand(grid_from_dict(tree))
-    assert one.shared(BASE).name == two.shared(BASE).name
-    assert one.shared(PAIRS).name != two.shared(PAIRS).name
+    assert one.shared(BASE) == two.shared(BASE)
+    assert one.shared(PAIRS) != two.shared(PAIRS)
 
 
 def test_arms_that_differ_in_labels_share_their_pairs() -> None:
     own, coin, turned = points_of({"pairs.labels": ["own", "random", "annotated"]})
     assert own.shared(PAIRS) == coin.shared(PAIRS) == turned.shared(PAIRS)
     (part,) = points_of({"pairs.flipped": [0.25]})
-    assert part.shared(PAIRS).config.pairs == own.shared(PAIRS).config.pairs
+    assert part.shared(PAIRS).pairs == own.shared(PAIRS).pairs
 
 
 def test_the_plan_holds_every_configuration() -> None:
@@ -188,12 +187,12 @@ def test_the_plan_holds_every_configuration() -> None:
     for point, planned in zip(points, plan["points"], strict=True):
         assert planned_config(plan, planned["name"]) == point.config
         for kind in (PAIRS, BASE):
-            assert planned_config(plan, planned[kind]) == point.shared(kind).config
+            assert planned_config(plan, planned[kind]) == point.shared(kind)
     with pytest.raises(ConfigError, match='no point or stage "beta"'):
         planned_config(plan, "beta")
 
 
-@pytest.mark.parametrize("name", grid_names())
+@pytest.mark.parametrize("name", example_grids())
 def test_an_example_is_one_question_over_several_seeds(name: str) -> None:
     """Its cells differ, hold the same seeds, and its points' names say what they are."""
     points = expand(read_grid(name))
@@ -203,5 +202,5 @@ def test_an_example_is_one_question_over_several_seeds(name: str) -> None:
     seeds = set(range({"smoke_2x2x2": 2, "what_matters_seed": 8}.get(name, 3)))
     assert all(found == seeds for found in cells.values())
     assert len({point.name for point in points}) == len(points) == len(cells) * len(seeds)
-    text = (sweep_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    text = example_grids()[name].read_text(encoding="utf-8")
     assert text.startswith("# "), "a shipped grid says what it asks"
