@@ -61,12 +61,13 @@ def do_job(sweep: Path, name: str) -> None:
         run = start_run(sweep / "shared" / name, config)
         if shared["kind"] == PAIRS:
             make_pairs(run, 0, progress=False)
-            return
-        print(f"evaluate base on {', '.join(config.evaluation.benchmarks)}", flush=True)
-        evaluate_model(run, None, progress=False)
+        else:
+            print(f"evaluate base on {', '.join(config.evaluation.benchmarks)}", flush=True)
+            evaluate_model(run, None, progress=False)
         return
-    row = find_row(sweep, name)
-    if row is None:
+    if row := find_row(sweep, name):
+        print(f"the same run as {row['run']}", flush=True)
+    else:
         run = start_run(sweep / "runs" / name, config)
         point = next(point for point in plan["points"] if point["name"] == name)
         with lock_run(run):
@@ -74,16 +75,11 @@ def do_job(sweep: Path, name: str) -> None:
             take_base(run, sweep / "shared" / point[BASE])
             run_stages(run, progress=False, say=lambda line: print(line, flush=True))
         row = row_of(run)
-    else:
-        print(f"the same run as {row['run']}", flush=True)
     write_json(sweep / "rows" / f"{name}.json", row)
 
 
 def take_pairs(run: Run, folder: Path) -> None:
-    """Take over the pairs of iteration 0, with the labels of this run, unless they are there.
-
-    See :func:`_same_ground`.
-    """
+    """Take over the pairs of iteration 0, with the labels of this run, unless they are there."""
     if not run.pairs(0).exists():
         shared = _same_ground(run, folder, "questions")
         with atomic_path(run.rejects(0)) as partial:

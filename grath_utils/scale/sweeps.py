@@ -63,8 +63,6 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
             raise ConfigError(f"{grid.where}, point {label(point.values)}: {error}") from error
     for source, seed in {p.config.questions: p.config.seed for p in points}.items():
         load_questions(source, seed)  # a file that is not there stops the sweep now
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; name a folder for the sweep")
     if out.is_dir() and not (out / "points.json").exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no points.json; choose another folder")
     check_output(out / "points.json", read_json, ("grid", "points", "shared"))

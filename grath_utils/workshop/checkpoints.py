@@ -33,11 +33,11 @@ def notebook_of(stage: Stage) -> str:
     return {"pairs_0": "01", "train_0": "02"}.get(stage.id, "03")
 
 
-def needed_stages(run: Run, at: str, *, progress: bool = True) -> list[Stage]:
+def needed_stages(run: Run, at: str) -> list[Stage]:
     """Return the stages that must be done before a notebook can start, in order."""
     check_notebook(at)
-    plan = plan_stages(run, progress=progress)
-    return [stage for stage in plan if at not in STAND_ALONE and notebook_of(stage) < at]
+    plan = [] if at in STAND_ALONE else plan_stages(run)
+    return [stage for stage in plan if notebook_of(stage) < at]
 
 
 def check_notebook(at: str) -> None:
@@ -46,13 +46,11 @@ def check_notebook(at: str) -> None:
         raise UsageError(f'there is no notebook "{at}"{did_you_mean(at, NOTEBOOKS)}')
 
 
-def make_state(
-    run: Run, at: str, *, progress: bool = True, say: Callable[[str], None] = print
-) -> None:
+def make_state(run: Run, at: str, *, say: Callable[[str], None] = print) -> None:
     """Compute what a notebook needs and the run does not have yet; a second call resumes."""
     with lock_run(run):
         # Planned again after each stage: a round may have ended the loop.
-        while todo := [s for s in needed_stages(run, at, progress=progress) if not s.done]:
+        while todo := [s for s in needed_stages(run, at) if not s.done]:
             say(f"{todo[0].title} ({len(todo)} to do)")
             todo[0].work()
 

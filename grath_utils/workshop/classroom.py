@@ -56,7 +56,7 @@ PACKED = {  # what is read of a manifest again, as a form for files.read_json
 LOCK = "requirements.lock"
 LEFT_OUT = {".git", ".venv", ".cache", "runs", "build", "dist", "__pycache__", "classroom"}
 """Folders that are not part of the course, for a checkout without git."""
-STAGE_FILES = ("iter_*/*", "signals/*.json", "evaluation/*/*.json")
+STAGE_FILES = ("iter_*/**/*", "signals/*.json", "evaluation/*/*.json")
 """What is packed of a run, as patterns: not its notebooks, which name places on this machine."""
 HERE = Path(__file__).parent
 
@@ -197,7 +197,6 @@ def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple
             raise UsageError(problem)
 
     hold((root / LOCK).is_file(), "the notebooks are not here: run this in a checkout")
-    hold(not folder.is_file(), f"{folder} is a file; name a folder")
     above = folder == root or folder in root.parents
     hold(not above, f"{folder} holds this checkout; name a folder of its own")
     free = not folder.is_dir() or (folder / MANIFEST).is_file() or not any(folder.iterdir())
@@ -218,7 +217,6 @@ def check_possible(to: str | Path, config: Config, mirror: Path | None) -> tuple
 def _sources(root: Path, run: Run, mirror: Path | None) -> dict[str, Path]:
     """Return the files to copy, by the names that they get."""
     state = ["run.json", run.manifest.name, run.questions.name, run.report.name, *STAGE_FILES]
-    state += [f"{part}/**/*" for part in STAGE_FILES]
     model = course_model_dir(run.config.model.name)
     benchmarks = ("**/*.jsonl", "**/*.json", "**/*.md") if mirror else ()
     return {

@@ -111,23 +111,17 @@ def render(
                 _write(path, source)
                 say(f"{path.stem:32} only its prose was edited")
             else:
+                executed = run.executed_notebooks / "appendix" / path.name
+                if not side_trip:
+                    [executed] = run_notebooks(run, [path], say=lambda line: None)
+                elif not is_current(executed, path):
+                    execute_notebook(path, executed, {})
                 facts = environment_facts() if side_trip else run.info()
-                executed = _read(_executed(run, path, side_trip))
                 places = _places(run, folder.parent)
-                _write(path, take_over(source, executed, facts, profile, places))
+                _write(path, take_over(source, _read(executed), facts, profile, places))
                 say(f"{path.stem:32} {path.stat().st_size / 1000:.0f} kB")
             written.append(path)
     return written
-
-
-def _executed(run: Run, path: Path, side_trip: bool) -> Path:
-    """Return the executed copy of a notebook, made now if there is none from this code."""
-    if not side_trip:
-        return run_notebooks(run, [path], say=lambda line: None)[0]
-    target = run.executed_notebooks / "appendix" / path.name
-    if not is_current(target, path):
-        execute_notebook(path, target, {})
-    return target
 
 
 def _places(run: Run, root: Path) -> list[tuple[str, str]]:
@@ -184,7 +178,7 @@ def take_over(
         "device": {name: facts["device"][name] for name in DEVICE},
         "cost": {name: most.get(name) for name in COST},
     }
-    return nbformat.from_dict(result)
+    return result
 
 
 def clean_outputs(

@@ -70,13 +70,12 @@ def install(*, dev: bool, book: bool = False, wheels: Path | None = None) -> Non
     make_venv()
     offline = ["--no-index", "--find-links", str(wheels.resolve())] if wheels else []
     lock = ROOT / "requirements.lock"
-    for name, wanted_here in (
-        ("requirements.txt", not book),
-        ("requirements-book.txt", dev or book),
-        ("requirements-dev.txt", dev),
-    ):
-        if not wanted_here:
-            continue
+    asked = {
+        "requirements.txt": not book,
+        "requirements-book.txt": dev or book,
+        "requirements-dev.txt": dev,
+    }
+    for name in filter(asked.get, asked):
         sources = (ROOT / name).read_bytes() + lock.read_bytes() + str(ROOT).encode()
         wanted, stamp = hashlib.sha256(sources).hexdigest(), VENV / f".{name}.stamp"
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
@@ -161,13 +160,9 @@ def torch_arguments(python: Path, *, cpu: bool = False) -> list[str]:
     """Return what to ask pip for, so that the build of torch suits the machine.
 
     On Linux, a plain ``pip install torch`` takes the CUDA build and several gigabytes of NVIDIA
-    packages. Without an NVIDIA GPU (or with ``cpu``) pip is therefore asked for its *plan*, which
-    downloads nothing, and where that has NVIDIA packages, PyTorch's own CPU build is taken instead.
-    ``GRATH_TORCH_INDEX`` overrides all this with an index of the user's choice.
-
-    Args:
-        python: whose pip to ask for the plan.
-        cpu: take the CPU build even on a machine with a GPU.
+    packages. Without an NVIDIA GPU (or with ``cpu``) the pip of ``python`` is therefore asked for
+    its *plan*, which downloads nothing, and where that has NVIDIA packages, PyTorch's own CPU build
+    is taken instead. ``GRATH_TORCH_INDEX`` overrides all this with an index of the user's choice.
     """
     pin = torch_pin()
     if chosen := os.environ.get("GRATH_TORCH_INDEX"):

@@ -72,14 +72,14 @@ def test_what_is_missing_is_computed_and_nothing_twice(tmp_path: Path, config: C
     run = start_run(tmp_path / "run", config)
     write_pairs(run, 0)
     lines: list[str] = []
-    checkpoints.make_state(run, "03", progress=False, say=lines.append)
+    checkpoints.make_state(run, "03", say=lines.append)
     assert any("train, round 1" in line for line in lines)
     assert not any("pairs" in line for line in lines)
     assert run.adapter(0).is_dir()
     assert not run.pairs(1).exists()
     check_ready(run, [run.pairs(0), run.adapter(0)], "02_qlora_dpo")
     lines.clear()
-    checkpoints.make_state(run, "03", progress=False, say=lines.append)
+    checkpoints.make_state(run, "03", say=lines.append)
     assert lines == []
 
 
