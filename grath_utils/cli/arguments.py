@@ -152,7 +152,7 @@ def settle(options: argparse.Namespace, left: list[str]) -> None:
     example = f"as in `grath {options.command.example.splitlines()[0]}`"
     hint = "; a run directory comes after --run-dir" if "run_dir" in options else ""
     if "reads_a_run" in options:
-        named = [*dict.fromkeys(filter(None, [*options.run_dir, *left]))]
+        named = [*dict.fromkeys(filter(None, [*(options.run_dir or ()), *left]))]
         if not named:
             runs = sorted(str(record.parent) for record in Path("runs").glob("*/run.json"))
             here = f"; here are {', '.join(runs)}" if runs else ""

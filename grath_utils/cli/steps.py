@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,17 +171,16 @@ def do_evaluate(options: argparse.Namespace) -> None:
         print(f"Result: {out}")
 
 
-def _result_files(out: Path, benchmarks: Iterable[str]) -> dict[str, Path]:
+def _result_files(out: Path, benchmarks: Collection[str]) -> dict[str, Path]:
     """Return where each benchmark's result goes: one into the file, several into a folder."""
-    names = [*benchmarks]
-    if len(names) == 1:
-        return {names[0]: out}
-    if out.suffix == ".json" or out.is_file():
+    several = len(benchmarks) > 1
+    if several and (out.suffix == ".json" or out.is_file()):
+        such = out.with_suffix("") if out.suffix else "results"
         raise UsageError(
-            f"{out} is one file, and {len(names)} benchmarks are asked for: name a folder, such as "
-            f"{out.with_suffix('') if out.suffix else 'results'}, which gets a file for each"
+            f"{out} is one file, and {len(benchmarks)} benchmarks are asked for: name a folder, "
+            f"such as {such}, which gets a file for each"
         )
-    return {name: out / f"{name}.json" for name in names}
+    return {name: out / f"{name}.json" if several else out for name in benchmarks}
 
 
 def _finished(

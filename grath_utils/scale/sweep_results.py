@@ -80,13 +80,12 @@ def outcome_of(out: Path, point: Mapping[str, Any]) -> PointOutcome:
 
 def last_word(log: str) -> tuple[str, str]:
     """Return a job's status and the last thing that its log says."""
-    lines = [line.strip() for line in log.replace("\r", "\n").split("\n") if line.strip()]
-    last = lines[-1] if lines else "(the log is empty)"
-    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    if errors:  # a message may have several lines
-        told = " ".join(lines[errors[-1] :]).removeprefix("error: ")
+    log = "\n" + log.replace("\r", "\n")
+    _, is_error, told = log.rpartition("\nerror: ")
+    if is_error:  # a message may have several lines
         return "failed", textwrap.shorten(told, 300, placeholder=" …")
-    if any(line.startswith("Traceback ") for line in lines):
+    last = log.strip().rpartition("\n")[2] or "(the log is empty)"
+    if "\nTraceback " in log:
         return "failed", last
     return "unfinished", f"stopped without an error (killed?) after: {last}"
 
