@@ -30,13 +30,9 @@ class Shape:
     layers: int
     heads: int
     kv_heads: int
+    head_dim: int
     vocabulary: int
     tied: bool  # input and output embeddings are one matrix
-    head_dim: int = 0  # 0: hidden / heads
-
-    def __post_init__(self) -> None:
-        if not self.head_dim:
-            object.__setattr__(self, "head_dim", self.hidden // self.heads)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -83,14 +79,15 @@ class Shape:
         return round(2 * self.layers * self.kv_heads * self.head_dim * tokens * BYTES[dtype])
 
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary: from the models' config.json
-SMOLLM2_135M = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True)
-SMOLLM2_360M = Shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 49152, tied=True)
-SMOLLM2_1_7B = Shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 49152, tied=True)
-QWEN2_1_5B = Shape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936, tied=True)
-LLAMA2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000, tied=False)
-LLAMA2_70B = Shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000, tied=False)
-MISTRAL_7B = Shape("Mistral-7B", 4096, 14336, 32, 32, 8, 32000, tied=False)
+# hidden, intermediate, layers, heads, key-value heads, hidden / heads, vocabulary: from the models'
+# config.json
+SMOLLM2_135M = Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49152, tied=True)
+SMOLLM2_360M = Shape("SmolLM2-360M", 960, 2560, 32, 15, 5, 64, 49152, tied=True)
+SMOLLM2_1_7B = Shape("SmolLM2-1.7B", 2048, 8192, 24, 32, 32, 64, 49152, tied=True)
+QWEN2_1_5B = Shape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 128, 151936, tied=True)
+LLAMA2_7B = Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 128, 32000, tied=False)
+LLAMA2_70B = Shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 128, 32000, tied=False)
+MISTRAL_7B = Shape("Mistral-7B", 4096, 14336, 32, 32, 8, 128, 32000, tied=False)
 
 KNOWN = {
     "tiny": SMOLLM2_135M,
@@ -138,6 +135,7 @@ def shape_of(model: ModelConfig) -> Shape:
         name=Path(model.name).name,
         kv_heads=settings.get("num_key_value_heads") or settings["num_attention_heads"],
         tied=settings.get("tie_word_embeddings", False),
-        head_dim=settings.get("head_dim") or 0,
+        head_dim=settings.get("head_dim")
+        or settings["hidden_size"] // settings["num_attention_heads"],
         **{field: settings[key] for key, field in FIELDS.items()},
     )
