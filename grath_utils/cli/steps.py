@@ -13,7 +13,6 @@ from grath_utils import course, dpo, engine, evaluation, loop, pairs
 from grath_utils.cli import arguments as arg
 from grath_utils.config import (
     Config,
-    ModelConfig,
     load_config,
     parse_overrides,
     warn_of_long_warmup,
@@ -65,10 +64,6 @@ def _step(options: argparse.Namespace, limited: str | None = None) -> tuple[Conf
     return config, adapters
 
 
-def _load(options: argparse.Namespace, base: ModelConfig, adapters: list[Path]) -> engine.Policy:
-    return loop.load_named(options.model or base.name, base, adapters)
-
-
 @arg.command(
     "let a model write a correct and an incorrect answer to each question",
     "pairs --questions own --limit 50 --out pairs.jsonl",
@@ -92,7 +87,7 @@ def do_pairs(options: argparse.Namespace) -> None:
     questions = pairs.load_questions(config.questions, config.seed)
     print(f"{len(questions)} questions from {questions.source}")
     report = pairs.generate_pairs(
-        _load(options, config.model, adapters),
+        loop.load_named(options.model or config.model.name, config.model, adapters),
         questions.questions,
         config.pairs,
         seed=config.seed,
@@ -159,7 +154,8 @@ def do_evaluate(options: argparse.Namespace) -> None:
     for out in outs.values():
         loop.check_not_of_a_run(out)
         evaluation.check_out(out)
-    policy, settings = _load(options, config.model, adapters), config.evaluation
+    policy = loop.load_named(options.model or config.model.name, config.model, adapters)
+    settings = config.evaluation
     for name, out in outs.items():
         how = {"seed": config.seed, "bootstrap": settings.bootstrap, "protocol": protocols[name]}
         benchmark = evaluation.load_benchmark(name, limit=settings.limit, seed=config.seed)

@@ -27,6 +27,7 @@ from typing import Any
 from grath_utils.config import Config, config_from_dict, load_config, own_settings
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.files import fingerprint, read_yaml
+from grath_utils.loop.plan import check_settings
 
 GRID_FILES = Path(__file__).resolve().parent / "grid_files"  # the examples and the Snakefile
 PAIRS, BASE = "pairs", "base"
@@ -161,6 +162,7 @@ def expand(grid: Grid) -> list[Point]:
         what = ", ".join([f"profile {profile}", *(f"{k}={v!r}" for k, v in overrides.items())])
         try:
             config = load_config(profile, {**grid.common, **overrides})
+            check_settings(config)
         except ConfigError as error:
             raise ConfigError(f"{grid.where}, point {what}: {error}") from error
         if config in points:

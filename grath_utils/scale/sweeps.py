@@ -32,7 +32,6 @@ from grath_utils.files import (
     write_json,
     write_text,
 )
-from grath_utils.loop.plan import check_settings
 from grath_utils.pairs.questions import load_questions
 from grath_utils.scale.grids import (
     GRID_FILES,
@@ -56,11 +55,6 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     """
     grid = read_grid(name)
     points = expand(grid)
-    for point in points:
-        try:
-            check_settings(point.config)
-        except ConfigError as error:
-            raise ConfigError(f"{grid.where}, point {label(point.values)}: {error}") from error
     for source, seed in {p.config.questions: p.config.seed for p in points}.items():
         load_questions(source, seed)  # a file that is not there stops the sweep now
     if out.is_dir() and not (out / "points.json").exists() and any(out.iterdir()):
@@ -88,7 +82,6 @@ def sweep(
     """Run a grid, or resume it, and collect in the folder ``out``; return how every point ended.
 
     Args:
-        name: a grid's file, or the name of an example.
         here: without Snakemake, see :func:`run_here`.
         jobs: points at a time on this machine; they divide its cores among them.
         extra: arguments for Snakemake, which may say instead of ``jobs`` how many run, and where.
