@@ -92,14 +92,13 @@ def _show_plan(run: loop.Run) -> None:
         return
     device = costs.this_device(config.model)
     model = costs.CostModel(config, device, shape)
-    expected = {stage.id: model.stage(stage) for stage in plan}
-    for stage in plan:
-        cost = expected[stage.id]
+    expected = [(stage, model.stage(stage)) for stage in plan]
+    for stage, cost in expected:
         about = f"{duration(cost.seconds):>8} {cost.memory / costs.GIB:6.1f} GiB"
         print(_line(stage.done, f"{stage.title:40} {about}"))
     for what, count in amounts.items():
         print(f"{what}: {count:,}")
-    left = costs.total([expected[stage.id] for stage in plan if not stage.done])
+    left = costs.total([cost for stage, cost in expected if not stage.done])
     print(
         f"here ({device.name}, {device.peak / 1e9:,.0f} GFLOP/s {device.source}), to do: about "
         f"{duration(left.seconds)}, up to {left.memory / costs.GIB:.1f} GiB"

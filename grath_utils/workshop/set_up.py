@@ -75,7 +75,7 @@ def install(*, dev: bool, book: bool = False, wheels: Path | None = None) -> Non
         "requirements-book.txt": dev or book,
         "requirements-dev.txt": dev,
     }
-    for name in filter(asked.get, asked):
+    for name in (name for name, needed in asked.items() if needed):
         sources = (ROOT / name).read_bytes() + lock.read_bytes() + str(ROOT).encode()
         wanted, stamp = hashlib.sha256(sources).hexdigest(), VENV / f".{name}.stamp"
         if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
