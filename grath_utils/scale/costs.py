@@ -151,10 +151,10 @@ def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     times = sorted(timer.blocked_autorange(min_run_time=seconds).times)
     peak = 2 * 512 * 1024 * 1024 / times[len(times) // 10]
+    found = {"peak": peak, "memory": memory, "dtype": here.dtype}
     if here.device == "cpu":
-        return cpu_device(peak, memory, dtype=here.dtype)
-    name, dtype = here.device, here.dtype
-    return Device(name=name, peak=peak, memory=memory, bandwidth=300e9, dtype=dtype, source="")
+        return cpu_device(**found)
+    return Device(name=here.device, bandwidth=300e9, source="measured now", **found)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def plan_sweep(name: str, out: Path) -> dict[str, Any]:
     points = expand(grid)
     for source, seed in {p.config.questions: p.config.seed for p in points}.items():
         load_questions(source, seed)  # a file that is not there stops the sweep now
-    if out.is_dir() and not (out / "points.json").exists() and any(out.iterdir()):
+    # A sweep that was stopped before it had a plan leaves its lock.
+    if not (out / "points.json").exists() and any(out.glob("[!.]*")):
         raise ConfigError(f"{out} is not empty and holds no points.json; choose another folder")
     check_output(out / "points.json", read_json, ("grid", "points", "shared"))
     plan = plan_of(points, grid, os.getcwd())

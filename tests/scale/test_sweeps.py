@@ -322,6 +322,8 @@ def test_a_folder_of_something_else_and_a_busy_one_are_refused(capsys, tmp_path:
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert main(["sweep", "smoke_2x2x2", "--out", str(tmp_path / "mine"), "--plan"]) == 2
     assert "not empty and holds no points.json" in capsys.readouterr().err
+    with lock_sweep(tmp_path / "out"):
+        pass  # stopped before it had a plan
     plan_sweep("smoke_2x2x2", tmp_path / "out")
     with lock_sweep(tmp_path / "out"), pytest.raises(RunError, match="in use by another sweep"):
         plan_sweep("smoke_2x2x2", tmp_path / "out")
