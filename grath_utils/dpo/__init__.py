@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "adapters": ["add_adapter"],
         "data": ["collate", "tokenize_pair", "tokenize_pairs"],
         "drift": ["kl_per_token"],
-        "global_batch": ["deal", "split_batch"],
         "loss": ["completion_log_probs", "dpo_loss"],
         "round": ["check_folder", "reference_log_probs", "train_round"],
     },

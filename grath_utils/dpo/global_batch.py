@@ -25,17 +25,11 @@ from grath_utils.errors import ConfigError
 BATCHWISE_LOSSES = ("aot", "aot_unpaired", "sft")
 
 
-@dataclass(frozen=True)
-class Split:
-    """How the pairs of one optimiser step are divided."""
+def piece_size(config: DPOConfig, processes: int) -> int:
+    """Return how many pairs one of several processes takes at a time.
 
-    processes: int
-    piece: int  # pairs that one process takes at a time
-    accumulation: int  # pieces that each process adds up before the step
-
-
-def split_batch(config: DPOConfig, processes: int) -> Split:
-    """Return how ``dpo.batch_size`` is divided among processes; it is never changed silently."""
+    ``dpo.batch_size`` is never changed silently: ConfigError if it cannot be divided among them.
+    """
     each, left = divmod(config.batch_size, processes)
     if left:
         raise ConfigError(
@@ -51,7 +45,7 @@ def split_batch(config: DPOConfig, processes: int) -> Split:
             f"pieces of {piece}: choose dpo.batch_size and dpo.micro_batch_size so that each "
             "process gets whole micro-batches"
         )
-    return Split(processes, piece, each // piece)
+    return piece
 
 
 @dataclass(frozen=True)
@@ -63,13 +57,13 @@ class Piece:
     scale: float  # of its mean loss, so that the step's gradient is that of one process
 
 
-def deal(order: Sequence[int], config: DPOConfig, split: Split) -> list[list[Piece]]:
+def deal(order: Sequence[int], config: DPOConfig, processes: int) -> list[list[Piece]]:
     """Return each process's pieces of one epoch, which takes the pairs in ``order`` (indices)."""
-    hands: list[list[Piece]] = [[] for _ in range(split.processes)]
-    per_step = config.batch_size // config.micro_batch_size
+    hands: list[list[Piece]] = [[] for _ in range(processes)]
+    size, per_step = piece_size(config, processes), config.batch_size // config.micro_batch_size
     for step in _cut(_cut(order, config.micro_batch_size), per_step):
-        parts = [(part, len(micro)) for micro in step for part in _cut(micro, split.piece)]
-        turns = math.ceil(len(parts) / split.processes) * split.processes
+        parts = [(part, len(micro)) for micro in step for part in _cut(micro, size)]
+        turns = math.ceil(len(parts) / processes) * processes
         # The trainer averages over all turns; one process would have averaged over the step's
         # micro-batches.
         pieces = [
@@ -78,7 +72,7 @@ def deal(order: Sequence[int], config: DPOConfig, split: Split) -> list[list[Pie
         ]
         pieces += [Piece(tuple(step[0][:1]), 0.0, 0.0)] * (turns - len(pieces))
         for rank, hand in enumerate(hands):
-            hand += pieces[rank :: split.processes]
+            hand += pieces[rank::processes]
     return hands
 
 
@@ -93,8 +87,9 @@ class PieceBatches:
         self, rows: Sequence[dict[str, Any]], collate: Callable, config: DPOConfig, seed: int
     ) -> None:
         self.rows, self.collate, self.config = rows, collate, config
-        self.split = split_batch(config, processes.size())
         self.sampler = SeedableRandomSampler(range(len(rows)), data_seed=seed)
+        # The trainer calls it through the loader, or, resuming within an epoch, directly.
+        self.set_epoch = self.sampler.set_epoch
 
     def loader(self) -> DataLoader:
         """Return the batches, each with its ``share`` and ``scale`` (:class:`Piece`)."""
@@ -102,15 +97,11 @@ class PieceBatches:
         loader.set_epoch = self.set_epoch
         return loader
 
-    def set_epoch(self, epoch: int) -> None:
-        """The trainer calls it through the loader, or, resuming within an epoch, directly."""
-        self.sampler.set_epoch(epoch)
-
     def __iter__(self) -> Iterator[Piece]:
-        yield from deal(list(self.sampler), self.config, self.split)[processes.rank()]
+        yield from deal(list(self.sampler), self.config, processes.size())[processes.rank()]
 
-    def __len__(self) -> int:
-        return len(deal(range(len(self.rows)), self.config, self.split)[0])  # equal for all ranks
+    def __len__(self) -> int:  # equal for all ranks
+        return len(deal(range(len(self.rows)), self.config, processes.size())[0])
 
     def __getitems__(self, piece: Piece) -> dict[str, Any]:
         """Return a batch for each backward pass: the first one, with the others in ``more``.

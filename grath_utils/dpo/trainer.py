@@ -11,7 +11,7 @@ import math
 import operator
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from grath_utils.config import DPOConfig
-from grath_utils.dpo.global_batch import PieceBatches, split_batch
+from grath_utils.dpo.global_batch import PieceBatches, piece_size
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.dpo.tracking import start_trackers
 from grath_utils.engine import processes
@@ -124,8 +124,17 @@ class ReadyDataTrainer(DPOTrainer):
         return "train" if self.model.training else "eval"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean of each metric over the pieces of all processes, each by its share."""
         metrics, shares = self._metrics[self._mode()], self.shares[self._mode()]
-        metrics.update(_combined(metrics, shares))
+        sums = {
+            name: sum(map(operator.mul, shares, values))
+            for name, values in metrics.items()
+            if len(values) == len(shares)
+        }
+        everywhere = processes.gather((sums, sum(shares)))
+        total = sum(weight for _, weight in everywhere)
+        for name in sums:
+            metrics[name] = [sum(part[name] for part, _ in everywhere) / total]
         shares.clear()
         super().log(logs, start_time)
 
@@ -154,20 +163,6 @@ def _compute_as_scored(model: Any) -> None:
             if "drop" in key and isinstance(value, float):
                 setattr(module, key, 0.0)
     model.training = True  # the trainer's own mode
-
-
-def _combined(
-    metrics: Mapping[str, Sequence[float]], shares: Sequence[float]
-) -> dict[str, list[float]]:
-    """Return the mean of each metric over the pieces of all processes, each by its share."""
-    sums = {
-        name: sum(map(operator.mul, shares, values))
-        for name, values in metrics.items()
-        if len(values) == len(shares)
-    }
-    everywhere = processes.gather((sums, sum(shares)))
-    total = sum(weight for _, weight in everywhere)
-    return {name: [sum(part[name] for part, _ in everywhere) / total] for name in sums}
 
 
 def run_trainer(
@@ -260,7 +255,7 @@ def _arguments(
             f"dpo.gradient_checkpointing: a {type(model).__name__} cannot recompute its "
             "activations; set it to false"
         )
-    split = split_batch(config, processes.size())
+    piece = piece_size(config, processes.size())
     on_cpu = policy.device.type == "cpu"
     arguments = TRLConfig(
         output_dir=str(folder),
@@ -274,9 +269,9 @@ def _arguments(
         max_grad_norm=config.max_grad_norm,
         optim=config.optimizer,
         max_steps=config.steps,
-        per_device_train_batch_size=split.piece,
+        per_device_train_batch_size=piece,
         per_device_eval_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=split.accumulation,
+        gradient_accumulation_steps=config.batch_size // (piece * processes.size()),
         gradient_checkpointing=config.gradient_checkpointing,
         max_length=None,  # the pairs were measured and chosen already
         router_aux_loss_coef=0.0,  # a mixture of experts has the loss of DPO alone, too
