@@ -232,16 +232,16 @@ def reference_log_probs(
     return values[::2], values[1::2]
 
 
-def _comes_out_again(
-    table: dict[str, list[float]], policy: Policy, examples: Sequence[PreferenceExample]
+def _fits(
+    table: Sequence[list[float]], policy: Policy, examples: Sequence[PreferenceExample]
 ) -> bool:
-    first = examples[0]
+    """Return True if a table is of so many pairs, and its first pair comes out again."""
     nats = 0.01 if policy.config.dtype == "float32" else 0.05  # for each token
+    answers = examples[0].chosen_ids, examples[0].rejected_ids
     found = reference_log_probs(policy, examples[:1], progress=False)
-    sides = zip(("chosen", "rejected"), (first.chosen_ids, first.rejected_ids), found, strict=True)
     return all(
-        len(table.get(side, ())) == len(examples) and abs(table[side][0] - now) <= nats * len(ids)
-        for side, ids, [now] in sides
+        len(side) == len(examples) and abs(side[0] - now) <= nats * len(answer)
+        for side, answer, [now] in zip(table, answers, found, strict=True)
     )
 
 
@@ -257,15 +257,15 @@ def _reference_table(
     key = fingerprint([weights.fingerprint(), here, _ids(examples)])
     cache = cache_dir() / "reference" / f"{key}.json"
 
-    def stored() -> dict[str, list[float]] | None:
+    def stored() -> tuple[list[float], list[float]] | None:
         with contextlib.suppress(DataError):  # absent or damaged: computed again
-            return read_json(cache, {"chosen": [float], "rejected": [float]})
+            kept = read_json(cache, {"chosen": [float], "rejected": [float]})
+            return kept["chosen"], kept["rejected"]
         return None
 
     table = processes.on_main(stored)
-    if table is None or not _comes_out_again(table, policy, examples):
-        chosen, rejected = reference_log_probs(policy, examples, progress=progress)
-        table = {"chosen": chosen, "rejected": rejected}
+    if table is None or not _fits(table, policy, examples):
+        table = reference_log_probs(policy, examples, progress=progress)
         if processes.is_main():
-            write_cache(cache, table)
-    return table["chosen"], table["rejected"]
+            write_cache(cache, {"chosen": table[0], "rejected": table[1]})
+    return table
