@@ -19,7 +19,6 @@ score on an item is what it puts on true choices, its *expected* accuracy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
 from typing import Any, TypeAlias
 
 from grath_utils.errors import DataError
@@ -32,34 +31,18 @@ Rule: TypeAlias = Callable[[Sequence[str]], list[float]]
 # An item, a row in TruthfulQA's schema, or a (choices, labels) pair.
 Answers: TypeAlias = Item | Mapping[str, Any] | tuple[Sequence[str], Sequence[int]]
 
-RULES: dict[str, Rule] = {}
-"""Every rule for picking one choice, by its name in results."""
 UNIFORM_MC2 = "uniform_mc2"
 TIE = 1e-12  # overlaps are ratios of small whole numbers: nearer than this, they are equal
 
 
-def _rule(score: Rule) -> Rule:
-    """Make a rule of a score for each choice: the highest ones share the pick equally."""
-
-    @wraps(score)
-    def pick(choices: Sequence[str]) -> list[float]:
-        if isinstance(choices, str) or not choices:
-            raise DataError(f"choices must be a list of answer texts, not {choices!r}")
-        scores = score(choices)
-        picked = [max(scores) - value <= TIE for value in scores]
-        return [p / sum(picked) for p in picked]
-
-    RULES[score.__name__] = pick
-    return pick
+# Each of these gives every choice a score; the rule of that name picks the highest.
 
 
-@_rule
 def chance(choices: Sequence[str]) -> list[float]:
     """Pick any choice. On MC1 this is the floor: 22.3 % on TruthfulQA."""
     return [0.0 for _ in choices]
 
 
-@_rule
 def longest_answer(choices: Sequence[str]) -> list[float]:
     """Pick the choice with the most characters: true answers are often hedged and qualified.
 
@@ -68,7 +51,6 @@ def longest_answer(choices: Sequence[str]) -> list[float]:
     return [float(len(choice)) for choice in choices]
 
 
-@_rule
 def contains_negation(choices: Sequence[str]) -> list[float]:
     """Pick any choice that negates (:func:`.negated`); with none or all negated, any choice.
 
@@ -78,32 +60,44 @@ def contains_negation(choices: Sequence[str]) -> list[float]:
     return [float(has_negation(choice)) for choice in choices]
 
 
-@_rule
 def odd_one_out(choices: Sequence[str]) -> list[float]:
     """Pick the choice with the lowest mean :func:`word_overlap` with the others.
 
     Several false answers tend to be variations of one misconception; the true one stands apart.
     """
-    return _oddity(choices)
+    return [
+        -sum(word_overlap(choice, other) for j, other in enumerate(choices) if j != i)
+        / max(len(choices) - 1, 1)
+        for i, choice in enumerate(choices)
+    ]
 
 
-@_rule
 def negation_then_odd_one_out(choices: Sequence[str]) -> list[float]:
     """Pick, of the choices that negate, the one with the lowest mean overlap with all others.
 
     With none or all negated, this is :func:`odd_one_out`. On TruthfulQA it is right more often
     than GRATH's published 7B models.
     """
-    return [2 * has_negation(c) + odd for c, odd in zip(choices, _oddity(choices), strict=True)]
+    oddity = odd_one_out(choices)  # in [-1, 0]
+    return [2 * has_negation(choice) + odd for choice, odd in zip(choices, oddity, strict=True)]
 
 
-def _oddity(choices: Sequence[str]) -> list[float]:
-    """Return minus each choice's mean overlap with the others, in [-1, 0]."""
-    return [
-        -sum(word_overlap(choice, other) for j, other in enumerate(choices) if j != i)
-        / max(len(choices) - 1, 1)
-        for i, choice in enumerate(choices)
-    ]
+def _picking(score: Rule) -> Rule:
+    """Make a rule of a score for each choice: the highest ones share the pick equally."""
+
+    def pick(choices: Sequence[str]) -> list[float]:
+        if isinstance(choices, str) or not choices:
+            raise DataError(f"choices must be a list of answer texts, not {choices!r}")
+        scores = score(choices)
+        picked = [max(scores) - value <= TIE for value in scores]
+        return [p / sum(picked) for p in picked]
+
+    return pick
+
+
+_SCORES = (chance, longest_answer, contains_negation, odd_one_out, negation_then_odd_one_out)
+RULES: dict[str, Rule] = {score.__name__: _picking(score) for score in _SCORES}
+"""Every rule for picking one choice, by its name in results."""
 
 
 def rule_accuracy(rule: Rule, items: Iterable[Answers]) -> list[float]:
