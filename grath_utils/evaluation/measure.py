@@ -41,7 +41,6 @@ from grath_utils.evaluation import statistics
 from grath_utils.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from grath_utils.evaluation.benchmarks.base import Benchmark, Protocol
 from grath_utils.evaluation.blind_rules import RULES, UNIFORM_MC2, blind_rule_scores
-from grath_utils.evaluation.metrics import choice_probabilities
 from grath_utils.evaluation.protocols import build_requests, find_protocol
 from grath_utils.files import Journal, check_output, fingerprint, read_json, write_json
 
@@ -172,6 +171,8 @@ def _evaluate_choices(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], list[str], dict[str, Any]]:
     """Score every choice; return items, calibration, notes and cost."""
     # Results are read and compared without loading what computes.
+    from scipy.special import softmax
+
     from grath_utils.engine.scoring import plan_requests, run_plan
 
     spec = BENCHMARKS[benchmark.name]
@@ -220,7 +221,7 @@ def _evaluate_choices(
                 "metrics": {name: values[name] for name in spec.metrics},
             }
         )
-        confidence.append(max(choice_probabilities(item, logprobs)))
+        confidence.append(float(softmax([logprobs[i] for i in item.mc1]).max()))
         correct.append(values["mc1" if "mc1" in values else "acc"])
     notes = []
     if straddling := sum(score.straddles for score in scores):

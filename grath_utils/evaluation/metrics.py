@@ -27,7 +27,7 @@ def mc1(scores: Sequence[float], gold: int) -> float:
 def mc2(scores: Sequence[float], labels: Sequence[int]) -> float:
     """Return the probability mass on true choices, normalised over all: in [0, 1]."""
     values, true = _checked(scores, labels)
-    weights = _weights(values)
+    weights = np.exp(values - values.max())  # exp of a long answer's score underflows by itself
     return float(weights[true].sum() / weights.sum())
 
 
@@ -51,18 +51,6 @@ def accuracy_metrics(item: Item, scores: Sequence[float]) -> dict[str, float]:
     _check(item, scores)
     per_character = [score / len(text) for score, text in zip(scores, item.choices, strict=True)]
     return {"acc": mc1(scores, item.gold), "acc_norm": mc1(per_character, item.gold)}
-
-
-def choice_probabilities(item: Item, scores: Sequence[float]) -> list[float]:
-    """Return the MC1 choices' probabilities, normalised over them."""
-    weights = _weights([scores[i] for i in item.mc1])
-    return (weights / weights.sum()).tolist()
-
-
-def _weights(scores: Sequence[float]) -> np.ndarray:
-    """Return what is proportional to exp(score), which by itself underflows for long answers."""
-    values = np.asarray(scores, dtype=np.float64)
-    return np.exp(values - values.max())
 
 
 def _checked(scores: Sequence[float], labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

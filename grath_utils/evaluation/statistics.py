@@ -139,9 +139,8 @@ def t_interval(values: Sequence[float]) -> list[float] | None:
     values = _numbers(values, least=0)
     if len(values) < 2 or _all_equal(values):
         return None
-    t = scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
-    mean, reach = np.mean(values), t * scipy.stats.sem(values)
-    return [float(mean - reach), float(mean + reach)]
+    mean, error = np.mean(values), scipy.stats.sem(values)
+    return list(map(float, scipy.stats.t.interval(LEVEL, len(values) - 1, mean, error)))
 
 
 def mcnemar_exact(before: Sequence[int], after: Sequence[int]) -> float:
