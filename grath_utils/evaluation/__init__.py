@@ -5,7 +5,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "benchmarks": ["BENCHMARKS", "Item", "load_benchmark", "reference_questions"],
+        "benchmarks": ["BENCHMARKS", "load_benchmark", "reference_questions"],
+        "benchmarks.base": ["Item"],
         "blind_rules": ["RULES", "blind_rule_scores", "has_negation"],
         "measure": [
             "RESULT",

@@ -50,15 +50,17 @@ def evaluate_answers(
     identity = fingerprint([policy.fingerprint, benchmark.fingerprint, protocol.name, prompts])
     journal = Journal.beside(out if processes.is_main() else None, identity)
     starts = range(0, len(prompts), QUESTIONS_AT_ONCE)
-    sizes = [len(prompts[start : start + QUESTIONS_AT_ONCE]) for start in starts]
+    parts = [prompts[start : start + QUESTIONS_AT_ONCE] for start in starts]
     form = {"answer": str, "tokens": int, "finished": bool}
-    done, stops = processes.on_main(lambda: journal.read(sizes, form)), protocol.stop
+    done, stops = (
+        processes.on_main(lambda: journal.read(list(map(len, parts)), form)),
+        protocol.stop,
+    )
 
     def write(number: int) -> list[dict[str, Any]]:
-        start = number * QUESTIONS_AT_ONCE
         completions = generate(
             policy,
-            prompts[start : start + QUESTIONS_AT_ONCE],
+            parts[number],
             max_new_tokens=MAX_NEW_TOKENS,
             stop=Stop.at(*stops) if stops else None,
             progress=progress and processes.is_main(),
@@ -68,7 +70,7 @@ def evaluate_answers(
             for c in completions
         ]
 
-    answers, numbers = dict(done), range(len(sizes))
+    answers, numbers = dict(done), range(len(parts))
     for number, rows in processes.in_turns([n for n in numbers if n not in done], write):
         journal.append(number, rows)
         answers[number] = rows

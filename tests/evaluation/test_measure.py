@@ -22,7 +22,8 @@ from grath_utils.engine.generation import Completion
 from grath_utils.engine.models import Policy, load_base
 from grath_utils.errors import ScoringError, UsageError
 from grath_utils.evaluation import free_answers as answers
-from grath_utils.evaluation.benchmarks import Benchmark, Item, load_benchmark
+from grath_utils.evaluation.benchmarks import load_benchmark
+from grath_utils.evaluation.benchmarks.base import Benchmark, Item
 from grath_utils.evaluation.blind_rules import RULES, blind_rule_scores
 from grath_utils.evaluation.free_answers import answer_metrics, cut, declines, repeats
 from grath_utils.evaluation.measure import compare, evaluate, not_above_rules

@@ -16,7 +16,8 @@ import pytest
 
 from grath_utils.engine.models import Policy
 from grath_utils.errors import ScoringError
-from grath_utils.evaluation.benchmarks import Benchmark, Item, mmlu
+from grath_utils.evaluation.benchmarks import mmlu
+from grath_utils.evaluation.benchmarks.base import Benchmark, Item
 from grath_utils.evaluation.benchmarks.truthfulqa import truthfulqa_item
 from grath_utils.evaluation.measure import evaluate
 from grath_utils.evaluation.metrics import truthfulqa_metrics

@@ -10,7 +10,7 @@ import random
 from pkgutil import resolve_name
 
 from grath_utils.errors import ConfigError, DataError, UsageError, did_you_mean
-from grath_utils.evaluation.benchmarks.base import Benchmark, BenchmarkSpec, Item
+from grath_utils.evaluation.benchmarks.base import Benchmark, BenchmarkSpec
 from grath_utils.evaluation.benchmarks.hub_files import is_available, source_of
 from grath_utils.files import fingerprint, mirror_dir
 
@@ -29,16 +29,6 @@ _ROWS = (  # module:name
 BENCHMARKS: dict[str, BenchmarkSpec] = {
     row.name: row for row in (resolve_name(f"{__name__}.{place}") for place in _ROWS)
 }
-
-__all__ = [
-    "BENCHMARKS",
-    "Benchmark",
-    "BenchmarkSpec",
-    "Item",
-    "find_benchmark",
-    "load_benchmark",
-    "reference_questions",
-]
 
 
 def find_benchmark(name: str, where: str = "") -> BenchmarkSpec:
