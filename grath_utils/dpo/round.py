@@ -75,25 +75,25 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "adapter").exists():
         raise UsageError(f"{folder / 'adapter'} exists already; choose another folder")
-    begun = _checkpoints_of_ours(folder / "checkpoints")
-    beside = folder.is_dir() and {path.name for path in folder.iterdir()} - {"checkpoints"}
-    # What was killed before it noted whose training it is has left an empty folder.
-    if begun is None or (not begun and beside):
+    checkpoints = folder / "checkpoints"
+    # What was killed before it noted whose training it is has left an empty folder, alone.
+    alone = checkpoints.is_dir() and list(folder.iterdir()) == [checkpoints]
+    if not (_is_of_a_round(checkpoints) and (alone or any(checkpoints.iterdir()))):
         check_new_folder(folder)
 
 
-def _checkpoints_of_ours(checkpoints: Path) -> list[Path] | None:
-    """Return what is in a round's checkpoints; None where that is not, or not all, of a round's."""
+def _is_of_a_round(checkpoints: Path) -> bool:
+    """Return True for a folder of checkpoints, empty or not, with nothing in it but a round's."""
     if not checkpoints.is_dir():
-        return None
-    found = list(checkpoints.iterdir())
-    ours = all(_NAMES.fullmatch(path.name) for path in found)
-    if ours and (identity := checkpoints / IDENTITY).exists():
+        return False
+    names = [path.name for path in checkpoints.iterdir()]
+    if not all(map(_NAMES.fullmatch, names)):
+        return False
+    if IDENTITY in names:
         with contextlib.suppress(DataError):
-            return found if read_json(identity, {"identity": str}).keys() == {"identity"} else None
-        return None
-    whole = any(checkpoints.glob(WHOLE)) or all(path.name.endswith(PARTIAL) for path in found)
-    return found if ours and whole else None
+            return read_json(checkpoints / IDENTITY, {"identity": str}).keys() == {"identity"}
+        return False
+    return any(checkpoints.glob(WHOLE)) or all(name.endswith(PARTIAL) for name in names)
 
 
 def _remove_checkpoints(checkpoints: Path) -> None:
