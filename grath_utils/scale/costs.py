@@ -80,6 +80,7 @@ def workload(config: Config) -> dict[str, int]:
 # product on the same machine, plus the second. That part (norms, softmax, memory, Python) gets no
 # faster where products do, so the faster the products, the smaller the share of their rate.
 CPU_COSTS = {"write": (0.88, 2.3e-12), "train": (1.2, 4.5e-12), "score": (1.6, 1.3e-12)}
+FITTED_WIDTH = 576  # of SmolLM2-135M
 CPU_KEPT = 2 * GIB  # freed blocks that the allocator may keep (machine.keep_freed_memory)
 LIBRARIES = 0.6e9  # bytes; on a GPU the CUDA context
 # Assumed: no GPU run was long enough to be limited by its arithmetic.
@@ -99,10 +100,20 @@ class Device:
     bandwidth: float  # bytes a second
     kind: str = "gpu"  # or "cpu"
     reached: tuple[tuple[str, float], ...] = GPU_REACHED  # share of the peak, by kind of work
+    beside: tuple[tuple[str, float], ...] = ()  # seconds an operation of all but the products
     launch: float = LAUNCH  # seconds to launch one layer once; a backward pass counts as two
     count: int = 1
     dtype: str = "bfloat16"  # the compute type
     source: str = "the vendor's data sheet; peak without sparsity"
+
+    def rate(self, kind: str, width: int) -> float:
+        """Return the operations a second of a kind of work, in a model with so wide a residual.
+
+        Products grow with the square of the width, all else with the width: the wider the model,
+        the less of its time goes beside the products.
+        """
+        products = 1 / (self.peak * dict(self.reached)[kind])
+        return 1 / (products + dict(self.beside).get(kind, 0.0) * FITTED_WIDTH / width)
 
 
 _H100 = Device(name="H100 80 GB", peak=989e12, memory=80e9, bandwidth=3350e9)
@@ -125,9 +136,12 @@ def meant_for(profile: str) -> Device | None:
 
 def cpu_device(peak: float, memory: float, *, dtype: str = "bfloat16") -> Device:
     """Return a CPU of ``memory`` bytes whose matrix products reach ``peak`` operations a second."""
-    reached = tuple((kind, 1 / (a + b * peak)) for kind, (a, b) in CPU_COSTS.items())
+    reached = tuple((kind, 1 / products) for kind, (products, _) in CPU_COSTS.items())
+    beside = tuple((kind, rest) for kind, (_, rest) in CPU_COSTS.items())
     this = {"name": "this CPU", "kind": "cpu", "dtype": dtype, "source": "measured now"}
-    return Device(**this, peak=peak, memory=memory, bandwidth=30e9, reached=reached, launch=0.0)
+    return Device(
+        **this, peak=peak, memory=memory, bandwidth=30e9, reached=reached, beside=beside, launch=0
+    )
 
 
 def this_device(model: ModelConfig, seconds: float = 0.8) -> Device:
@@ -258,7 +272,7 @@ class CostModel:
         flops += predicted * 2 * s.vocabulary * s.hidden
         moved = BYTES[device.dtype] if self.quantization == "none" else NF4_MOVED
         bandwidth = device.bandwidth * (GPU_BANDWIDTH_REACHED if device.kind == "gpu" else 1.0)
-        computing = flops / (device.peak * dict(device.reached)[kind])
+        computing = flops / device.rate(kind, s.hidden)
         reading = passes * s.linear_parameters * moved / bandwidth
         launching = passes * s.layers * device.launch
         return max(computing, reading, launching) / device.count
@@ -370,7 +384,7 @@ def compare_with_measurements() -> list[tuple[str, str, float, float]]:
 def predict(row: Mapping[str, Any]) -> float:
     """Return the prediction for a line of ``measurements.jsonl``."""
     device = DEVICES.get(row["device"]) or cpu_device(row["peak"], 24 * GIB)
-    config = load_config("cpu-tiny", row.get("settings", {}))
+    config = load_config(row.get("profile", "cpu-tiny"), row.get("settings", {}))
     model = CostModel(config, device)
     match row["kind"]:
         case "dpo step":
