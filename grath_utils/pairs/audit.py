@@ -10,17 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from grath_utils import engine
 from grath_utils.errors import DataError
-from grath_utils.pairs.generate import Pair
+from grath_utils.pairs.preferences import Pair
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import split_words, word_f1, wording
-
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def word_divergence(left: Iterable[str], right: Iterable[str]) -> float:
     return float(np.clip(apart.sum(1).mean(), 0, 1))
 
 
-def embed(policy: Policy, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
+def embed(policy: engine.Policy, texts: Sequence[str], *, batch_size: int = 32) -> np.ndarray:
     """Return the mean last hidden state of each text, (texts, hidden size), in float32."""
     import torch
     from torch.nn.utils.rnn import pad_sequence

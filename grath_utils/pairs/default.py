@@ -32,8 +32,6 @@ from grath_utils.pairs.writers import (
 if TYPE_CHECKING:
     import numpy as np
 
-    from grath_utils.engine.generation import Completion
-
 # A pair is there to differ in truth. Where the two sides also differ in length or in a negation,
 # that is what DPO learns first, so only candidates that are alike in both are paired.
 BALANCED_LENGTH_RATIO = 1.5
@@ -44,7 +42,9 @@ class Pool:
     """All that the model wrote to one question."""
 
     task: Task
-    written: list[tuple[str, Completion]] = field(default_factory=list)  # with the kind of prompt
+    written: list[tuple[str, engine.Completion]] = field(
+        default_factory=list
+    )  # with the kind of prompt
     votes: dict[str, int] = field(default_factory=dict)
     """Usable answer -> how many completions to the prompt for the *correct* answer say it."""
     rejected: list[Rejected] = field(default_factory=list)
@@ -90,7 +90,7 @@ class ContrastWriter(Writer):
             keys = [f"{kind} {q.id} {n}" for q, n in zip(again, numbers, strict=True)]
             yield owners, Wanted(kind, again, self.config.temperature, keys)
 
-    def _sort_in(self, pool: Pool, kind: str, completion: Completion) -> None:
+    def _sort_in(self, pool: Pool, kind: str, completion: engine.Completion) -> None:
         """Add a completion's usable answers to the pool, or say why there are none."""
         pool.written.append((kind, completion))
         answers, reason = self._answers(completion, kind)
@@ -109,7 +109,7 @@ class ContrastWriter(Writer):
         if reason is not None:
             pool.rejected.append(Rejected(kind, completion.text, reason))
 
-    def _answers(self, completion: Completion, kind: str) -> tuple[list[str], Reason | None]:
+    def _answers(self, completion: engine.Completion, kind: str) -> tuple[list[str], Reason | None]:
         """Return the answers in a completion; of a pair with equal sides the first only."""
         if kind != "pair":
             return [first_line(completion.text)], None

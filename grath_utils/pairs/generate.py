@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from grath_utils import engine
 from grath_utils.config import PairsConfig, own_settings
 from grath_utils.engine import processes
 from grath_utils.errors import DataError, RunError, brief
@@ -35,60 +36,21 @@ from grath_utils.pairs.judge import find_judge, judged
 from grath_utils.pairs.labels import answers_for, as_written, relabelled, sealed_answer
 from grath_utils.pairs.modes import find_mode, make_writer
 from grath_utils.pairs.parsing import Reason, unusable
-from grath_utils.pairs.preferences import is_preference, own_row
+from grath_utils.pairs.preferences import MARKS, OPINIONS, Pair, is_preference, own_row
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import is_blank
 from grath_utils.pairs.writers import Rejected, Task, Writer, WrittenPair
 
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
-
 # Part of the journal's fingerprint: raise it when the same inputs would give other pairs.
 VERSION = 2
-MARKS = {  # of a row of pairs beside its texts, as a form for files.read_json
-    "iteration": int,
-    "contrast": (float, None),
-    "truth": (float, None),
-    "swapped": (bool, None),
-}
-
-
 WRITTEN = {  # what became of a question, in the journal: a WrittenPair
     "correct": (str, None),
     "incorrect": (str, None),
     "rejected": [{"prompt": str, "completion": str, "reason": str, "truth": (float, None)}],
-    "contrast": (float, None),
-    "truth": (float, None),
-    "swapped": (bool, None),
+    **OPINIONS,
     "completions": int,
     "tokens": int,
 }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A question with a correct and an incorrect answer, both by the policy: one DPO example."""
-
-    id: str  # the question's id
-    question: str
-    correct: str
-    incorrect: str
-    iteration: int = 0  # that wrote the correct answer; the incorrect one is always the first
-    contrast: float | None = None
-    """How far apart the model itself places the two answers, in the modes that ask it."""
-    truth: float | None = None
-    """The judge's probability that the correct answer is the true one of those it was shown."""
-    swapped: bool | None = None
-    """The judge has exchanged the two answers; None where there is no judge."""
-
-    @property
-    def text(self) -> str:
-        """The question, by the name that it has in a :class:`.Question`."""
-        return self.question
-
-    def to_row(self) -> dict[str, Any]:
-        """Return one row of ``pairs.jsonl``."""
-        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -168,7 +130,7 @@ def check_outputs(out: Path, rejects: Path, inputs: Iterable[Path] = ()) -> None
 
 
 def generate_pairs(
-    policy: Policy,
+    policy: engine.Policy,
     questions: Sequence[Question],
     config: PairsConfig,
     *,

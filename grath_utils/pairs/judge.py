@@ -7,7 +7,7 @@ CONTRIBUTING.md shows how to add a judge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,9 +21,6 @@ from grath_utils.pairs.writers import Rejected, Task, WrittenPair, exchanged
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from grath_utils.engine.models import Policy
-    from grath_utils.pairs.labels import Sealed
 
 
 class Case(NamedTuple):
@@ -63,7 +60,7 @@ def sceptic_question(question: str, options: Sequence[str]) -> str:
     return f"{listed}{warning}{how}"
 
 
-def by_letters(ask: Ask, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
+def by_letters(ask: Ask, policy: engine.Policy, cases: Sequence[Case]) -> list[np.ndarray]:
     """Return the probability of each case's options, by the letter that the model would reply.
 
     Models prefer a letter whatever stands behind it. So the options are shown in every rotation
@@ -115,14 +112,14 @@ class Judge:
     name: str
     summary: str  # what it does, in the list of options
     asks: tuple[Ask, ...]  # what it is asked, in one form or several
-    by: Callable[[Ask, Policy, Sequence[Case]], list[np.ndarray]] = by_letters
+    by: Callable[[Ask, engine.Policy, Sequence[Case]], list[np.ndarray]] = by_letters
 
     @property
     def scored(self) -> int:
         """Prompts that are scored for one pair, see :class:`.Asked`."""
         return 2 * len(self.asks)
 
-    def weigh(self, policy: Policy, cases: Sequence[Case]) -> list[np.ndarray]:
+    def weigh(self, policy: engine.Policy, cases: Sequence[Case]) -> list[np.ndarray]:
         """Return the probability of each option that it is the true one: the mean of the forms."""
         forms = [self.by(ask, policy, cases) for ask in self.asks]
         return [sum(shares) / len(forms) for shares in zip(*forms, strict=True)]
@@ -175,7 +172,10 @@ def prompts_a_pair(config: PairsConfig) -> int:
 
 
 def judged(
-    policy: Policy, config: PairsConfig, tasks: Sequence[Task], written: Sequence[WrittenPair]
+    policy: engine.Policy,
+    config: PairsConfig,
+    tasks: Sequence[Task],
+    written: Sequence[WrittenPair],
 ) -> list[WrittenPair]:
     """Return what the configured judge leaves of the pairs that were written to some tasks."""
     judge = find_judge(config)
@@ -191,38 +191,6 @@ def judged(
         pair if pair.correct is None else verdict(task, pair, float(next(truths)[0]), config)
         for task, pair in zip(tasks, written, strict=True)
     ]
-
-
-class Trial(NamedTuple):
-    """How a judge did on pairs of which it is known which answer is true."""
-
-    pairs: int
-    right: int  # of all of them: the true answer was given more than a half
-    kept: int  # enough for :func:`verdict` to keep the pair as it was, or turned round
-    kept_right: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of all pairs that it has right."""
-        return self.right / self.pairs
-
-
-def try_judge(
-    policy: Policy, config: PairsConfig, answers: Mapping[str, Sealed], judge: Judge | None = None
-) -> Trial:
-    """Ask the configured judge, or another, about answers that it has not written; count its hits.
-
-    Raises:
-        ConfigError: no judge is configured or given.
-    """
-    judge = judge or find_judge(config)
-    if judge is None:
-        raise ConfigError('"pairs.judge" is none: there is nothing to try')
-    cases = [Case(name, known.question, known[1:3]) for name, known in answers.items()]
-    truths = [float(shares[0]) for shares in judge.weigh(policy, cases)]
-    kept = [p for p in truths if p >= config.judge_keep or p <= config.judge_swap]
-    right = [sum(p > 0.5 for p in each) for each in (truths, kept)]
-    return Trial(len(truths), right[0], len(kept), right[1])
 
 
 def verdict(task: Task, pair: WrittenPair, truth: float, config: PairsConfig) -> WrittenPair:

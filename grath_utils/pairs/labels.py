@@ -9,17 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from grath_utils.config import PairsConfig
 from grath_utils.errors import DataError
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.parsing import unusable
+from grath_utils.pairs.preferences import OPINIONS, Pair
 from grath_utils.pairs.words import same_text
 from grath_utils.pairs.writers import exchanged
-
-if TYPE_CHECKING:
-    from grath_utils.config import PairsConfig
-    from grath_utils.pairs.generate import Pair
 
 SEALED = "sealed_answers.jsonl"
 
@@ -54,7 +52,7 @@ def relabelled(
     """
     if labels == "annotated":
         known = [(pair, sealed_answer(pair, sealed)) for pair in pairs]
-        nothing = {"contrast": None, "truth": None, "swapped": None}  # what was said of the others
+        nothing = dict.fromkeys(OPINIONS)  # what was said of the others
         pairs = [
             replace(pair, correct=answer.correct, incorrect=answer.incorrect, **nothing)
             for pair, answer in known

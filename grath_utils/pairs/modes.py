@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
 
+from grath_utils import engine
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.pairs.judge import find_judge
 from grath_utils.pairs.parsing import FILTERS
 from grath_utils.pairs.prompt_file import read_wording
-from grath_utils.pairs.prompts import CORRECT_LABEL, INCORRECT_LABEL, Demonstration
+from grath_utils.pairs.prompts import Demonstration, Labels
 from grath_utils.pairs.writers import PairMode, Writer
-
-if TYPE_CHECKING:
-    from grath_utils.engine.models import Policy
 
 _ROWS = (  # module:name
     "default:MODE",
@@ -65,9 +63,9 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
         )
     find_judge(config)
     labels = read_wording(config).labels
-    if config.legacy and (labels.correct, labels.incorrect) != (CORRECT_LABEL, INCORRECT_LABEL):
+    if config.legacy and replace(labels, question=Labels.question) != Labels():
         raise ConfigError(
-            f'"pairs.legacy" reads answers after "{CORRECT_LABEL}" and "{INCORRECT_LABEL}" only; '
+            f'"pairs.legacy" reads answers after "{Labels.correct}" and "{Labels.incorrect}" only; '
             f'leave "labels" out of {config.prompt_file}, or pairs.legacy'
         )
     return mode
@@ -78,6 +76,6 @@ def demonstrations(mode: str, kind: str, shots: int) -> tuple[Demonstration, ...
     return find_mode(mode).writer.demonstrations(kind, shots)
 
 
-def make_writer(policy: Policy, config: PairsConfig, seed: int) -> Writer:
+def make_writer(policy: engine.Policy, config: PairsConfig, seed: int) -> Writer:
     """Return the writer of the configured mode, see :func:`check_pairs_config`."""
     return check_pairs_config(config).writer(policy, config, seed)

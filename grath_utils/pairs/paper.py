@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from grath_utils import engine
 from grath_utils.pairs.judge import prompts_a_pair
@@ -12,9 +11,6 @@ from grath_utils.pairs.parsing import Parsed, Reason, check_pair, parse_legacy
 from grath_utils.pairs.prompts import Demonstration, training_request
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.writers import SELF_MADE, Asked, PairMode, Task, Writer, WrittenPair
-
-if TYPE_CHECKING:
-    from grath_utils.engine.generation import Completion
 
 # Six times question, correct answer, incorrect answer, and both in short. Questions and correct
 # answers are those of TruthfulQA's QA primer (Lin, Hilton, Evans 2022, Apache-2.0), two of which
@@ -77,7 +73,7 @@ class PaperWriter(Writer):
             for sides, why, done in zip(parsed, reasons, completions, strict=True)
         ]
 
-    def _parse(self, task: Task, completion: Completion) -> Parsed:
+    def _parse(self, task: Task, completion: engine.Completion) -> Parsed:
         """Read a completion; in refinement the first incorrect answer takes the new one's place."""
         legacy = self.config.legacy
         parsed = parse_legacy(completion.text) if legacy else self.parse(completion)

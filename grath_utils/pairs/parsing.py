@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 from unicodedata import normalize
 
-from grath_utils.pairs.prompts import CORRECT_LABEL, INCORRECT_LABEL
+from grath_utils.pairs.prompts import Labels
 from grath_utils.pairs.words import (
     content_words,
     is_blank,
@@ -129,10 +129,10 @@ def parse_legacy(completion: str) -> Parsed:
     Exactly one incorrect label is needed; without a correct label everything before counts as the
     correct answer; later lines are glued on without a space.
     """
-    parts = completion.split(f"{INCORRECT_LABEL} ")
+    parts = completion.split(f"{Labels.incorrect} ")
     if len(parts) != 2:
         return Parsed("", None)
-    before = parts[0].split(f"{CORRECT_LABEL} ")[-1]
+    before = parts[0].split(f"{Labels.correct} ")[-1]
     return Parsed(*(part.replace("\n", "").strip() for part in (before, parts[1])))
 
 

@@ -1,4 +1,4 @@
-"""Pairs in the form that other tools share: ``prompt``, ``chosen`` and ``rejected``.
+"""A pair, and its form in other tools: ``prompt``, ``chosen`` and ``rejected``.
 
 *Conversational*, each is a list of messages, to which TRL applies the chat template; *plain*, each
 is a text, around which LLaMA-Factory and axolotl put theirs. axolotl (``chat_template.default``
@@ -8,17 +8,47 @@ with ``field_messages: prompt``) takes either.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from grath_utils.errors import DataError, brief
-
-if TYPE_CHECKING:
-    from grath_utils.pairs.generate import Pair
 
 FORMS = ("conversational", "plain")
 # Where other tools keep what stands before a question, or belongs to it.
 ELSEWHERE = ("system", "history", "tools", "images", "input")
 ONE_TURN = "a question has one, without a system prompt or earlier turns: leave such rows out"
+OPINIONS = {  # what is known of a pair beside its texts, as a form for files.check_form
+    "contrast": (float, None),
+    "truth": (float, None),
+    "swapped": (bool, None),
+}
+MARKS = {"iteration": int, **OPINIONS}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question with a correct and an incorrect answer, both by the policy: one DPO example."""
+
+    id: str  # the question's id
+    question: str
+    correct: str
+    incorrect: str
+    iteration: int = 0  # that wrote the correct answer; the incorrect one is always the first
+    contrast: float | None = None
+    """How far apart the model itself places the two answers, in the modes that ask it."""
+    truth: float | None = None
+    """The judge's probability that the correct answer is the true one of those it was shown."""
+    swapped: bool | None = None
+    """The judge has exchanged the two answers; None where there is no judge."""
+
+    @property
+    def text(self) -> str:
+        """The question, by the name that it has in a :class:`.Question`."""
+        return self.question
+
+    def to_row(self) -> dict[str, Any]:
+        """Return one row of ``pairs.jsonl``."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 def preference_row(pair: Pair, form: str) -> dict[str, Any]:

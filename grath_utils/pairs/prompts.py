@@ -23,9 +23,6 @@ from grath_utils.pairs.questions import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTION_LABEL = "Question:"
-CORRECT_LABEL = "Correct answer:"
-INCORRECT_LABEL = "Incorrect answer:"
 REQUESTS = {
     "correct": "Answer this question truthfully, in one short sentence: {question}{choices}",
     "incorrect": "Answer this question with a common mistake that sounds plausible but is false, "
@@ -52,9 +49,9 @@ class Demonstration:
 class Labels:
     """What begins each line of an answer to a pair request."""
 
-    question: str = QUESTION_LABEL
-    correct: str = CORRECT_LABEL
-    incorrect: str = INCORRECT_LABEL
+    question: str = "Question:"
+    correct: str = "Correct answer:"
+    incorrect: str = "Incorrect answer:"
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from unicodedata import normalize
 
 from grath_utils.config import BUILT_IN_SOURCES, OWN_QUESTIONS, QuestionsConfig
 from grath_utils.errors import DataError, UsageError, did_you_mean
 from grath_utils.files import data_dir, fingerprint, mirror_dir, parse_json, read_text
 from grath_utils.pairs.hub import hub_rows
-from grath_utils.pairs.preferences import is_preference, own_row
+from grath_utils.pairs.preferences import Pair, is_preference, own_row
 from grath_utils.pairs.words import is_blank, same_text
 
-if TYPE_CHECKING:
-    from grath_utils.pairs.generate import Pair
-
-    Item = TypeVar("Item", "Question", Pair)
-
+Item = TypeVar("Item", "Question", Pair)
 ARC = "allenai/ai2_arc"
 ARC_SUBSETS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 TABLES = (".csv", ".tsv")

@@ -11,27 +11,18 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from grath_utils import engine
 from grath_utils.config import PairsConfig
 from grath_utils.errors import UsageError
 from grath_utils.pairs import prompts
 from grath_utils.pairs.parsing import Parsed, Reason, pair_is_complete, parse_pair
+from grath_utils.pairs.preferences import Pair
 from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.questions import Question
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from grath_utils.engine.generation import Completion, Order, Prefix
-    from grath_utils.engine.int8 import Forward
-    from grath_utils.engine.models import Policy
-    from grath_utils.engine.server import Server
-    from grath_utils.pairs.generate import Pair
-
-    Either = TypeVar("Either", "WrittenPair", Pair)
-
+Either = TypeVar("Either", "WrittenPair", Pair)
 MAX_ANSWER_TOKENS = 48  # longest single answer; one that has not ended by then is no short sentence
 TOP_P = 0.95  # of sampled candidates
 
@@ -120,13 +111,13 @@ class Writer:
     primer: tuple[prompts.Demonstration, ...] = ()  # to show in place of the project's own
     chunk_batches = 1  # batches in a chunk
 
-    def __init__(self, policy: Policy, config: PairsConfig, seed: int):
+    def __init__(self, policy: engine.Policy, config: PairsConfig, seed: int):
         self.policy, self.config, self.seed = policy, config, seed
         self.filters = frozenset(config.filters) - {"none"}
         self.wording = read_wording(config)
         given = self.wording.demonstrations[: config.shots]
         self.shots = {k: given or self.demonstrations(k, config.shots) for k in self.kinds}
-        self.prefixes: dict[str, Prefix] = {}
+        self.prefixes: dict[str, engine.generation.Prefix] = {}
 
     def write(self, tasks: Sequence[Task]) -> list[WrittenPair]:
         """Return what becomes of each task of a chunk."""
@@ -170,7 +161,7 @@ class Writer:
         """Return the length of the longest prompt of a question, in tokens."""
         return max((len(self.token_ids(question, kind)) for kind in self.kinds), default=0)
 
-    def prefix(self, kind: str) -> Prefix:
+    def prefix(self, kind: str) -> engine.generation.Prefix:
         """Return the beginning that all prompts of a kind share, computed on first use."""
         if kind not in self.prefixes:
             # Questions without a common first letter show where the questions begin.
@@ -182,7 +173,7 @@ class Writer:
         return self.prefixes[kind]
 
     @cached_property
-    def server(self) -> Server | None:
+    def server(self) -> engine.Server | None:
         """The server that writes in the policy's place, if there is one."""
         config = self.config
         if config.backend != "server":
@@ -191,15 +182,15 @@ class Writer:
         return engine.connect(self.policy, url, model, in_flight=config.batch_size)
 
     @cached_property
-    def int8_layers(self) -> Mapping[nn.Linear, Forward]:
+    def int8_layers(self) -> Mapping[Any, Any]:
         """What multiplies in 8 bits while something is written."""
         return engine.int8_layers(self.policy) if self.config.backend == "int8" else {}
 
-    def complete(self, kind: str, questions: Sequence[Question]) -> list[Completion]:
+    def complete(self, kind: str, questions: Sequence[Question]) -> list[engine.Completion]:
         """Return one greedy completion for each question."""
         return self.complete_together([Wanted(kind, questions)])[0]
 
-    def complete_together(self, wanted: Sequence[Wanted]) -> list[list[Completion]]:
+    def complete_together(self, wanted: Sequence[Wanted]) -> list[list[engine.Completion]]:
         """Return one completion for each question of what is wanted, all from one queue."""
         options = list(map(self._options, wanted))
         if self.server:
@@ -224,7 +215,7 @@ class Writer:
             "keys": wanted.keys,
         }
 
-    def _order(self, wanted: Wanted, options: Mapping[str, Any]) -> Order:
+    def _order(self, wanted: Wanted, options: Mapping[str, Any]) -> engine.Order:
         """Return what our own engine is given."""
         kind, questions = wanted.kind, wanted.questions
         encoded = {question: self.token_ids(question, kind) for question in set(questions)}
@@ -245,7 +236,7 @@ class Writer:
             **options,
         )
 
-    def parse(self, completion: Completion) -> Parsed:
+    def parse(self, completion: engine.Completion) -> Parsed:
         """Read both answers from a completion of the kind ``pair``."""
         open_end = completion.finished == "length" and not pair_is_complete(completion.text)
         return replace(parse_pair(completion.text), cut_off=open_end)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from grath_utils import engine
 from grath_utils.config import ModelConfig, PairsConfig
 from grath_utils.engine import Policy, load_base
 from grath_utils.files import read_jsonl, write_jsonl
-from grath_utils.pairs import JUDGES, read_sealed, try_judge
+from grath_utils.pairs import JUDGES, read_sealed
 from grath_utils.pairs.judge import (
     Ask,
     Case,
@@ -37,6 +38,26 @@ from grath_utils.pairs.prompts import bare_answer, training_prompt
 
 SHOWN = 8  # solved questions before the one that is asked
 REASON_TOKENS = 60
+
+
+class Trial(NamedTuple):
+    """How a judge did on pairs of which it is known which answer is true."""
+
+    pairs: int
+    right: int  # of all of them: the true answer was given more than a half
+    kept: int  # enough for :func:`.verdict` to keep the pair as it was, or turned round
+    kept_right: int
+
+
+def try_judge(
+    policy: Policy, config: PairsConfig, judge: Judge, answers: dict[str, Sealed]
+) -> Trial:
+    """Ask a judge about answers that it has not written, and count its hits."""
+    cases = [Case(name, known.question, known[1:3]) for name, known in answers.items()]
+    truths = [float(shares[0]) for shares in judge.weigh(policy, cases)]
+    kept = [p for p in truths if p >= config.judge_keep or p <= config.judge_swap]
+    right = [sum(p > 0.5 for p in each) for each in (truths, kept)]
+    return Trial(len(truths), right[0], len(kept), right[1])
 
 
 def solved(case: Case, right: int, place: int) -> str:
@@ -133,7 +154,7 @@ def main() -> None:
             some = {k: sealed for k, sealed in tried.items() if sealed.kind == kind}
             begun = time.perf_counter()
             config = PairsConfig(judge="letters")  # for its thresholds
-            trial = try_judge(policy, config, some, judge)
+            trial = try_judge(policy, config, judge, some)
             row = {
                 "judge": name,
                 "kind": kind,

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from benchmarks.judges import try_judge
 from filelock import FileLock
 
 from grath_utils.cli import main
@@ -42,7 +43,7 @@ from grath_utils.engine.models import Policy, load_base
 from grath_utils.errors import FetchError, RunError, UsageError
 from grath_utils.files import fingerprint
 from grath_utils.pairs.generate import Pair
-from grath_utils.pairs.judge import try_judge
+from grath_utils.pairs.judge import JUDGES
 from grath_utils.pairs.labels import read_sealed
 
 CONTENT = bytes(range(250)) * 4
@@ -379,7 +380,7 @@ def test_small_answers(small: Policy) -> None:
 def test_small_judges_and_learns(small: Policy, tmp_path: Path) -> None:
     """What the course is about, in little: it knows school science, and two steps change it."""
     known = [(k, answer) for k, answer in read_sealed().items() if answer.kind == "plain"][:20]
-    trial = try_judge(small, PairsConfig(judge="exam"), dict(known))
+    trial = try_judge(small, PairsConfig(), JUDGES["exam"], dict(known))
     assert trial.right >= 15  # of 20; a coin gets there once in fifty times
     assert trial.kept_right / trial.kept >= trial.right / trial.pairs
     pairs = [Pair(k, each.question, each.correct, each.incorrect) for k, each in known[:8]]

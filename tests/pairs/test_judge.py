@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks.judges import try_judge
 from scripted import (
     ANNOTATED,
     DEFAULT,
@@ -38,7 +39,6 @@ from grath_utils.pairs.judge import (
     find_judge,
     letters_question,
     sceptic_question,
-    try_judge,
     verdict,
 )
 from grath_utils.pairs.labels import Sealed
@@ -332,8 +332,7 @@ def test_a_judge_is_tried_on_answers_that_are_known(monkeypatch):
         return [[truths[c.item], 1 - truths[c.item]] for c in cases]
 
     monkeypatch.setattr(Judge, "weigh", weigh)
-    trial = try_judge(None, config, {k: Sealed(f"{k}?", "yes", "no") for k in truths})
+    trial = try_judge(
+        None, config, JUDGES["letters"], {k: Sealed(f"{k}?", "yes", "no") for k in truths}
+    )
     assert trial == (5, 3, 3, 2)
-    assert trial.accuracy == 3 / 5
-    with pytest.raises(ConfigError, match="nothing to try"):
-        try_judge(None, PairsConfig(), {})
