@@ -44,7 +44,7 @@ from grath_utils.loop.run_dir import (
 )
 from grath_utils.loop.state import run_pairs, run_questions
 from grath_utils.pairs.generate import generate_pairs, read_pairs
-from grath_utils.pairs.labels import labelled_as
+from grath_utils.pairs.labels import relabelled
 from grath_utils.pairs.questions import load_questions, split_held_out
 
 
@@ -158,7 +158,8 @@ def _relabel(arm: Run, main: Run, iteration: int) -> None:
             write_jsonl(arm.questions, read_jsonl(main.questions))
             record_made(arm, arm.questions)
         written = read_pairs(main.pairs(iteration))
-        pairs = labelled_as(arm.config.pairs, written, arm.config.seed)
+        how = arm.config.pairs
+        pairs = relabelled(written, how.labels, how.flipped, arm.config.seed)
         write_jsonl(arm.pairs(iteration), (pair.to_row() for pair in pairs))
         _record(arm, iteration, arm.pairs(iteration))
 

@@ -30,13 +30,8 @@ class GoldAgreement:
     farther: int  # the incorrect answer shares more
 
     @property
-    def decided_share(self) -> float:
-        """Share of ``nearer`` without the tied pairs; 0.5 is what answers without truth get."""
-        return self.nearer / decided if (decided := self.nearer + self.farther) else math.nan
-
-    @property
     def decided_interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of :attr:`decided_share`."""
+        """95 % Wilson interval of ``nearer`` without ties; answers without truth have a half."""
         return wilson(self.nearer, self.nearer + self.farther)
 
 

@@ -33,7 +33,7 @@ from grath_utils.files import (
     write_jsonl,
 )
 from grath_utils.pairs.judge import find_judge, judged
-from grath_utils.pairs.labels import answers_for, as_written, relabelled, sealed_answer
+from grath_utils.pairs.labels import as_written, relabelled
 from grath_utils.pairs.modes import find_mode, make_writer
 from grath_utils.pairs.parsing import Reason, unusable
 from grath_utils.pairs.preferences import MARKS, OPINIONS, Pair, is_preference, own_row
@@ -168,7 +168,6 @@ def generate_pairs(
 
     started = time.perf_counter()
     processes.on_main(lambda: check_outputs(out, rejects))
-    sealed = answers_for(config.labels)
     texts = {question.id: question.text for question in questions}
     previous = as_written(previous, config.labels, config.flipped, seed, texts)
     old = {pair.id: pair for pair in previous}
@@ -222,23 +221,22 @@ def generate_pairs(
             written[i] = WrittenPair.from_row(row)
     pairs, rejected = [], []
     for task, new in zip(tasks, written, strict=True):
-        asked = {"id": task.question.id, "question": task.question.text, "iteration": iteration}
-        rejected += [_rejects_row(asked, each) for each in new.rejected]
+        name, text = task.question.id, task.question.text
+        rejected += [_rejects_row(task.question, iteration, each) for each in new.rejected]
         if new.correct is not None:
-            names = ("correct", "incorrect", "contrast", "truth", "swapped")
-            pairs.append(Pair(**asked, **{name: getattr(new, name) for name in names}))
-        elif task.question.id in old:
-            pairs.append(old[task.question.id])
+            opinions = {key: getattr(new, key) for key in OPINIONS}
+            pairs.append(Pair(name, text, new.correct, new.incorrect, iteration, **opinions))
+        elif name in old:
+            pairs.append(old[name])
     kept = sum(pair is old.get(pair.id) for pair in pairs)
     swapped = sum(pair.iteration == iteration and bool(pair.swapped) for pair in pairs)
-    if sealed is not None:
-        for pair in pairs:
-            if not sealed_answer(pair, sealed):
-                asked = {"id": pair.id, "question": pair.question, "iteration": iteration}
-                dropped = f"{pair.correct}\n{pair.incorrect}"
-                lost = Rejected("labels", dropped, Reason.NO_SEALED_ANSWER)
-                rejected.append(_rejects_row(asked, lost))
-    pairs = relabelled(pairs, config.labels, config.flipped, seed, sealed)
+    own, pairs = pairs, relabelled(pairs, config.labels, config.flipped, seed)
+    labelled = {pair.id for pair in pairs}
+    for pair in own:
+        if pair.id not in labelled:
+            dropped = f"{pair.correct}\n{pair.incorrect}"
+            lost = Rejected("labels", dropped, Reason.NO_SEALED_ANSWER)
+            rejected.append(_rejects_row(pair, iteration, lost))
     counts = dict(Counter(row["reason"] for row in rejected).most_common())
     if not pairs:
         advice = "this model does not follow the prompt; try more questions or a stronger model"
@@ -272,11 +270,12 @@ def generate_pairs(
     )
 
 
-def _rejects_row(asked: Mapping[str, Any], rejected: Rejected) -> dict[str, Any]:
+def _rejects_row(asked: Question | Pair, iteration: int, rejected: Rejected) -> dict[str, Any]:
     """Return one row of ``rejects.jsonl``."""
-    row = {"prompt": rejected.prompt, "reason": str(rejected.reason)}
+    row = {"id": asked.id, "question": asked.text, "iteration": iteration}
+    row |= {"prompt": rejected.prompt, "reason": str(rejected.reason)}
     said = {} if rejected.truth is None else {"truth": rejected.truth}
-    return {**asked, **row, "completion": rejected.completion, **said}
+    return {**row, "completion": rejected.completion, **said}
 
 
 def _check_questions(

@@ -86,7 +86,7 @@ def by_letters(ask: Ask, policy: engine.Policy, cases: Sequence[Case]) -> list[n
                 engine.Request(prompt, bare_answer(tokenizer, letter), item)
                 for letter in ascii_uppercase[: len(options)]
             ]
-    scores = iter(engine.score_completions(policy, requests) if requests else [])
+    scores = iter(engine.score_completions(policy, requests))
     found = []
     for case in cases:
         n = len(case.options)

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from grath_utils.config import PairsConfig
 from grath_utils.errors import DataError
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.parsing import unusable
@@ -31,13 +30,7 @@ class Sealed(NamedTuple):
     kind: str = "plain"  # or `misconception`: the popular answer is the incorrect one
 
 
-def relabelled(
-    pairs: Sequence[Pair],
-    labels: str,
-    flipped: float,
-    seed: int,
-    sealed: Mapping[str, Sealed] | None = None,
-) -> list[Pair]:
+def relabelled(pairs: Sequence[Pair], labels: str, flipped: float, seed: int) -> list[Pair]:
     """Return the same pairs with other labels.
 
     Whether a pair is turned round is drawn from the seed and its question's id alone: later rounds
@@ -45,29 +38,24 @@ def relabelled(
 
     Args:
         labels: ``own``, as they are; ``random``, a fair coin for each; ``inverted``; ``annotated``,
-            the sealed answers in place of the pair's, pairs that have none are left out;
+            the sealed answers in place of the pair's, which is left out if it has none;
             ``mismatched``, the question of the pair that stands half the list further on.
         flipped: share of the labels that are then turned round.
-        sealed: by the question's id, from :func:`answers_for`; for ``annotated`` only.
     """
     if labels == "annotated":
-        known = [(pair, sealed_answer(pair, sealed)) for pair in pairs]
+        sealed = read_sealed()
+        known = [(pair, sealed[pair.id]) for pair in pairs if pair.id in sealed]
         nothing = dict.fromkeys(OPINIONS)  # what was said of the others
         pairs = [
             replace(pair, correct=answer.correct, incorrect=answer.incorrect, **nothing)
             for pair, answer in known
-            if answer
+            if same_text(answer.question) == same_text(pair.question)  # not another of this id
         ]
     if labels == "mismatched":
         half = len(pairs) // 2
         others = [*pairs[half:], *pairs[:half]]
         pairs = [replace(p, question=o.question) for p, o in zip(pairs, others, strict=True)]
     return [exchanged(p) if _turned(p.id, labels, flipped, seed) else p for p in pairs]
-
-
-def labelled_as(config: PairsConfig, pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """Return pairs that have the model's own labels with those of a configuration."""
-    return relabelled(pairs, config.labels, config.flipped, seed, answers_for(config.labels))
 
 
 def as_written(
@@ -88,17 +76,6 @@ def _turned(name: str, labels: str, flipped: float, seed: int) -> bool:
     coin, flip = (random.Random(f"{what} {seed} {name}").random() for what in ("label", "flip"))
     turned = labels == "inverted" or (labels == "random" and coin < 0.5)
     return turned != (flip < flipped)
-
-
-def sealed_answer(pair: Pair, sealed: Mapping[str, Sealed]) -> Sealed | None:
-    """Return the sealed answers to a pair's question; another question may have the same id."""
-    answer = sealed.get(pair.id)
-    return answer if answer and same_text(answer.question) == same_text(pair.question) else None
-
-
-def answers_for(labels: str) -> dict[str, Sealed] | None:
-    """Return the sealed answers where labels need them, see :func:`read_sealed`."""
-    return read_sealed() if labels == "annotated" else None
 
 
 def read_sealed() -> dict[str, Sealed]:

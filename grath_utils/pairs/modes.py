@@ -17,8 +17,8 @@ from grath_utils.pairs.writers import PairMode, Writer
 
 _ROWS = (  # module:name
     "default:MODE",
-    "paper:MODE",
-    "sentences:MODE",
+    "paper:PAPER",
+    "paper:SENTENCES",
     "pick:MODE",
     "controls:GOLD",
     "controls:RANDOM",

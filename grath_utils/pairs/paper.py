@@ -1,4 +1,9 @@
-"""Mode ``paper``: one greedy completion holds both answers; the prompt rewords the official one."""
+"""Mode ``paper``: one greedy completion holds both answers; the prompt rewords the official one.
+
+Mode ``sentences`` is the same with demonstrations of our own, whose answers are whole sentences
+that restate the question. A model that sees "The soot." as an answer writes such scraps, and what
+it learns from them says little about sentences.
+"""
 
 from __future__ import annotations
 
@@ -95,13 +100,18 @@ class PaperWriter(Writer):
             for question, sides in pairs
             for side in sides
         ]
-        scores = engine.score_completions(self.policy, requests) if requests else []
-        # By the token, as the two differ in length.
-        means = [score.logprob / score.tokens for score in scores]
+        scores = engine.score_completions(self.policy, requests)
+        means = [score.logprob / score.tokens for score in scores]  # the two differ in length
         return [right > wrong for right, wrong in zip(means[::2], means[1::2], strict=True)]
 
 
-MODE = PairMode(
+class SentencesWriter(PaperWriter):
+    """One greedy completion for both answers, after the project's own demonstrations."""
+
+    primer = ()
+
+
+PAPER = PairMode(
     name="paper",
     summary="both answers in one greedy completion, the official prompt reworded",
     writer=PaperWriter,
@@ -110,4 +120,12 @@ MODE = PairMode(
     card=SELF_MADE,
     options=("legacy", "annotated", "ground_truth", "prompt_file", "self_check", "judge"),
     prompt_overlap="TruthfulQA: the six questions and right answers of its QA primer",
+)
+SENTENCES = replace(
+    PAPER,
+    name="sentences",
+    summary="as `paper`, with demonstrations of our own, none from a benchmark",
+    writer=SentencesWriter,
+    options=("self_check", "judge", "annotated"),
+    prompt_overlap="",
 )

@@ -175,11 +175,10 @@ class Writer:
     @cached_property
     def server(self) -> engine.Server | None:
         """The server that writes in the policy's place, if there is one."""
-        config = self.config
-        if config.backend != "server":
+        if self.config.backend != "server":
             return None
-        url, model = config.server_url, config.server_model
-        return engine.connect(self.policy, url, model, in_flight=config.batch_size)
+        url, model = self.config.server_url, self.config.server_model
+        return engine.connect(self.policy, url, model, in_flight=self.config.batch_size)
 
     @cached_property
     def int8_layers(self) -> Mapping[Any, Any]:

@@ -22,7 +22,7 @@ from grath_utils.loop.run_dir import Run, load_run, lock_run
 from grath_utils.loop.stages import evaluate_model, make_pairs, run_stages, start_run
 from grath_utils.loop.state import run_state
 from grath_utils.pairs.generate import read_pairs
-from grath_utils.pairs.labels import labelled_as
+from grath_utils.pairs.labels import relabelled
 from grath_utils.scale.grids import BASE, PAIRS, planned_config
 from grath_utils.scale.sweep_results import find_row
 
@@ -84,7 +84,8 @@ def take_pairs(run: Run, folder: Path) -> None:
         shared = _same_ground(run, folder, "questions")
         with atomic_path(run.rejects(0)) as partial:
             shutil.copyfile(shared.rejects(0), partial)
-        pairs = labelled_as(run.config.pairs, read_pairs(shared.pairs(0)), run.config.seed)
+        how, written = run.config.pairs, read_pairs(shared.pairs(0))
+        pairs = relabelled(written, how.labels, how.flipped, run.config.seed)
         # The pairs last: they say that the stage is done.
         write_jsonl(run.pairs(0), (pair.to_row() for pair in pairs))
 

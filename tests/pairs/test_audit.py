@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 
@@ -39,7 +37,7 @@ def test_audit_counts():
     audit = audit_pairs(PAIRS, QUESTIONS)
     gold = audit.gold
     assert (gold.judged, gold.nearer, gold.tied, gold.farther) == (3, 1, 1, 1)
-    assert gold.decided_share == 0.5
+    assert gold.decided_interval == wilson(1, 2)
     assert audit.usable == 0.8
     # Words without articles: 3, 3, 1, 1 against 3, 6, 1, 3.
     assert audit.correct_words == 2.0
@@ -47,7 +45,7 @@ def test_audit_counts():
     assert audit.distinct_correct == 0.5  # "A spirit." comes twice
     assert audit.distinct_incorrect == 1.0
     assert 0 < audit.divergence <= 1
-    assert math.isnan(audit_pairs(PAIRS[2:3], QUESTIONS).gold.decided_share)  # one pair, tied
+    assert audit_pairs(PAIRS[2:3], QUESTIONS).gold.decided_interval == (0, 1)  # one pair, tied
 
 
 def test_audit_refuses_what_does_not_belong_together():

@@ -80,15 +80,16 @@ def test_a_share_is_flipped_on_top():
     assert 160 <= agreeing <= 240  # the two draws have nothing to do with each other
 
 
-def test_annotated_pairs_hold_the_sealed_answers():
+def test_annotated_pairs_hold_the_sealed_answers(monkeypatch):
     sealed = {f"q{i}": Sealed(f"why  {i}?", f"True {i}.", f"False {i}.") for i in range(3)}
     sealed["q2"] = sealed["q2"]._replace(question="Another one?")
-    pairs = relabelled(PAIRS, "annotated", 0.0, 0, sealed)
+    monkeypatch.setattr(labels, "read_sealed", lambda: sealed)
+    pairs = relabelled(PAIRS, "annotated", 0.0, 0)
     assert pairs == [
         Pair("q0", "Why 0?", "True 0.", "False 0.", 0),
         Pair("q1", "Why 1?", "True 1.", "False 1.", 1),
     ]
-    flipped = relabelled(PAIRS, "annotated", 1.0, 0, sealed)
+    flipped = relabelled(PAIRS, "annotated", 1.0, 0)
     assert [p.correct for p in flipped] == ["False 0.", "False 1."]
 
 
