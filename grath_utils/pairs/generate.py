@@ -8,12 +8,11 @@ from the same inputs, the final files are the same byte for byte.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 def check_outputs(out: Path, rejects: Path, inputs: Iterable[Path] = ()) -> None:
     """Check that :func:`generate_pairs` may write its files, see :func:`.files.check_output`."""
     asked = {"id", "question", "iteration"}
-    known = {field.name for field in dataclasses.fields(Pair)}
+    known = {field.name for field in fields(Pair)}
     check_output(out, read_jsonl, asked | {"correct", "incorrect"}, inputs, allowed=known)
     check_output(rejects, read_jsonl, asked | {"prompt", "reason", "completion"}, inputs)
 
@@ -193,7 +192,7 @@ def generate_pairs(
         prompts += [ask("Which?", ("This.", "That.")) for ask in judge.asks]
     asked = [[task.question.to_row(), task.incorrect] for task in tasks]
     # Another address is the same server.
-    settings = [own_settings(dataclasses.replace(config, server_url=None)), iteration, seed, size]
+    settings = [own_settings(replace(config, server_url=None)), iteration, seed, size]
     identity = fingerprint([VERSION, policy.fingerprint, *settings, prompts, asked])
     journal = Journal.beside(out if processes.is_main() else None, identity)
     done = processes.on_main(lambda: journal.read([len(chunk) for chunk in chunks], WRITTEN))
@@ -203,9 +202,9 @@ def generate_pairs(
     def write(number: int) -> list[dict[str, Any]]:
         chunk = [tasks[i] for i in chunks[number]]
         found = writer.write(chunk)
-        if writer.kinds:  # a mode that has nothing written asks the judge itself
-            found = judged(policy, config, chunk, found)
-        return list(map(dataclasses.asdict, found))
+        if judge and writer.kinds:  # a mode that has nothing written asks the judge itself
+            found = judged(judge, policy, config, chunk, found)
+        return list(map(asdict, found))
 
     bar = {"desc": "pairs", "unit": "question", "file": sys.stderr}
     hidden = not (progress and processes.is_main())
@@ -271,7 +270,6 @@ def generate_pairs(
 
 
 def _rejects_row(asked: Question | Pair, iteration: int, rejected: Rejected) -> dict[str, Any]:
-    """Return one row of ``rejects.jsonl``."""
     row = {"id": asked.id, "question": asked.text, "iteration": iteration}
     row |= {"prompt": rejected.prompt, "reason": str(rejected.reason)}
     said = {} if rejected.truth is None else {"truth": rejected.truth}

@@ -172,15 +172,13 @@ def prompts_a_pair(config: PairsConfig) -> int:
 
 
 def judged(
+    judge: Judge,
     policy: engine.Policy,
     config: PairsConfig,
     tasks: Sequence[Task],
     written: Sequence[WrittenPair],
 ) -> list[WrittenPair]:
-    """Return what the configured judge leaves of the pairs that were written to some tasks."""
-    judge = find_judge(config)
-    if judge is None:
-        return list(written)
+    """Return what a judge leaves of the pairs that were written to some tasks."""
     cases = [
         Case(task.question.id, task.question.text, (pair.correct, pair.incorrect))
         for task, pair in zip(tasks, written, strict=True)

@@ -59,9 +59,8 @@ def preference_row(pair: Pair, form: str) -> dict[str, Any]:
             key: [{"role": "user" if key == "prompt" else "assistant", "content": text}]
             for key, text in sides.items()
         }
-    row = pair.to_row()
-    more = {key: row[key] for key in row.keys() - {"question", "correct", "incorrect"}}
-    return {**sides, **dict(sorted(more.items()))}
+    texts = ("question", "correct", "incorrect")
+    return sides | {k: v for k, v in sorted(pair.to_row().items()) if k not in texts}
 
 
 def is_preference(row: Mapping[str, Any]) -> bool:

@@ -191,13 +191,15 @@ class Writer:
 
     def complete_together(self, wanted: Sequence[Wanted]) -> list[list[engine.Completion]]:
         """Return one completion for each question of what is wanted, all from one queue."""
-        options = list(map(self._options, wanted))
         if self.server:
             return [
-                self.server.complete([self.prompt(q, each.kind) for q in each.questions], **how)
-                for each, how in zip(wanted, options, strict=True)
+                self.server.complete(
+                    [self.prompt(question, each.kind) for question in each.questions],
+                    **self._options(each),
+                )
+                for each in wanted
             ]
-        orders = list(map(self._order, wanted, options))
+        orders = list(map(self._order, wanted))
         with engine.multiplied_by(self.int8_layers):
             return engine.generate_together(self.policy, orders, batch_size=self.config.batch_size)
 
@@ -214,7 +216,7 @@ class Writer:
             "keys": wanted.keys,
         }
 
-    def _order(self, wanted: Wanted, options: Mapping[str, Any]) -> engine.Order:
+    def _order(self, wanted: Wanted) -> engine.Order:
         """Return what our own engine is given."""
         kind, questions = wanted.kind, wanted.questions
         encoded = {question: self.token_ids(question, kind) for question in set(questions)}
@@ -232,7 +234,7 @@ class Writer:
             drafts=[lead + prompts.restated(q.text, self.wording.labels) for q in questions]
             if kind == "pair"
             else None,
-            **options,
+            **self._options(wanted),
         )
 
     def parse(self, completion: engine.Completion) -> Parsed:
