@@ -65,10 +65,7 @@ def by_letters(ask: Ask, policy: engine.Policy, cases: Sequence[Case]) -> list[n
 
     Models prefer a letter whatever stands behind it. So the options are shown in every rotation
     (two of them: in both orders), and the probability of an option is the mean over these of that
-    of its letter, among the letters that are shown.
-
-    Returns:
-        (options,) for each case, with the sum 1.
+    of its letter, among the letters that are shown: (options,) for each case, with the sum 1.
 
     Raises:
         DataError: a case has more options than there are letters.

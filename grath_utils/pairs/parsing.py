@@ -231,7 +231,10 @@ def check_pair(
     """
     if parsed.reason is not None:
         return parsed.reason
-    return _filtered(question, parsed, filters, shown_answers) or unusable(*parsed.sides)
+    shown = [split_words(answer) for answer in shown_answers]
+    active = (name for name in FILTERS if name in filters)
+    found = next((name for name in active if FILTERS[name](question, parsed, shown)), None)
+    return found or unusable(*parsed.sides)
 
 
 def unusable(*answers: str) -> Reason | None:
@@ -256,12 +259,5 @@ def check_answer(
     """Return why one answer alone cannot be a side of a pair, or None if it can."""
     single = set(filters) - {Reason.EQUAL, Reason.NEAR_EQUAL, Reason.LENGTH_RATIO}
     twice = Parsed(answer, answer, cut_off=cut_off)
-    return _filtered(question, twice, single, shown_answers) or unusable(answer)
-
-
-def _filtered(
-    question: str, pair: Parsed, filters: Collection[str], shown_answers: Iterable[str]
-) -> Reason | None:
-    shown = [split_words(answer) for answer in shown_answers]
-    active = (name for name in FILTERS if name in filters)
-    return next((name for name in active if FILTERS[name](question, pair, shown)), None)
+    reason = check_pair(question, twice, filters=single, shown_answers=shown_answers)
+    return None if reason is Reason.EQUAL else reason
