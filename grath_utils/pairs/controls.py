@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from grath_utils.errors import DataError
 from grath_utils.pairs.parsing import Parsed, check_pair
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.writers import GRATH, PairMode, Task, Writer, WrittenPair
@@ -44,12 +43,7 @@ class GoldWriter(RandomWriter):
     """The annotated answer against one of the wrong options. Later rounds keep the pairs."""
 
     def preferred(self, question: Question, options: Sequence[str], draw: random.Random) -> str:
-        """Return the annotated answer, or raise :class:`DataError` if the source has none."""
-        if question.gold is None:
-            raise DataError(
-                f"{question.where or question.id}: pairs.mode=gold needs to know which candidate "
-                "is right, and the source does not say"
-            )
+        """Return the annotated answer."""
         return question.candidates[question.gold]
 
 
@@ -61,6 +55,7 @@ GOLD = PairMode(
     card=f"Trained by DPO on *annotated* answers, right against wrong: a control for {GRATH}, "
     "whose models write both themselves.",
     needs_candidates=True,
+    needs_gold=True,
 )
 RANDOM = PairMode(
     name="random",

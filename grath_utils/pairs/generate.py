@@ -288,17 +288,18 @@ def _check_questions(
         raise DataError(f'{count} questions have the id "{name}"')
     if strangers := sorted(old.keys() - counts):
         raise DataError(f"{len(strangers)} previous pairs have no question, first: {strangers[0]}")
+    mode = find_mode(config.mode)
     need = config.annotated and "annotated=true"
     if config.ground_truth:
         need = "ground_truth=true"
-    if find_mode(config.mode).needs_candidates:
+    if mode.needs_candidates:
         need = f"mode={config.mode}"
     for question in questions:
         lacks = ""
         if need and len(question.candidates) < 2:
             lacks = "questions with candidates, such as questions.source=arc_challenge, and this "
             lacks += f"one has {len(question.candidates) or 'none'}"
-        elif config.ground_truth and question.gold is None:
+        elif (config.ground_truth or mode.needs_gold) and question.gold is None:
             lacks = "to know which candidate is right, and the source does not say"
         elif config.ground_truth and not question.wrong_candidates:
             lacks = f'a wrong answer to show, and all candidates are "{question.candidates[0]}"'

@@ -159,10 +159,9 @@ def _open_source(config: QuestionsConfig) -> tuple[str, Iterator[LocatedRow]]:
     name, split = config.source, config.split
     if name in OWN_QUESTIONS:
         part, rows = OWN_QUESTIONS[name], _rows(data_dir() / "questions.jsonl")
-        if part is None:
-            return "the project's own questions (questions.jsonl)", rows
-        wanted = ((where, row) for where, row in rows if row["part"] == part)
-        return f"the project's own questions, part {part} (questions.jsonl)", wanted
+        wanted = ((where, row) for where, row in rows if part is None or row["part"] == part)
+        which = f", part {part}" if part else ""
+        return f"the project's own questions{which} (questions.jsonl)", wanted
     if subset := ARC_SUBSETS.get(name):
         mirror, what = mirror_dir(), f"{subset}, split {split}, from the"
         if mirror is None:

@@ -264,4 +264,5 @@ class PairMode:
     card: str  # what a model that is trained on them is: full sentences
     options: tuple[str, ...] = ()  # of modes.SWITCHES those it heeds
     needs_candidates: bool = False  # it is for sources with options only, such as ARC
+    needs_gold: bool = False  # and for those that say which of them is right
     prompt_overlap: str = ""  # benchmark text inside its prompts

@@ -359,6 +359,8 @@ def test_gold_mode_takes_the_source_at_its_word(tiny_policy, tmp_path, scripted)
     assert [(p.correct, p.incorrect) for p in later] == [(p.correct, p.incorrect) for p in first]
     with pytest.raises(DataError, match="gold needs questions with candidates"):
         make(tiny_policy, tmp_path / "none", gold, [QUESTIONS[0]])
+    with pytest.raises(DataError, match="mode=gold needs to know which candidate is right, and"):
+        make(tiny_policy, tmp_path / "none", gold, [replace(ANNOTATED[0], gold=None)])
 
 
 def test_random_mode_draws_lots(tiny_policy, tmp_path, scripted):
