@@ -33,12 +33,12 @@ from grath_utils.files import (
 )
 from grath_utils.pairs.judge import find_judge, judged
 from grath_utils.pairs.labels import as_written, relabelled
-from grath_utils.pairs.modes import find_mode, make_writer
+from grath_utils.pairs.modes import check_pairs_config
 from grath_utils.pairs.parsing import Reason, unusable
 from grath_utils.pairs.preferences import MARKS, OPINIONS, Pair, is_preference, own_row
 from grath_utils.pairs.questions import Question
 from grath_utils.pairs.words import is_blank
-from grath_utils.pairs.writers import Rejected, Task, Writer, WrittenPair
+from grath_utils.pairs.writers import PairMode, Rejected, Task, Writer, WrittenPair
 
 # Part of the journal's fingerprint: raise it when the same inputs would give other pairs.
 VERSION = 2
@@ -179,9 +179,10 @@ def generate_pairs(
         for question in questions
         if question.id in old or not iteration or config.retry_failed
     ]
+    mode = check_pairs_config(config)
     # Iterations draw differently, or a refined answer could only ever be the first one again.
-    writer = make_writer(policy, config, seed + 1_000_003 * iteration)
-    _check_questions([task.question for task in tasks], old, config)
+    writer = mode.writer(policy, config, seed + 1_000_003 * iteration)
+    _check_questions([task.question for task in tasks], old, config, mode)
     order = _fitting(tasks, writer, skip_long)
     size = writer.chunk_batches * config.batch_size
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
@@ -277,7 +278,7 @@ def _rejects_row(asked: Question | Pair, iteration: int, rejected: Rejected) -> 
 
 
 def _check_questions(
-    questions: Sequence[Question], old: Mapping[str, Pair], config: PairsConfig
+    questions: Sequence[Question], old: Mapping[str, Pair], config: PairsConfig, mode: PairMode
 ) -> None:
     """Refuse questions that cannot be told apart, or lack what is asked of them."""
     if not questions:
@@ -288,7 +289,6 @@ def _check_questions(
         raise DataError(f'{count} questions have the id "{name}"')
     if strangers := sorted(old.keys() - counts):
         raise DataError(f"{len(strangers)} previous pairs have no question, first: {strangers[0]}")
-    mode = find_mode(config.mode)
     need = config.annotated and "annotated=true"
     if config.ground_truth:
         need = "ground_truth=true"

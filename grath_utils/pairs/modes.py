@@ -6,14 +6,13 @@ import json
 from dataclasses import replace
 from pkgutil import resolve_name
 
-from grath_utils import engine
 from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, did_you_mean
 from grath_utils.pairs.judge import find_judge
 from grath_utils.pairs.parsing import FILTERS
 from grath_utils.pairs.prompt_file import read_wording
 from grath_utils.pairs.prompts import Demonstration, Labels
-from grath_utils.pairs.writers import PairMode, Writer
+from grath_utils.pairs.writers import PairMode
 
 _ROWS = (  # module:name
     "default:MODE",
@@ -74,8 +73,3 @@ def check_pairs_config(config: PairsConfig) -> PairMode:
 def demonstrations(mode: str, kind: str, shots: int) -> tuple[Demonstration, ...]:
     """Return the first ``shots`` demonstrations of a mode for ``pair`` or ``single`` answers."""
     return find_mode(mode).writer.demonstrations(kind, shots)
-
-
-def make_writer(policy: engine.Policy, config: PairsConfig, seed: int) -> Writer:
-    """Return the writer of the configured mode, see :func:`check_pairs_config`."""
-    return check_pairs_config(config).writer(policy, config, seed)

@@ -200,7 +200,6 @@ def _other_question(asked: str, restated: str | None) -> bool:
     return len(left & right) < OTHER_QUESTION_RATIO * min(len(left), len(right))
 
 
-# Each filter gets the question, the pair, and the words of each answer that was shown.
 FILTERS: dict[Reason, Callable[[str, Parsed, list[list[str]]], bool]] = {
     Reason.CUT_OFF: lambda asked, pair, shown: pair.cut_off,
     Reason.EMPTY: lambda asked, pair, shown: not all(pair.words),
@@ -214,7 +213,8 @@ FILTERS: dict[Reason, Callable[[str, Parsed, list[list[str]]], bool]] = {
     Reason.NON_ANSWER: lambda asked, pair, shown: any(map(_NON_ANSWER.match, pair.sides)),
     Reason.REPETITION: lambda asked, pair, shown: any(map(_REPETITION.search, pair.sides)),
 }
-"""The filters that can be switched, in the order in which they are applied."""
+"""The filters that can be switched, in the order in which they are applied: each gets the question,
+the pair, and the words of each answer that was shown."""
 
 
 def check_pair(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from grath_utils import engine
 from grath_utils.config import PROMPT_FORMATS
 from grath_utils.engine.chat import Message, answer_form, end_of_answer, render_chat
-from grath_utils.errors import UsageError
+from grath_utils.errors import UsageError, did_you_mean
 from grath_utils.files import data_dir, read_jsonl
 from grath_utils.pairs.questions import Question
 
@@ -146,8 +146,8 @@ def training_prompt(
         return render_chat(tokenizer, messages)
     if prompt_format == "qa":
         return f"Q: {messages[0]['content']}\nA:"
-    valid = ", ".join(PROMPT_FORMATS)
-    raise UsageError(f'unknown prompt format "{prompt_format}"; valid ones are: {valid}')
+    near = did_you_mean(prompt_format, PROMPT_FORMATS)
+    raise UsageError(f'unknown prompt format "{prompt_format}"{near}')
 
 
 def training_completion(

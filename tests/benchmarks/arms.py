@@ -44,7 +44,7 @@ from grath_utils.evaluation.protocols import build_requests, find_protocol  # no
 from grath_utils.files import data_dir, mirror_dir, read_jsonl, write_json, write_jsonl  # noqa: E402
 from grath_utils.loop.named_models import load_policy  # noqa: E402
 from grath_utils.pairs.generate import Pair  # noqa: E402
-from grath_utils.pairs.modes import make_writer  # noqa: E402
+from grath_utils.pairs.modes import MODES  # noqa: E402
 from grath_utils.pairs.questions import load_questions  # noqa: E402
 from grath_utils.pairs.writers import Task  # noqa: E402
 
@@ -114,7 +114,7 @@ def prepare(options: Namespace) -> dict[str, Any]:
     encoded = iter(encode_requests(policy.tokenizer, flat, policy.max_length))
     asked = [[(e.prompt.tolist(), e.completion) for e in islice(encoded, len(i))] for i in items]
     write_json(job / "scoring.json", {"requests": asked})
-    writer = make_writer(policy, PAPER, 0)
+    writer = MODES["paper"].writer(policy, PAPER, 0)
     prompts = [writer.token_ids(question, "pair") for question in questions(options)]
     ends = sorted(end_ids(policy.tokenizer, policy.model.generation_config.eos_token_id))
     wanted = {"prompts": prompts, "ends": ends, "max_new_tokens": PAPER.max_new_tokens}
@@ -187,7 +187,8 @@ def pairs_ours(options: Namespace, adapter: bool = False) -> dict[str, Any]:
     generate(policy, asked[:2], max_new_tokens=2)  # the trial of the model is not timed
     tasks = [Task(question) for question in questions(options)]
     start = time.perf_counter()
-    written = make_writer(policy, PAPER, 0).write(tasks)  # the prompts' beginning is in the price
+    writer = MODES["paper"].writer(policy, PAPER, 0)
+    written = writer.write(tasks)  # the prompts' beginning is in the price
     seconds = time.perf_counter() - start
     common = next(i for i, ids in enumerate(zip(*asked, strict=False)) if len({*ids}) > 1)
     new = sum(each.tokens for each in written)

@@ -35,7 +35,7 @@ from grath_utils.engine.models import Policy, adapter_fingerprint, apply_adapter
 from grath_utils.errors import ConfigError, GrathError, ModelError, UsageError
 from grath_utils.files import read_jsonl
 from grath_utils.pairs.generate import generate_pairs
-from grath_utils.pairs.modes import check_pairs_config, make_writer
+from grath_utils.pairs.modes import MODES, check_pairs_config
 from grath_utils.pairs.questions import Question, load_questions
 
 QUESTIONS = [Question(f"q{i}", f"Why does thing number {i} fall down?") for i in range(12)]
@@ -444,8 +444,9 @@ def make_adapter(policy: Policy, folder: Path) -> Path:
 def test_llama_writes_what_our_decoder_writes(llama, default_policy, model, same, far):
     questions = load_questions(QuestionsConfig(limit=12), 0).questions
     config = PairsConfig(mode="paper", backend="server", server_url=llama.url, server_model=model)
-    ours = make_writer(default_policy, PairsConfig(mode="paper"), 0).complete("pair", questions)
-    writer = make_writer(default_policy, config, 0)
+    write = MODES["paper"].writer
+    ours = write(default_policy, PairsConfig(mode="paper"), 0).complete("pair", questions)
+    writer = write(default_policy, config, 0)
     theirs = writer.complete("pair", questions)
     prompts = [writer.prompt(question, "pair") for question in questions]
     nats = server.partings(default_policy, prompts, ours, theirs)
