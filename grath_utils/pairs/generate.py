@@ -8,7 +8,6 @@ from the same inputs, the final files are the same byte for byte.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -207,13 +206,13 @@ def generate_pairs(
             found = judged(judge, policy, config, chunk, found)
         return list(map(asdict, found))
 
-    bar = {"desc": "pairs", "unit": "question", "file": sys.stderr}
     hidden = not (progress and processes.is_main())
-    with tqdm(total=len(order), initial=resumed, disable=hidden, **bar) as shown:
+    bar = tqdm(total=len(order), initial=resumed, desc="pairs", unit="question", disable=hidden)
+    with bar:
         for number, rows in processes.in_turns(todo, write):
             journal.append(number, rows)
             done[number] = rows
-            shown.update(len(rows))
+            bar.update(len(rows))
 
     written = [WrittenPair(rejected=(Rejected("", "", Reason.TOO_LONG),))] * len(tasks)
     for number, chunk in enumerate(chunks):
