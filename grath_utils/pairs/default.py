@@ -42,9 +42,8 @@ class Pool:
     """All that the model wrote to one question."""
 
     task: Task
-    written: list[tuple[str, engine.Completion]] = field(
-        default_factory=list
-    )  # with the kind of prompt
+    written: list[tuple[str, engine.Completion]] = field(default_factory=list)
+    """With the kind of prompt."""
     votes: dict[str, int] = field(default_factory=dict)
     """Usable answer -> how many completions to the prompt for the *correct* answer say it."""
     rejected: list[Rejected] = field(default_factory=list)
@@ -81,14 +80,13 @@ class ContrastWriter(Writer):
     def _wanted(self, kind: str, pools: Sequence[Pool]) -> Iterator[tuple[list[Pool], Wanted]]:
         """Yield the completions of a kind: the greedy ones first, then those that are drawn."""
         pools = [pool for pool in pools if kind != "incorrect" or not pool.task.incorrect]
-        questions = [pool.task.question for pool in pools]
-        yield pools, Wanted(kind, questions)
+        yield pools, Wanted(kind, [pool.task.question for pool in pools])
         if kind != "pair":
-            owners = [pool for pool in pools for _ in range(1, self.config.candidates)]
-            numbers = [*range(1, self.config.candidates)] * len(pools)
-            again = [pool.task.question for pool in owners]
-            keys = [f"{kind} {q.id} {n}" for q, n in zip(again, numbers, strict=True)]
-            yield owners, Wanted(kind, again, self.config.temperature, keys)
+            drawn = [(pool, n) for pool in pools for n in range(1, self.config.candidates)]
+            owners = [pool for pool, _ in drawn]
+            questions = [pool.task.question for pool in owners]
+            keys = [f"{kind} {pool.task.question.id} {n}" for pool, n in drawn]
+            yield owners, Wanted(kind, questions, self.config.temperature, keys)
 
     def _sort_in(self, pool: Pool, kind: str, completion: engine.Completion) -> None:
         """Add a completion's usable answers to the pool, or say why there are none."""

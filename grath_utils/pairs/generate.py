@@ -203,7 +203,7 @@ def generate_pairs(
         chunk = [tasks[i] for i in chunks[number]]
         found = writer.write(chunk)
         if judge and writer.kinds:  # a mode that has nothing written asks the judge itself
-            found = judged(judge, policy, config, chunk, found)
+            found = judged(judge, writer, chunk, found)
         return list(map(asdict, found))
 
     hidden = not (progress and processes.is_main())

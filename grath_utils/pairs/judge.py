@@ -17,7 +17,7 @@ from grath_utils.config import PairsConfig
 from grath_utils.errors import ConfigError, DataError, did_you_mean
 from grath_utils.pairs.parsing import Reason
 from grath_utils.pairs.prompts import bare_answer, training_prompt
-from grath_utils.pairs.writers import Rejected, Task, WrittenPair, exchanged
+from grath_utils.pairs.writers import Rejected, Task, Writer, WrittenPair, exchanged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,11 +169,7 @@ def prompts_a_pair(config: PairsConfig) -> int:
 
 
 def judged(
-    judge: Judge,
-    policy: engine.Policy,
-    config: PairsConfig,
-    tasks: Sequence[Task],
-    written: Sequence[WrittenPair],
+    judge: Judge, writer: Writer, tasks: Sequence[Task], written: Sequence[WrittenPair]
 ) -> list[WrittenPair]:
     """Return what a judge leaves of the pairs that were written to some tasks."""
     cases = [
@@ -181,9 +177,9 @@ def judged(
         for task, pair in zip(tasks, written, strict=True)
         if pair.correct is not None
     ]
-    truths = iter(judge.weigh(policy, cases))
+    truths = iter(judge.weigh(writer.policy, cases))
     return [
-        pair if pair.correct is None else verdict(task, pair, float(next(truths)[0]), config)
+        pair if pair.correct is None else verdict(task, pair, float(next(truths)[0]), writer.config)
         for task, pair in zip(tasks, written, strict=True)
     ]
 

@@ -192,13 +192,11 @@ class Writer:
     def complete_together(self, wanted: Sequence[Wanted]) -> list[list[engine.Completion]]:
         """Return one completion for each question of what is wanted, all from one queue."""
         if self.server:
-            return [
-                self.server.complete(
-                    [self.prompt(question, each.kind) for question in each.questions],
-                    **self._options(each),
-                )
-                for each in wanted
-            ]
+            served = []
+            for each in wanted:
+                texts = [self.prompt(question, each.kind) for question in each.questions]
+                served.append(self.server.complete(texts, **self._options(each)))
+            return served
         orders = list(map(self._order, wanted))
         with engine.multiplied_by(self.int8_layers):
             return engine.generate_together(self.policy, orders, batch_size=self.config.batch_size)
