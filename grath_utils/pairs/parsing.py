@@ -12,6 +12,7 @@ from difflib import SequenceMatcher
 from enum import StrEnum
 from unicodedata import normalize
 
+from grath_utils.files import is_text
 from grath_utils.pairs.prompts import Labels
 from grath_utils.pairs.words import (
     content_words,
@@ -156,7 +157,7 @@ _NON_ANSWER = re.compile(
            | (?:all|none)[ ]of[ ](?:the[ ]above|these|them)
            | (?:an?|the|this)?[ ]?(?:in)?correct[ ]answer\b
            | \[.*\]$ | <.*>$
-           | .*[\0\ufffd\ud800-\udfff] )""",  # bytes that make up no character
+           | (?s:.)*[\0\ufffd\ud800-\udfff] )""",  # bytes that make up no character
     re.VERBOSE | re.IGNORECASE,
 )
 
@@ -244,6 +245,8 @@ def unusable(*answers: str) -> Reason | None:
     """
     if any(map(is_blank, answers)):
         return Reason.EMPTY
+    if not all(map(is_text, answers)):
+        return Reason.NON_ANSWER
     different = {" ".join(normalize("NFC", answer).split()) for answer in answers}
     return Reason.EQUAL if len(different) < len(answers) else None
 

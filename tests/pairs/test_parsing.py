@@ -177,6 +177,7 @@ FILTERED = [
     (Parsed("I don't know.", "It burns."), Reason.NON_ANSWER),
     (Parsed("It cools.", "As an AI model I cannot say."), Reason.NON_ANSWER),
     (Parsed("It cools.", "It b\ufffdrns."), Reason.NON_ANSWER),
+    (Parsed("It cools.", "It burns\nand b\ufffdrns."), Reason.NON_ANSWER),
     (Parsed("It takes heat, it takes heat, it takes heat", "Heat enters it."), Reason.REPETITION),
 ]
 
@@ -197,6 +198,7 @@ def test_each_filter_catches_its_case_and_can_be_switched_off(parsed, reason):
         (("\u200b", "It burns."), Reason.EMPTY),
         (("It cools.", "It  cools. "), Reason.EQUAL),
         (("caf\u00e9", "cafe\u0301"), Reason.EQUAL),
+        (("It cools.", "It b\0rns."), Reason.NON_ANSWER),
     ],
 )
 def test_what_no_file_of_pairs_may_hold_is_rejected_without_filters(answers, reason):
