@@ -129,10 +129,8 @@ def draw_tokens(
     """Draw the texts of tokens as boxes; where the mask is 1, coloured and underlined."""
     figure, axes = _canvas(9.0, 1.0, x=(0, 88), y=(-1, 0.1))
     bottom = _tokens(axes, tokens, [_Look(colour) if m else _Look() for m in mask], 0)
-    axes.set_ylim(bottom, 0.1)
     axes.set_title(title, fontsize=10.5, loc="left")
-    figure.set_figheight(0.5 - 0.36 * bottom)
-    return figure
+    return _cut(figure, bottom, 0.5)
 
 
 def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequence[str]) -> Figure:
@@ -154,9 +152,7 @@ def draw_pair(question: Sequence[str], correct: Sequence[str], incorrect: Sequen
         axes.text(-14, y - 0.5, name, va="center", fontsize=10, color=colour, weight="bold")
         looks = [_Look(colour, hatch) if mark else _Look() for mark in marks]
         y = _tokens(axes, tokens, looks, y) - 0.5
-    axes.set_ylim(y, 0.1)
-    figure.set_figheight(0.3 - 0.36 * y)
-    return figure
+    return _cut(figure, y)
 
 
 def draw_log_ratios(sides: Sequence[tuple[str, Sequence[str], Sequence[float]]]) -> Figure:
@@ -173,8 +169,13 @@ def draw_log_ratios(sides: Sequence[tuple[str, Sequence[str], Sequence[float]]])
         notes = (f"{round(ratio, 1) + 0:+.1f}" for ratio in ratios)
         looks = [_Look(face, note=note) for face, note in zip(faces, notes, strict=True)]
         y = _tokens(axes, tokens, looks, y) - 0.4
-    axes.set_ylim(y, 0.1)
-    figure.set_figheight(0.3 - 0.36 * y)
+    return _cut(figure, y)
+
+
+def _cut(figure: Figure, bottom: float, head: float = 0.3) -> Figure:
+    """End a drawing of tokens where their last line ends; ``head`` is what stands above, inches."""
+    figure.axes[0].set_ylim(bottom, 0.1)
+    figure.set_figheight(head - 0.36 * bottom)
     return figure
 
 

@@ -98,7 +98,8 @@ def _reach(value: float, ci95: Interval) -> np.ndarray | None:
 def _changes(axes: Axes, rows: Sequence[tuple]) -> None:
     """Draw rows of (name, change or None, interval or None) around a line of no change, in points.
 
-    A diamond's interval excludes 0, a circle's does not; without one it is hollow.
+    A diamond's interval excludes 0, a circle's does not; without one it is hollow. As much is shown
+    on both sides of 0, at least one point.
     """
     for i, (_, value, ci95) in enumerate(rows):
         look = {"fmt": "o", "color": GREY, "mfc": "white" if ci95 is None else GREY}
@@ -109,12 +110,8 @@ def _changes(axes: Axes, rows: Sequence[tuple]) -> None:
             axes.errorbar(value, i, xerr=_reach(value, ci95), capsize=4, **look)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     axes.axvline(0, color="black", linewidth=1)
-
-
-def _centre_on_zero(axes: Axes, rows: int) -> None:
-    """Show as much on both sides of 0, at least one point, and the first row on top."""
     reach = max(*map(abs, axes.get_xlim()), 1)
-    axes.set(xlim=(-reach, reach), ylim=(rows - 0.4, -0.6))
+    axes.set(xlim=(-reach, reach), ylim=(len(rows) - 0.4, -0.6))
 
 
 def _with_interval(intervals: Iterable[Interval]) -> str:
@@ -161,8 +158,8 @@ def _mark_break(axes: Axes, *places: tuple[float, float]) -> None:
     axes.plot(*zip(*places, strict=True), transform=axes.transAxes, clip_on=False, **look)
 
 
-def _chance(axes: Axes, level: float | None, name: str = "chance") -> None:
-    """Draw what choosing blindly reaches, and mark an axis that begins above 0."""
+def _chance(axes: Axes, level: float | None, name: str) -> None:
+    """Draw a level to compare with, and mark an axis that begins above 0."""
     if level is not None:
         axes.axhline(level, **CHANCE)
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
@@ -405,7 +402,6 @@ def plot_differences(rows: Sequence[tuple[str, Measured]]) -> Figure:
     least = np.array([100 * (change["smallest_detectable"] or 0) for _, change in rows])
     axes.barh(range(len(rows)), 2 * least, left=-least, height=0.5, color=GREY, alpha=0.15)
     _changes(axes, [(name, change["value"], change["ci95"]) for name, change in rows])
-    _centre_on_zero(axes, len(rows))
     shown = _with_interval(change["ci95"] for _, change in rows)
     band = "grey band: true changes this small are missed more than once in five"
     axes.set_xlabel(f"change in points, {shown}\n({band})")
@@ -426,7 +422,6 @@ def plot_sweep(panels: Sequence[tuple[str, Sequence[Measured]]]) -> Figure:
                 axis.plot(100 * value, i + 0.22, "|", color=GREY, markersize=9)
         named = place % columns == 0
         _changes(axis, [(c["name"] if named else "", c["mean"], c["ci95"]) for c in cells])
-        _centre_on_zero(axis, n)
         axis.set_title(title, fontsize=10.5)
     figure.supxlabel(
         "change from the base model, in points (ticks: seeds; marker: their mean, with 95 %\n"
