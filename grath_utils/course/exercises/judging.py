@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from grath_utils.course.progress import note_verdict
 from grath_utils.engine.encoding import Request
@@ -80,19 +81,15 @@ def check(run: Run, name: str, answer: Any, policy: Policy | None = None) -> Ver
     wanted, judge = EXERCISES[name]
     if answer is ...:
         return Verdict(NONE_YET, f"replace the dots by {wanted}.")
-    verdict = _judge(run, wanted, judge, answer, policy)
-    note_verdict(run, name, verdict.state == RIGHT, EXERCISES)
-    return verdict
-
-
-def _judge(run: Run, wanted: str, judge: Judge, answer: Any, policy: Policy | None) -> Verdict:
     try:
-        return Verdict(RIGHT, judge(run, answer, policy))
+        verdict = Verdict(RIGHT, judge(run, answer, policy))
     except NotYetError as nudge:
-        return Verdict(NOT_YET, str(nudge))
+        verdict = Verdict(NOT_YET, str(nudge))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         problem = f"{type(error).__name__}: {error}"
-        return Verdict(NOT_YET, f"the answer could not be used ({problem}). Wanted: {wanted}.")
+        verdict = Verdict(NOT_YET, f"the answer could not be used ({problem}). Wanted: {wanted}.")
+    note_verdict(run, name, verdict.state == RIGHT, EXERCISES)
+    return verdict
 
 
 def hold(condition: bool, nudge: str) -> None:
@@ -115,16 +112,27 @@ def finite_numbers(answer: Any, count: int) -> list[float]:
     return values
 
 
-def near(found: Sequence[float], wanted: Sequence[float], slack: float | Sequence[float]) -> bool:
-    return bool(np.all(np.abs(np.subtract(found, wanted)) <= slack))
+def near(found: ArrayLike, wanted: ArrayLike, slack: float, relative: float = 0.0) -> bool:
+    return np.allclose(found, wanted, rtol=relative, atol=slack)
 
 
-def hold_in_order(
-    found: Sequence[float], wanted: Sequence[float], slack: float | Sequence[float], first: str
+def hold_wanted(
+    found: ArrayLike,
+    wanted: ArrayLike,
+    slack: float,
+    *slips: tuple[ArrayLike, str],
+    relative: float = 0.0,
+    otherwise: str,
 ) -> None:
-    """Refuse an answer that is right only in the other order."""
-    turned = near(found[::-1], wanted, slack) and not near(found, wanted, slack)
-    hold(not turned, f"in the other order: {first} first.")
+    """Refuse other numbers than the wanted ones, with the nudge for the slip that leads to them.
+
+    A slip is what it leads to, and its nudge; ``otherwise`` is said where none of them fits.
+    """
+    if near(found, wanted, slack, relative):
+        return
+    for slip, nudge in slips:
+        hold(not near(found, slip, slack, relative), nudge)
+    raise NotYetError(otherwise)
 
 
 def base_model(run: Run, policy: Policy | None) -> Policy:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from grath_utils.course.exercises.judging import (
     ROUNDING,
     base_model,
     exercise,
     finite_numbers,
     hold,
-    near,
+    hold_wanted,
     score_answers,
 )
 from grath_utils.engine.models import Policy
@@ -49,19 +51,21 @@ def own_question(run: Run, answer: Any, policy: Policy | None) -> str:
 def ant_mean(run: Run, answer: Any, policy: Policy | None) -> str:
     found = finite_numbers(answer, len(ANT_PAIRS))
     scores = score_answers(base_model(run, policy), ANT_QUESTION, ANT_ANSWERS)
-    sums = [scores[a].logprob - scores[b].logprob for a, b in ANT_PAIRS]
-    means = [
-        scores[a].logprob / scores[a].tokens - scores[b].logprob / scores[b].tokens
-        for a, b in ANT_PAIRS
-    ]
-    slack = ROUNDING / 4
-    hold(not near(found, [-m for m in means], slack), "the signs are turned: true minus false.")
-    hold(
-        not near(found[-1:], sums[-1:], slack) or near(sums[-1:], means[-1:], slack),
-        "these look like differences of sums; divide each sum by its number of tokens first.",
+    logprobs = np.array([s.logprob for s in scores])
+    sums, means = (
+        np.array([of[a] - of[b] for a, b in ANT_PAIRS])
+        for of in (logprobs, logprobs / [s.tokens for s in scores])
     )
-    hold(near(found, means, slack), "at least one of the three differences is another one.")
-    turned = sum((a > 0) != (b > 0) for a, b in zip(sums, means, strict=True))
+    hold_wanted(
+        found,
+        means,
+        ROUNDING / 4,
+        (-means, "the signs are turned: true minus false."),
+        (sums,
+         "these look like differences of sums; divide each sum by its number of tokens first."),
+        otherwise="at least one of the three differences is another one.",
+    )  # fmt: skip
+    turned = np.count_nonzero((sums > 0) != (means > 0))
     return f"and {turned} of the three MC1 values differ between sum and mean for this model."
 
 
@@ -70,18 +74,16 @@ def ant_information(run: Run, answer: Any, policy: Policy | None) -> str:
     found = finite_numbers(answer, len(ANT_ANSWERS))
     model = base_model(run, policy)
     asked, blank = (
-        [s.logprob for s in score_answers(model, q, ANT_ANSWERS)]
+        np.array([s.logprob for s in score_answers(model, q, ANT_ANSWERS)])
         for q in (ANT_QUESTION, BLANK_QUESTION)
     )
-    gains = [a - b for a, b in zip(asked, blank, strict=True)]
-    hold(not near(found, asked, ROUNDING), "these are the scores themselves, not yet a difference.")
-    hold(
-        not near(found, [-gain for gain in gains], ROUNDING),
-        "the sign is turned: what does the real question add?",
-    )
-    hold(
-        near(found, gains, ROUNDING),
-        f'at least one gain is another one. Is the second prompt "{BLANK_QUESTION}", in the same '
-        "chat form?",
+    hold_wanted(
+        found,
+        asked - blank,
+        ROUNDING,
+        (asked, "these are the scores themselves, not yet a difference."),
+        (blank - asked, "the sign is turned: what does the real question add?"),
+        otherwise=f'at least one gain is another one. Is the second prompt "{BLANK_QUESTION}", in '
+        "the same chat form?",
     )
     return "and what is left when the wording cancels is what the question adds."

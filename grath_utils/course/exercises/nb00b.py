@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,8 @@ from grath_utils.course.exercises.judging import (
     finite_numbers,
     hold,
     hold_function,
+    hold_wanted,
+    near,
 )
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
@@ -41,30 +42,29 @@ def decorated_completions() -> Iterator[str]:
         yield "\n".join(["Question: Why does warm air rise?", *lines])
 
 
+def hold_sides(mine: Any, sides: tuple[str, str], which: str) -> None:
+    """Refuse other answers than a completion's two sides."""
+    hold(
+        tuple(mine) != sides[::-1],
+        "the two answers are in the other order: correct first, whichever is written first.",
+    )
+    hold(tuple(mine) == sides, f"another text than the {which}")
+
+
 @exercise("00b.easy", "your function, called with a completion")
 def own_parser(run: Run, answer: Any, policy: Policy | None) -> str:
     function, found = hold_function(answer), 0
     for text in decorated_completions():
-        parsed = parse_pair(text)
-        wanted = None if parsed.reason else parsed.sides
-        mine = function(text)
-        hold(
-            mine is not None or wanted is None,
-            f"None for a completion that holds both answers: {text!r}",
-        )
-        hold(
-            wanted is not None or mine is None,
-            f"one of the two answers is missing here, and yet there is a result: {text!r}",
-        )
-        hold(
-            wanted is None or tuple(mine or ()) != wanted[::-1],
-            "the two answers are in the other order: correct first, whichever is written first.",
-        )
-        hold(
-            wanted is None or tuple(mine or ()) == wanted,
-            f"another text than the bare answers, from {text!r}",
-        )
-        found += wanted is not None
+        parsed, mine = parse_pair(text), function(text)
+        if parsed.reason:
+            hold(
+                mine is None,
+                f"one of the two answers is missing here, and yet there is a result: {text!r}",
+            )
+            continue
+        hold(mine is not None, f"None for a completion that holds both answers: {text!r}")
+        hold_sides(mine, parsed.sides, f"bare answers, from {text!r}")
+        found += 1
     return f"{found} of {CASES} completions are pairs, the same ones as for the package's parser."
 
 
@@ -75,18 +75,18 @@ def own_average(run: Run, answer: Any, policy: Policy | None) -> str:
     for case in range(CASES):
         first, second = draw.normal(-3, 2, (2, 2)) - (2000 if case % 4 == 3 else 0)
         wanted = float(mean_of_orders(np.stack([first, second]))[0])
+        where = f"for {first.round(1)} and {second.round(1)}"
         try:
             (mine,) = finite_numbers([function(tuple(first), tuple(second))], 1)
         except (ZeroDivisionError, OverflowError) as error:
-            hold(False, f"for {first.round(1)} and {second.round(1)}: {error}. See the hint.")
+            hold(False, f"{where}: {error}. See the hint.")
         straight = float(mean_of_orders(np.stack([first, second[::-1]]))[0])
-        hold(
-            math.isclose(mine, wanted, abs_tol=1e-6) or not math.isclose(mine, straight),
-            "in the second order the correct answer is B, not A.",
-        )
-        hold(
-            math.isclose(mine, wanted, abs_tol=1e-6),
-            f"for {first.round(1)} and {second.round(1)}, {mine:.4f} is another probability.",
+        hold_wanted(
+            mine,
+            wanted,
+            1e-6,
+            (straight, "in the second order the correct answer is B, not A."),
+            otherwise=f"{where}, {mine:.4f} is another probability.",
         )
     return "a judge that always says A is worth exactly one half, and drops the pair."
 
@@ -105,12 +105,9 @@ def own_loss(run: Run, answer: Any, policy: Policy | None) -> str:
             mine, slope = finite_numbers(function(*four.tolist(), beta), 2)
         except (ZeroDivisionError, OverflowError) as error:
             hold(False, f"{where}: {error}. See the hint.")
+        hold(near(mine, loss.item(), 1e-9, 1e-6), f"{where}, {mine:.4f} is another loss.")
         hold(
-            math.isclose(mine, loss.item(), rel_tol=1e-6, abs_tol=1e-9),
-            f"{where}, {mine:.4f} is another loss.",
-        )
-        hold(
-            math.isclose(slope, chosen.grad.item(), rel_tol=1e-6, abs_tol=1e-9),
+            near(slope, chosen.grad.item(), 1e-9, 1e-6),
             f"{where} the loss is right, and {slope:.4f} is another slope.",
         )
     return "that is the loss that trains, and all that a pair does to its chosen answer."

@@ -16,7 +16,7 @@ from grath_utils.course.exercises.judging import (
     hold,
     hold_function,
 )
-from grath_utils.course.exercises.nb00b import CASES, WORDS
+from grath_utils.course.exercises.nb00b import CASES, WORDS, hold_sides
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.audit import wilson
@@ -94,13 +94,7 @@ def own_parser_with_reasons(run: Run, answer: Any, policy: Policy | None) -> str
             )
             continue
         hold(not isinstance(mine, str), f"{mine!r} for a completion that holds a pair: {text!r}")
-        hold(
-            tuple(mine) != parsed.sides[::-1],
-            "the two answers are in the other order: correct first, whichever is written first.",
-        )
-        hold(
-            tuple(mine) == parsed.sides, f"another text than the first bare answers, from {text!r}"
-        )
+        hold_sides(mine, parsed.sides, f"first bare answers, from {text!r}")
         pairs += 1
     return f"{pairs} of {CASES} completions are pairs, and each of the others has its one reason."
 

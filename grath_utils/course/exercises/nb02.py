@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from grath_utils.course.exercises.judging import exercise, hold, hold_function
+from grath_utils.course.exercises.judging import exercise, hold, hold_function, hold_wanted
 from grath_utils.dpo.loss import dpo_loss
 from grath_utils.engine.models import Policy
 from grath_utils.loop.run_dir import Run
 
 CASES = 20  # random ones, the same for everybody
+SLACK = 1e-4  # absolute and relative: float32
 
 
 def hold_tensor(mine: Any, wanted: torch.Tensor) -> torch.Tensor:
@@ -24,11 +25,7 @@ def hold_tensor(mine: Any, wanted: torch.Tensor) -> torch.Tensor:
         f"{tuple(mine.shape)}.",
     )
     hold(bool(mine.isfinite().all()), "a result is not finite. See the hint.")
-    return mine
-
-
-def same(mine: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return torch.allclose(mine.double(), wanted.double(), rtol=1e-4, atol=1e-4)
+    return mine.detach().double()
 
 
 @exercise("02.easy", "your function, called with four tensors and beta")
@@ -40,15 +37,17 @@ def own_loss(run: Run, answer: Any, policy: Policy | None) -> str:
         beta = 0.05 + float(torch.rand((), generator=draw))
         wanted, turned = (dpo_loss(*sides, beta)[0] for sides in (four, four[[1, 0, 3, 2]]))
         mine = hold_tensor(function(*four, beta), wanted)
-        slips = (
+        hold_wanted(
+            mine,
+            wanted,
+            SLACK,
             (turned, "this is the loss of preferring the rejected answer."),
             (dpo_loss(*four, 1.0)[0], "beta is missing."),
             (-wanted, "a loss is never negative: mind the sign in front of the logarithm."),
             (dpo_loss(*four[:2], *torch.zeros(2, 6), beta)[0], "the reference is missing."),
+            relative=SLACK,
+            otherwise=f"for beta {beta:.2f} these are other losses.",
         )
-        for slip, nudge in slips:
-            hold(same(mine, wanted) or not same(mine, slip), nudge)
-        hold(same(mine, wanted), f"for beta {beta:.2f} these are other losses.")
     return "these are the losses that train, far below a margin of 0 as well."
 
 
@@ -77,7 +76,10 @@ def own_sums(run: Run, answer: Any, policy: Policy | None) -> str:
     for logits, ids, mask, wanted in batches():
         mine = hold_tensor(function(logits, ids, mask), wanted)
         log_p = logits.log_softmax(-1)
-        slips = (
+        hold_wanted(
+            mine,
+            wanted,
+            SLACK,
             (summed(log_p, ids, mask), "the logits at a place are about the *next* token."),
             (wanted / mask.sum(dim=1), "DPO wants the sum, not the mean."),
             (summed(log_p[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:])),
@@ -85,10 +87,9 @@ def own_sums(run: Run, answer: Any, policy: Policy | None) -> str:
             (summed(log_p[:, :-1], ids[:, 1:], mask[:, :-1]), "the mask is off by one place."),
             (summed(logits[:, :-1], ids[:, 1:], mask[:, 1:]),
              "logits are no log-probabilities yet: what do they sum to?"),
+            relative=SLACK,
+            otherwise="these are other sums.",
         )  # fmt: skip
-        for slip, nudge in slips:
-            hold(same(mine, wanted) or not same(mine, slip), nudge)
-        hold(same(mine, wanted), "these are other sums.")
     return "the same sums as the library's, without a look at prompt or padding."
 
 

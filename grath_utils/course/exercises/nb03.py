@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import ROUNDING, exercise, hold, near
+from grath_utils.course.exercises.judging import ROUNDING, exercise, hold, hold_wanted
 from grath_utils.dpo.data import tokenize_pairs
 from grath_utils.dpo.round import reference_log_probs
 from grath_utils.engine.models import Policy
@@ -26,15 +26,17 @@ def margin_over_base(run: Run, answer: Any, policy: Policy | None) -> str:
     wanted = margins(*({"pairs": ["a", "b", "c"], **of} for of in (base, after)))
     found = np.asarray(answer(base, after), dtype=float)
     hold(found.shape == wanted.shape, "one number for each pair is wanted: the mean comes later.")
-    for other, nudge in (
+    hold_wanted(
+        found,
+        wanted,
+        1e-6,
         (displacement(base, after), "this is the gain of the chosen answers alone."),
         (-wanted, "the sign is turned: a pair that is preferred more strongly counts above 0."),
         (now, "this is what the trained model prefers; take off what the base preferred before."),
         (then, "this is what the base model prefers; the round is missing."),
         (run.config.dpo.beta * wanted if run else now, "in nats: without beta."),
-    ):
-        hold(not near(found, other, 1e-6), nudge)
-    hold(near(found, wanted, 1e-6), "another number. Follow the equation, term by term.")
+        otherwise="another number. Follow the equation, term by term.",
+    )
     return "the choice of a round stands on the mean of these numbers."
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from grath_utils.course.exercises.judging import (
-    NotYetError,
     exercise,
     finite_numbers,
     hold,
-    hold_in_order,
-    near,
+    hold_function,
+    hold_wanted,
 )
 from grath_utils.engine.models import Policy
 from grath_utils.evaluation.statistics import items_needed
@@ -23,21 +22,20 @@ from grath_utils.loop.run_dir import Run
 
 def _record(name: str) -> list[dict[str, Any]]:
     folder = notebooks_dir()
-    if folder is None:
-        raise NotYetError("the records lie beside the notebooks, and they are not here.")
-    return list(read_jsonl(folder / "appendix" / f"recipe_{name}.jsonl"))
+    hold(folder is not None, "the records lie beside the notebooks, and they are not here.")
+    return read_jsonl(folder / "appendix" / f"recipe_{name}.jsonl")
 
 
 @exercise("05.easy", "a function items_for(effect, ci95, n) that returns a number of items")
 def items_for_an_effect(run: Run, answer: Any, policy: Policy | None) -> str:
-    hold(callable(answer), "hand in the function itself, without calling it.")
+    items_for = hold_function(answer)
     cases = [(row["n"], row["over_random"]) for row in _record("arms") if "over_random" in row]
     for n, found in cases:
         low, high = found["ci95"]
         standard_error = (high - low) / 2 / NormalDist().inv_cdf(0.975)
         for effect in (1.0, 4.0):
             wanted = items_needed(effect, standard_error * n**0.5)
-            given = float(answer(effect, [low, high], n))
+            given = float(items_for(effect, [low, high], n))
             case = f"{effect:g} points, the interval [{low}, {high}] and {n} items"
             hold(
                 abs(given / wanted / 4 - 1) > 0.02,
@@ -63,12 +61,13 @@ def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
                 annotated = a["pairs"].startswith("annotated")
                 gains[annotated].append(b["arc_dev_acc"] - a["arc_dev_acc"])
     wanted = [float(np.mean(gains[kind])) for kind in (True, False)]
-    found = finite_numbers(answer, 2)
-    hold_in_order(found, wanted, 0.05, "annotated")
-    hold(
-        near(found, wanted, 0.05),
-        "at least one mean is another one. ARC in points, 1e-3 minus 2e-4, rounds that differ in "
-        "the learning rate only.",
+    hold_wanted(
+        finite_numbers(answer, 2),
+        wanted,
+        0.05,
+        (wanted[::-1], "in the other order: annotated first."),
+        otherwise="at least one mean is another one. ARC in points, 1e-3 minus 2e-4, rounds that "
+        "differ in the learning rate only.",
     )
     return f"{len(gains[True])} and {len(gains[False])} matched pairs: few, so mind the intervals."
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from grath_utils.config import Config, load_config
-from grath_utils.course.exercises.judging import exercise, finite_numbers, hold, hold_in_order, near
+from grath_utils.course.exercises.judging import exercise, finite_numbers, hold, hold_wanted
 from grath_utils.engine.machine import quiet_transformers
 from grath_utils.engine.models import Policy
 from grath_utils.errors import did_you_mean
@@ -41,7 +41,7 @@ def micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
         max((n for n in sizes if needed(n, kept) <= device.memory), default=0)
         for kept in (False, True)
     ]
-    hold_in_order(found, wanted, 0, "without checkpointing")
+    hold(found != wanted[::-1], "in the other order: without checkpointing first.")
     for value, right, kept in zip(found, wanted, (False, True), strict=True):
         which = "with" if kept else "without"
         hold(
@@ -62,16 +62,17 @@ def eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
     wanted = costs.total(one).seconds / costs.total(eight).seconds
     gains = {a.title: a.seconds / b.seconds for a, b in zip(one, eight, strict=True)}
     mean = float(np.mean(list(gains.values())))
-    hold(abs(found * wanted - 1) > 0.02, "upside down: the time of one GPU over that of eight.")
-    hold(
-        abs(found / mean - 1) > 0.02 or abs(mean / wanted - 1) < 0.02,
-        "this is the mean of the stages' own speed-ups. Long stages count for more: add up the "
-        "times first.",
-    )
-    hold(
-        abs(found / wanted - 1) < 0.02,
-        "another speed-up. The seconds of all stages of paper-llama2, on H100 and on 8xH100.",
-    )
+    hold_wanted(
+        found,
+        wanted,
+        0,
+        (1 / wanted, "upside down: the time of one GPU over that of eight."),
+        (mean, "this is the mean of the stages' own speed-ups. Long stages count for more: add up "
+         "the times first."),
+        relative=0.02,
+        otherwise="another speed-up. The seconds of all stages of paper-llama2, on H100 and on "
+        "8xH100.",
+    )  # fmt: skip
     hold(stage in gains, f'no stage is called "{stage}"{did_you_mean(str(stage), gains)}.')
     hold(
         gains[stage] < 1.01 * min(gains.values()),
@@ -82,36 +83,26 @@ def eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
 
 @exercise("06.hard", "(backward over forward with an adapter, the same with all weights trained)")
 def backward_share(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = finite_numbers(answer, 2)
-    wanted = [backward_over_forward(run.config, everything=every) for every in (False, True)]
-    slack = 0.08  # kernels differ in what is counted of attention
-    hold_in_order(found, wanted, slack, "the adapter")
-    hold(
-        not near(found, [1 / ratio for ratio in wanted], slack),
-        "upside down: backward over forward.",
-    )
-    hold(
-        not near(found, [ratio + 1 for ratio in wanted], slack),
-        "there is one forward pass too many in the backward's count. Is gradient checkpointing on, "
-        "or the whole step in one counter?",
-    )
-    hold(
-        abs(found[0] - wanted[1]) > slack,
-        "the first is the ratio of a base that is trained too. Freeze it: only the adapter may "
-        "require a gradient.",
-    )
-    hold(
-        abs(found[1] - wanted[0]) > slack,
-        "the second is the ratio of a frozen base. Let every weight require a gradient before the "
-        "forward pass.",
-    )
+    first, second = finite_numbers(answer, 2)
+    wanted = np.array([backward_over_forward(run.config, everything=x) for x in (False, True)])
+    adapter, everything = wanted
     rows, tokens = COUNTED
-    hold(
-        near(found, wanted, slack),
-        f"at least one is another one. Take {rows} rows of {tokens} tokens, and a loss that every "
-        "place of the output enters.",
-    )
-    return f"freezing the base saves {1 - (1 + wanted[0]) / (1 + wanted[1]):.0%} of a step."
+    hold_wanted(
+        [first, second],
+        wanted,
+        0.08,  # kernels differ in what is counted of attention
+        (wanted[::-1], "in the other order: the adapter first."),
+        (1 / wanted, "upside down: backward over forward."),
+        (wanted + 1, "there is one forward pass too many in the backward's count. Is gradient "
+         "checkpointing on, or the whole step in one counter?"),
+        ([everything, second], "the first is the ratio of a base that is trained too. Freeze it: "
+         "only the adapter may require a gradient."),
+        ([first, adapter], "the second is the ratio of a frozen base. Let every weight require a "
+         "gradient before the forward pass."),
+        otherwise=f"at least one is another one. Take {rows} rows of {tokens} tokens, and a loss "
+        "that every place of the output enters.",
+    )  # fmt: skip
+    return f"freezing the base saves {1 - (1 + adapter) / (1 + everything):.0%} of a step."
 
 
 @functools.cache
