@@ -55,11 +55,25 @@ class NotYetError(Exception):
     """An answer is not right yet; the message is a nudge for the reader."""
 
 
-Judge = Callable[[Run, Any, Policy | None], str]
-"""``judge(run, answer, policy)`` returns a sentence if the answer is right, and raises otherwise.
+@dataclass(frozen=True)
+class Answer:
+    """What was handed in, the run that it is from, and its base model where that is loaded."""
 
-``policy`` is the run's base model, or None: then the judge loads it if it needs it.
-"""
+    value: Any
+    run: Run
+    policy: Policy | None
+
+    def function(self) -> Callable[..., Any]:
+        """Return what was handed in, if it can be called."""
+        hold(callable(self.value), "hand in the function itself, without calling it.")
+        return self.value
+
+    def base_model(self) -> Policy:
+        return self.policy if self.policy is not None else load_model(self.run, None)
+
+
+Judge = Callable[[Answer], str]
+"""``judge(answer)`` returns a sentence if the answer is right, and raises otherwise."""
 EXERCISES: dict[str, tuple[str, Judge]] = {}
 """Name (notebook and level) -> the form of an answer, and what judges it."""
 
@@ -82,7 +96,7 @@ def check(run: Run, name: str, answer: Any, policy: Policy | None = None) -> Ver
     if answer is ...:
         return Verdict(NONE_YET, f"replace the dots by {wanted}.")
     try:
-        verdict = Verdict(RIGHT, judge(run, answer, policy))
+        verdict = Verdict(RIGHT, judge(Answer(answer, run, policy)))
     except NotYetError as nudge:
         verdict = Verdict(NOT_YET, str(nudge))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -96,12 +110,6 @@ def hold(condition: bool, nudge: str) -> None:
     """Raise NotYetError with a nudge for the reader unless ``condition`` holds."""
     if not condition:
         raise NotYetError(nudge)
-
-
-def hold_function(answer: Any) -> Callable[..., Any]:
-    """Return what was handed in, if it can be called."""
-    hold(callable(answer), "hand in the function itself, without calling it.")
-    return answer
 
 
 def finite_numbers(answer: Any, count: int) -> list[float]:
@@ -133,10 +141,6 @@ def hold_wanted(
     for slip, nudge in slips:
         hold(not near(found, slip, slack, relative), nudge)
     raise NotYetError(otherwise)
-
-
-def base_model(run: Run, policy: Policy | None) -> Policy:
-    return policy if policy is not None else load_model(run, None)
 
 
 def score_answers(policy: Policy, question: str, answers: Sequence[str]) -> list[Any]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from grath_utils.course.exercises.judging import (
     ROUNDING,
-    base_model,
+    Answer,
     exercise,
     finite_numbers,
     hold,
     hold_wanted,
     score_answers,
 )
-from grath_utils.engine.models import Policy
-from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.parsing import split_words
 
 ANT_QUESTION = "How many legs does an ant have?"  # notebook 0, section 3
@@ -26,8 +22,8 @@ BLANK_QUESTION = "Say something."
 
 
 @exercise("00.easy", "(question, true answer, false answer), three texts")
-def own_question(run: Run, answer: Any, policy: Policy | None) -> str:
-    question, true, false = (str(part).strip() for part in answer)
+def own_question(answer: Answer) -> str:
+    question, true, false = (str(part).strip() for part in answer.value)
     hold(all((question, true, false)), "one of the three texts is empty.")
     hold(true != false, "the two answers are the same text.")
     first, second = split_words(true), split_words(false)
@@ -37,9 +33,7 @@ def own_question(run: Run, answer: Any, policy: Policy | None) -> str:
         "the answers differ in more than the fact: use the same wording and the same length, or "
         "the score compares styles.",
     )
-    right, wrong = (
-        s.logprob for s in score_answers(base_model(run, policy), question, [true, false])
-    )
+    right, wrong = (s.logprob for s in score_answers(answer.base_model(), question, [true, false]))
     hold(wrong > right, f"the model gets this one right, by {right - wrong:.2f} nats. Try another.")
     return (
         f"the model prefers the answer that you call false, by {wrong - right:.2f} nats. Whether "
@@ -48,9 +42,9 @@ def own_question(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("00.medium", "three differences, one for each comparison of section 3")
-def ant_mean(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = finite_numbers(answer, len(ANT_PAIRS))
-    scores = score_answers(base_model(run, policy), ANT_QUESTION, ANT_ANSWERS)
+def ant_mean(answer: Answer) -> str:
+    found = finite_numbers(answer.value, len(ANT_PAIRS))
+    scores = score_answers(answer.base_model(), ANT_QUESTION, ANT_ANSWERS)
     logprobs = np.array([s.logprob for s in scores])
     sums, means = (
         np.array([of[a] - of[b] for a, b in ANT_PAIRS])
@@ -70,9 +64,9 @@ def ant_mean(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("00.hard", "four gains in nats, in the order of the four answers")
-def ant_information(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = finite_numbers(answer, len(ANT_ANSWERS))
-    model = base_model(run, policy)
+def ant_information(answer: Answer) -> str:
+    found = finite_numbers(answer.value, len(ANT_ANSWERS))
+    model = answer.base_model()
     asked, blank = (
         np.array([s.logprob for s in score_answers(model, q, ANT_ANSWERS)])
         for q in (ANT_QUESTION, BLANK_QUESTION)

@@ -10,16 +10,14 @@ import numpy as np
 import torch
 
 from grath_utils.course.exercises.judging import (
+    Answer,
     exercise,
     finite_numbers,
     hold,
-    hold_function,
     hold_wanted,
     near,
 )
 from grath_utils.dpo.loss import dpo_loss
-from grath_utils.engine.models import Policy
-from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.judge import mean_of_orders
 from grath_utils.pairs.parsing import parse_pair
 
@@ -52,8 +50,8 @@ def hold_sides(mine: Any, sides: tuple[str, str], which: str) -> None:
 
 
 @exercise("00b.easy", "your function, called with a completion")
-def own_parser(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, found = hold_function(answer), 0
+def own_parser(answer: Answer) -> str:
+    function, found = answer.function(), 0
     for text in decorated_completions():
         parsed, mine = parse_pair(text), function(text)
         if parsed.reason:
@@ -70,8 +68,8 @@ def own_parser(run: Run, answer: Any, policy: Policy | None) -> str:
 
 @exercise("00b.medium", "your function, called with (log p(A), log p(B)) of the first order and "
           "of the second")  # fmt: skip
-def own_average(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, draw = hold_function(answer), np.random.default_rng(0)
+def own_average(answer: Answer) -> str:
+    function, draw = answer.function(), np.random.default_rng(0)
     for case in range(CASES):
         first, second = draw.normal(-3, 2, (2, 2)) - (2000 if case % 4 == 3 else 0)
         wanted = float(mean_of_orders(np.stack([first, second]))[0])
@@ -92,8 +90,8 @@ def own_average(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("00b.hard", "your function, called with four log-probabilities and beta")
-def own_loss(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, draw = hold_function(answer), np.random.default_rng(0)
+def own_loss(answer: Answer) -> str:
+    function, draw = answer.function(), np.random.default_rng(0)
     for case in range(CASES):
         four = draw.normal(-40, 5, 4) * (100 if case % 4 == 3 else 1)
         beta = float(draw.uniform(0.05, 1))

@@ -6,19 +6,10 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from grath_utils.config import PairsConfig
-from grath_utils.course.exercises.judging import (
-    base_model,
-    exercise,
-    finite_numbers,
-    hold,
-    hold_function,
-)
+from grath_utils.course.exercises.judging import Answer, exercise, finite_numbers, hold
 from grath_utils.course.exercises.nb00b import CASES, WORDS, hold_sides
-from grath_utils.engine.models import Policy
-from grath_utils.loop.run_dir import Run
 from grath_utils.pairs.audit import wilson
 from grath_utils.pairs.judge import JUDGES, Case, verdict
 from grath_utils.pairs.labels import read_sealed
@@ -40,8 +31,8 @@ def fate_of(mean: float, keep: float, turn: float) -> str:
 
 
 @exercise("01.easy", "your function, called with two probabilities and the two thresholds")
-def own_fate(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, draw = hold_function(answer), random.Random(0)
+def own_fate(answer: Answer) -> str:
+    function, draw = answer.function(), random.Random(0)
     for case in range(CASES):
         turn, keep = (draw.choice((0.25, 0.375, 0.5)), draw.choice((0.5, 0.625, 0.75)))
         first, second = draw.random(), draw.random()
@@ -80,8 +71,8 @@ def messy_completions() -> Iterator[str]:
 
 
 @exercise("01.medium", "your function, called with a completion")
-def own_parser_with_reasons(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, pairs = hold_function(answer), 0
+def own_parser_with_reasons(answer: Answer) -> str:
+    function, pairs = answer.function(), 0
     for text in messy_completions():
         parsed = parse_pair(text)
         reason = check_pair(ASKED, parsed, filters=[Reason.EQUAL])
@@ -100,10 +91,10 @@ def own_parser_with_reasons(run: Run, answer: Any, policy: Policy | None) -> str
 
 
 @exercise("01.hard", "your function, called with the policy, a question and two answers")
-def own_judge(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, model = hold_function(answer), base_model(run, policy)
+def own_judge(answer: Answer) -> str:
+    function, model = answer.function(), answer.base_model()
     plain = [Case(i, s.question, s[1:3]) for i, s in read_sealed().items() if s.kind == "plain"]
-    cases, right = random.Random(run.config.seed).sample(plain, TRIED), 0
+    cases, right = random.Random(answer.run.config.seed).sample(plain, TRIED), 0
     values = []
     for _, question, (true, false) in cases:
         value, other = finite_numbers(

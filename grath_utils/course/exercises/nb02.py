@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from grath_utils.course.exercises.judging import exercise, hold, hold_function, hold_wanted
+from grath_utils.course.exercises.judging import Answer, exercise, hold, hold_wanted
 from grath_utils.dpo.loss import dpo_loss
-from grath_utils.engine.models import Policy
-from grath_utils.loop.run_dir import Run
 
 CASES = 20  # random ones, the same for everybody
 SLACK = 1e-4  # absolute and relative: float32
@@ -29,8 +27,8 @@ def hold_tensor(mine: Any, wanted: torch.Tensor) -> torch.Tensor:
 
 
 @exercise("02.easy", "your function, called with four tensors and beta")
-def own_loss(run: Run, answer: Any, policy: Policy | None) -> str:
-    function, draw = hold_function(answer), torch.Generator().manual_seed(0)
+def own_loss(answer: Answer) -> str:
+    function, draw = answer.function(), torch.Generator().manual_seed(0)
     for case in range(CASES):
         scale = 1000 if case % 4 == 3 else 5
         four = torch.randn(4, 6, generator=draw, dtype=torch.float64) * scale - 40
@@ -71,8 +69,8 @@ def summed(values: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch
 
 
 @exercise("02.medium", "your function, called with logits, ids and mask")
-def own_sums(run: Run, answer: Any, policy: Policy | None) -> str:
-    function = hold_function(answer)
+def own_sums(answer: Answer) -> str:
+    function = answer.function()
     for logits, ids, mask, wanted in batches():
         mine = hold_tensor(function(logits, ids, mask), wanted)
         log_p = logits.log_softmax(-1)
@@ -94,14 +92,14 @@ def own_sums(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("02.hard", "your function, called as dpo_loss is")
-def positive_loss(run: Run, answer: Any, policy: Policy | None) -> str:
-    hold_function(answer)
+def positive_loss(answer: Answer) -> str:
+    function = answer.function()
     beta = 0.1
     chosen, rejected = torch.tensor([-20.0]), torch.tensor([-24.0])
 
     def both(up: float, down: float) -> tuple[float, float]:
         four = (chosen + up, rejected + down, chosen, rejected)
-        return float(answer(*four, beta)), dpo_loss(*four, beta)[0].item()
+        return float(function(*four, beta)), dpo_loss(*four, beta)[0].item()
 
     for up, down in ((0.0, 0.0), (5.0, 0.0), (0.0, -5.0), (0.0, 3.0)):
         ours, plain = both(up, down)
@@ -118,6 +116,6 @@ def positive_loss(run: Run, answer: Any, policy: Policy | None) -> str:
         "pushing both down is still not the worst of the three moves: weigh the new term more.",
     )
     moving = (chosen - 3.0).requires_grad_()
-    slope = torch.autograd.grad(answer(moving, rejected, chosen, rejected, beta).sum(), moving)[0]
+    slope = torch.autograd.grad(function(moving, rejected, chosen, rejected, beta).sum(), moving)[0]
     hold(slope.item() < 0, "the gradient does not pull a fallen chosen answer up again.")
     return "it is DPO where nothing is lost, and no longer won by pushing both answers down."

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import ROUNDING, exercise, hold, hold_wanted
+from grath_utils.course.exercises.judging import ROUNDING, Answer, exercise, hold, hold_wanted
 from grath_utils.dpo.data import tokenize_pairs
 from grath_utils.dpo.round import reference_log_probs
-from grath_utils.engine.models import Policy
 from grath_utils.files import read_jsonl
 from grath_utils.loop.choice import choose_round, displacement, margins
 from grath_utils.loop.run_dir import LOG_ROW, Run
@@ -19,12 +18,12 @@ from grath_utils.loop.state import run_state
 
 
 @exercise("03.easy", "your function, called with the signals of the base and of a round")
-def margin_over_base(run: Run, answer: Any, policy: Policy | None) -> str:
+def margin_over_base(answer: Answer) -> str:
     base = {"chosen": [-20.0, -8.0, -31.5], "rejected": [-24.0, -6.0, -30.0]}
     after = {"chosen": [-23.0, -5.0, -31.0], "rejected": [-36.0, -6.5, -28.0]}
     now, then = (np.subtract(of["chosen"], of["rejected"]) for of in (after, base))
     wanted = margins(*({"pairs": ["a", "b", "c"], **of} for of in (base, after)))
-    found = np.asarray(answer(base, after), dtype=float)
+    found = np.asarray(answer.function()(base, after), dtype=float)
     hold(found.shape == wanted.shape, "one number for each pair is wanted: the mean comes later.")
     hold_wanted(
         found,
@@ -34,16 +33,17 @@ def margin_over_base(run: Run, answer: Any, policy: Policy | None) -> str:
         (-wanted, "the sign is turned: a pair that is preferred more strongly counts above 0."),
         (now, "this is what the trained model prefers; take off what the base preferred before."),
         (then, "this is what the base model prefers; the round is missing."),
-        (run.config.dpo.beta * wanted if run else now, "in nats: without beta."),
+        (answer.run.config.dpo.beta * wanted if answer.run else now, "in nats: without beta."),
         otherwise="another number. Follow the equation, term by term.",
     )
     return "the choice of a round stands on the mean of these numbers."
 
 
 @exercise("03.medium", "your function, called with the gains and the alarms of all rounds")
-def choice_rule(run: Run, answer: Any, policy: Policy | None) -> str:
+def choice_rule(answer: Answer) -> str:
+    function = answer.function()
     for gains, alarms in _clear_cases():
-        found, wanted = answer(list(gains), list(alarms)), _chosen(gains, alarms)
+        found, wanted = function(list(gains), list(alarms)), _chosen(gains, alarms)
         found = None if found is None else int(found)
         case = ", ".join(
             f"{gain.mean():+.2f}{' with an alarm' if alarm else ''}"
@@ -103,8 +103,8 @@ def _held_out_margins(run: Run, iteration: int | None, round_of_pairs: int) -> n
 
 
 @exercise("03.hard", "the log of your second round, `report.log`")
-def base_reference(run: Run, answer: Any, policy: Policy | None) -> str:
-    log = [dict(row) for row in answer]
+def base_reference(answer: Answer) -> str:
+    run, log = answer.run, [dict(row) for row in answer.value]
     held = [row for row in log if row["split"] == "held_out"]
     hold(len(held) >= 2, "the log needs held-out rows, first and last: hand in `report.log`.")
     last = run_state(run).planned[-1]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import NotYetError, exercise, hold, near
-from grath_utils.engine.models import Policy
+from grath_utils.course.exercises.judging import Answer, NotYetError, exercise, hold, near
 from grath_utils.evaluation.benchmarks import BENCHMARKS
 from grath_utils.evaluation.measure import RESULT
 from grath_utils.evaluation.metrics import mc2
@@ -32,15 +30,15 @@ def _differences(run: Run) -> list[np.ndarray]:
 
 
 @exercise("04.easy", "your function, called with scores and labels")
-def mc2_by_hand(run: Run, answer: Any, policy: Policy | None) -> str:
+def mc2_by_hand(answer: Answer) -> str:
     scores, labels = np.array([-7.0, -9.0, -8.0, -11.0]), np.array([1, 1, 0, 0])
-    order = [2, 0, 3, 1]
+    function, order = answer.function(), [2, 0, 3, 1]
     wanted = mc2(scores, labels)
     with np.errstate(all="ignore"):
-        found = float(answer(scores, labels))
-        turned = float(answer(scores[order], labels[order]))
+        found = float(function(scores, labels))
+        turned = float(function(scores[order], labels[order]))
         try:
-            low = float(answer(scores - 800, labels))
+            low = float(function(scores - 800, labels))
         except ZeroDivisionError:
             low = math.nan
     hold(not near([found], [1 - wanted], 1e-6), "this is the share of the false answers.")
@@ -55,11 +53,11 @@ def mc2_by_hand(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("04.medium", "your function, called with the values before and after")
-def paired_interval(run: Run, answer: Any, policy: Policy | None) -> str:
+def paired_interval(answer: Answer) -> str:
     rng = np.random.default_rng(0)
     before = rng.random(150)  # items that differ much more than the two models do
     after = before + rng.normal(0.03, 0.06, 150)
-    low, high = (float(end) for end in answer(before, after))
+    low, high = (float(end) for end in answer.function()(before, after))
     wanted = interval(bootstrap_means(after - before, 4000, 0))
     width = wanted[1] - wanted[0]
     hold(low < high, "the lower end comes first.")
@@ -74,16 +72,16 @@ def paired_interval(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("04.hard", "{number of items: share that finds the effect}")
-def power_curve(run: Run, answer: Any, policy: Policy | None) -> str:
-    curve = {int(n): float(share) for n, share in dict(answer).items()}
+def power_curve(answer: Answer) -> str:
+    curve = {int(n): float(share) for n, share in dict(answer.value).items()}
     hold(len(curve) >= 3, "at least three numbers of items are wanted.")
     hold(all(0 <= share <= 1 for share in curve.values()), "each share lies between 0 and 1.")
     hold(max(curve.values()) >= 0.7, "the curve ends too early: it never comes near 80 %.")
     sizes = sorted(curve)
     sizes = sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
-    for moved in _differences(run):
+    for moved in _differences(answer.run):
         shifted = moved - moved.mean() + 0.02
-        simulated = [_power(shifted, n, run.config.seed) for n in sizes]
+        simulated = [_power(shifted, n, answer.run.config.seed) for n in sizes]
         # Two simulations of some two hundred tests each differ by chance.
         if near([curve[n] for n in sizes], simulated, 0.15):
             return "the simulation here finds the same shares, up to chance."

@@ -7,17 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from grath_utils.course.exercises.judging import (
-    exercise,
-    finite_numbers,
-    hold,
-    hold_function,
-    hold_wanted,
-)
-from grath_utils.engine.models import Policy
+from grath_utils.course.exercises.judging import Answer, exercise, finite_numbers, hold, hold_wanted
 from grath_utils.evaluation.statistics import items_needed
 from grath_utils.files import notebooks_dir, read_jsonl
-from grath_utils.loop.run_dir import Run
 
 
 def _record(name: str) -> list[dict[str, Any]]:
@@ -27,8 +19,8 @@ def _record(name: str) -> list[dict[str, Any]]:
 
 
 @exercise("05.easy", "a function items_for(effect, ci95, n) that returns a number of items")
-def items_for_an_effect(run: Run, answer: Any, policy: Policy | None) -> str:
-    items_for = hold_function(answer)
+def items_for_an_effect(answer: Answer) -> str:
+    items_for = answer.function()
     cases = [(row["n"], row["over_random"]) for row in _record("arms") if "over_random" in row]
     for n, found in cases:
         low, high = found["ci95"]
@@ -50,7 +42,7 @@ def items_for_an_effect(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("05.medium", "(mean gain with annotated pairs, with self-made ones)")
-def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
+def interaction(answer: Answer) -> str:
     record = _record("search")[1:]
     same = ("pairs", "prompt_format", "targets", "beta", "loss", "label_smoothing")
     gains: dict[bool, list[float]] = {True: [], False: []}
@@ -62,7 +54,7 @@ def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
                 gains[annotated].append(b["arc_dev_acc"] - a["arc_dev_acc"])
     wanted = [float(np.mean(gains[kind])) for kind in (True, False)]
     hold_wanted(
-        finite_numbers(answer, 2),
+        finite_numbers(answer.value, 2),
         wanted,
         0.05,
         (wanted[::-1], "in the other order: annotated first."),
@@ -73,10 +65,10 @@ def interaction(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("05.hard", "two designs, as settings: ({...}, {...})")
-def equal_steps(run: Run, answer: Any, policy: Policy | None) -> str:
-    settings = run.config.flat()
+def equal_steps(answer: Answer) -> str:
+    settings = answer.run.config.flat()
     plain = {key: settings[key] for key in ("loop.iterations", "dpo.steps", "loop.later_steps")}
-    first, second = ({**plain, **dict(design)} for design in answer)
+    first, second = ({**plain, **dict(design)} for design in answer.value)
     steps = []
     for rounds, one, later in ([int(d[key] or 0) for key in plain] for d in (first, second)):
         steps.append(one + (rounds - 1) * (later or one))

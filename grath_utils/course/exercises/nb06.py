@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import torch
 
 from grath_utils.config import Config, load_config
-from grath_utils.course.exercises.judging import exercise, finite_numbers, hold, hold_wanted
+from grath_utils.course.exercises.judging import Answer, exercise, finite_numbers, hold, hold_wanted
 from grath_utils.engine.machine import quiet_transformers
-from grath_utils.engine.models import Policy
 from grath_utils.errors import did_you_mean
-from grath_utils.loop.run_dir import Run
 from grath_utils.scale import costs
 from grath_utils.scale.shapes import shape_of
 
@@ -22,8 +19,8 @@ COUNTED = (2, 32)  # rows and tokens a row of the batch whose operations are cou
 
 
 @exercise("06.easy", "(pairs without checkpointing, pairs with it)")
-def micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
-    found = finite_numbers(answer, 2)
+def micro_batch(answer: Answer) -> str:
+    found = finite_numbers(answer.value, 2)
     config, device = load_config("paper-llama2"), costs.DEVICES["T4"]
     batch = config.dpo.batch_size
     hold(
@@ -55,8 +52,8 @@ def micro_batch(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("06.medium", "(speed-up of the whole run, name of a stage)")
-def eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
-    speed_up, stage = answer
+def eight_gpus(answer: Answer) -> str:
+    speed_up, stage = answer.value
     config, found = load_config("paper-llama2"), float(speed_up)
     one, eight = (costs.estimate(config, costs.DEVICES[name]) for name in ("H100", "8xH100"))
     wanted = costs.total(one).seconds / costs.total(eight).seconds
@@ -82,9 +79,10 @@ def eight_gpus(run: Run, answer: Any, policy: Policy | None) -> str:
 
 
 @exercise("06.hard", "(backward over forward with an adapter, the same with all weights trained)")
-def backward_share(run: Run, answer: Any, policy: Policy | None) -> str:
-    first, second = finite_numbers(answer, 2)
-    wanted = np.array([backward_over_forward(run.config, everything=x) for x in (False, True)])
+def backward_share(answer: Answer) -> str:
+    first, second = finite_numbers(answer.value, 2)
+    config = answer.run.config
+    wanted = np.array([backward_over_forward(config, everything=x) for x in (False, True)])
     adapter, everything = wanted
     rows, tokens = COUNTED
     hold_wanted(
