@@ -107,13 +107,11 @@ def write_report(run: Run | RunState) -> Path:
             train, held_out = run_pairs(run, t)
             rejects = read_jsonl(run.rejects(t)) if run.rejects(t).exists() else []
             pairs.append((t + 1, train, len(held_out), len(rejects)))
-    notes, rules, label = [], [], model_label(state.final)
-    changed = []
+    notes, rules, changed, label = [], [], [], model_label(state.final)
     for benchmark, models in state.results.items():
         shown = models.get(label, {})
-        notes += [
-            f"{benchmark}, round {state.final + 1}: {note}" for note in shown.get("notes", [])
-        ]
+        where = f"{benchmark}, round {state.final + 1}"
+        notes += [f"{where}: {note}" for note in shown.get("notes", [])]
         for rule, value in shown.get("controls", {}).items():
             rules.append((benchmark, rule.replace("_", " "), percent(value)))
         if shown and BASE in models:
@@ -128,7 +126,7 @@ def write_report(run: Run | RunState) -> Path:
         figures=figures,
         notes=notes,
         rules=rules,
-        pairs=_pairs_by_question(pairs),
+        pairs=_pairs_by_question(pairs) if pairs else None,
         written=pairs,
         changed=changed,
         answers=_answers(state) if state.base else None,
@@ -179,8 +177,6 @@ def _pairs_by_question(
     rounds: Sequence[tuple[int, Sequence[Pair], int, int]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return columns and rows: a question, what the first and the last round wrote to it."""
-    if not rounds:
-        return (), []
     ends = rounds if len(rounds) < 3 else (rounds[0], rounds[-1])
     columns = ("question", *(f"correct, round {t}" for t, *_ in ends), "incorrect")
     answers = [{pair.id: pair.correct for pair in train} for _, train, *_ in ends]

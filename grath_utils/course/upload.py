@@ -151,16 +151,14 @@ def _explained(repository: str) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        if status == 401:
-            raise UsageError(
-                "the Hub does not know your token: log in again with `hf auth login`, or set "
-                "HF_TOKEN to a valid one"
-            ) from error
-        if status == 403:
-            raise UsageError(
-                f"your token may not write to {repository}: use one with write access to it, or "
-                "push to a repository of your own (`hf auth whoami` says who you are)"
-            ) from error
+        refused = {
+            401: "the Hub does not know your token: log in again with `hf auth login`, or set "
+            "HF_TOKEN to a valid one",
+            403: f"your token may not write to {repository}: use one with write access to it, or "
+            "push to a repository of your own (`hf auth whoami` says who you are)",
+        }
+        if status in refused:
+            raise UsageError(refused[status]) from error
         raise FetchError(
             f"the Hub did not take the upload to {repository} ({hub_reason(error)}); run the same "
             "again, which sends only what is missing"

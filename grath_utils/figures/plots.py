@@ -81,10 +81,10 @@ def new_axes(
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
 
 
-def _panels(n: int, columns: int, height: float, **options: float) -> tuple[Figure, list[Axes]]:
+def _panels(n: int, columns: int, height: float, width: float) -> tuple[Figure, list[Axes]]:
     """Return a figure and its first ``n`` axes, in rows; the others are hidden."""
     rows = math.ceil(n / columns)
-    figure, grid = new_axes(rows, columns, height=height * rows, squeeze=False, **options)
+    figure, grid = new_axes(rows, columns, width=width, height=height * rows, squeeze=False)
     for spare in grid.flat[n:]:
         spare.set_axis_off()
     return figure, list(grid.flat[:n])
