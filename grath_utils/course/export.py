@@ -59,7 +59,7 @@ def merge_model(name: str, folder: Path, *, dtype: str = "float32") -> float:
     merged = apply_adapters(load_base(exact), adapters, fold_last=True)
     merged.model.to(getattr(torch, dtype))
     path, _, iteration = name.rpartition("@")
-    if path and iteration.isdigit():
+    if path and iteration.isdigit() and not user_path(name).exists():
         card = model_card(load_run(path), int(iteration), merged=True)
     else:
         head = _metadata(base, merged=True).to_yaml()

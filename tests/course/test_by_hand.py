@@ -279,6 +279,7 @@ def as_the_formula_says(c: float, r: float, rc: float, rr: float, beta: float) -
         (lambda *four: loss_and_slope(*four[:4], 0.1), "another loss"),
         (lambda *four: (loss_and_slope(*four)[0], 0.0), "another slope"),
         (lambda *four: loss_and_slope(*four)[0], "could not be used"),
+        (lambda *four: 1 / 0, "ZeroDivisionError"),
     ],
 )
 def test_the_loss_in_plain_python_is_tried(answer: Any, says: str) -> None:

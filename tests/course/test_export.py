@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -68,6 +69,12 @@ def test_a_merged_model_is_the_measured_one(run: Run, tmp_path: Path, capsys) ->
     assert not torch.allclose(one, three, atol=1e-2)
     assert (folder / "model.safetensors").is_file()
     assert "## Recipe" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_folder_may_have_the_name_of_a_round(run: Run, tmp_path: Path) -> None:
+    adapter = shutil.copytree(run.adapter(0), tmp_path / "mine@1")
+    assert merge_model(str(adapter), tmp_path / "merged") < 1
+    assert "Merged from `mine@1`" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_report_shows_what_the_run_directory_holds(run: Run) -> None:
