@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy
 
 from grath_utils.config import DPOConfig
 from grath_utils.errors import DataError
@@ -157,17 +158,12 @@ def margins(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
             f"a round's signals lack a log-probability or have one too many; {MEASURE_AGAIN}"
         )
     chosen, rejected = (np.subtract(after[side], base[side]) for side in ("chosen", "rejected"))
-    return np.asarray(chosen - rejected, dtype=np.float64)
+    return chosen - rejected
 
 
 def displacement(base: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
     """Return how much each held-out chosen answer has gained, in nats; negative = displaced."""
     return np.subtract(after["chosen"], base["chosen"])
-
-
-def _standard_error(values: np.ndarray) -> float:
-    """Return that of the mean of at least two values."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def alarms(base: Mapping[str, Any], after: Mapping[str, Any], *, max_kl: float) -> list[str]:
@@ -240,7 +236,7 @@ def choose_round(
             f"round {last + 1} did not raise the held-out margin "
             f"({means[last]:+.2f} nats, {before:+.2f} before)"
         )
-    errors = {t: _standard_error(gain) for t, gain in gains.items()}
+    errors = {t: scipy.stats.sem(gain) for t, gain in gains.items()}
     rising = [t for t in fit if means[t] > errors[t]]
     best = max(fit, key=means.__getitem__)
     if not rising:
@@ -250,7 +246,7 @@ def choose_round(
         )
         return Choice(None, why, stop, warned)
     # One is always within that reach: the best itself, or all if it is too noisy to be among them.
-    behind = {t: means[best] - means[t] > _standard_error(gains[best] - gains[t]) for t in rising}
+    behind = {t: means[best] - means[t] > scipy.stats.sem(gains[best] - gains[t]) for t in rising}
     kept = min(rising, key=lambda t: (behind[t], t))
     ci95 = mean_interval(gains[kept], RESAMPLES, seed, bounds=None)
     why = (

@@ -85,7 +85,7 @@ def resolve_name(
 ) -> tuple[ModelConfig, list[Path]]:
     """Return the base model and the adapters (to merge in order, the last on top) of a name.
 
-    A name is ``default``, a Hub id (``org/model``), a model folder, an adapter folder, or
+    A name is ``tiny``, a Hub id (``org/model``), a model folder, an adapter folder, or
     ``RUN_DIR@N``: ``runs/cpu@1`` is the model after the second DPO round, ``runs/cpu@base``
     the one before the first.
 

@@ -59,41 +59,37 @@ def plan_stages(run: Run | RunState, *, progress: bool = True) -> list[Stage]:
     state, plan = run_state(run), []
     run = state.run
 
-    def work(stage: str, *which: int | str | None) -> Callable[[], Any]:
-        def do() -> Any:
+    def add(id: str, title: str, t: int | None, output: Path, does: str, *beside: Path) -> None:
+        def work() -> Any:
             from grath_utils.loop import stages  # what computes: a plan is shown without it
 
-            return getattr(stages, stage)(run, *which, progress=progress)
+            return getattr(stages, does)(run, t, progress=progress)
 
-        return do
-
-    def add(id: str, title: str, t: int | None, output: Path, do: Any, *beside: Path) -> None:
-        plan.append(Stage(id, title, t, output, do, run, beside))
+        plan.append(Stage(id, title, t, output, work, run, beside))
 
     def add_measuring(t: int | None, title: str) -> None:
         label = model_label(t)
         if run.config.loop.signals:
-            add(f"measure_{label}", title, t, run.signals(label), work("measure", t))
+            add(f"measure_{label}", title, t, run.signals(label), "measure")
 
     for t in state.planned:
-        do = work("make_pairs", t)
         if run.main:
-            made = (run.path / "run.json", run.questions)
-            add(f"relabel_{t}", f"relabel pairs, round {t + 1}", t, run.pairs(t), do, *made)
+            title, made = f"relabel pairs, round {t + 1}", (run.path / "run.json", run.questions)
+            add(f"relabel_{t}", title, t, run.pairs(t), "make_pairs", *made)
         else:
             title = f"write pairs, round {t + 1}"
-            add(f"pairs_{t}", title, t, run.pairs(t), do, run.rejects(t))
+            add(f"pairs_{t}", title, t, run.pairs(t), "make_pairs", run.rejects(t))
         if t == 0:  # as soon as there are pairs
             add_measuring(None, "measure base on held-out pairs")
-        do, log = work("train_iteration", t), run.training_log(t)
-        add(f"train_{t}", f"train, round {t + 1}", t, run.adapter(t), do, log)
+        title, log = f"train, round {t + 1}", run.training_log(t)
+        add(f"train_{t}", title, t, run.adapter(t), "train_iteration", log)
         add_measuring(t, f"measure on held-out pairs after round {t + 1}")
     for t in state.evaluated:
         label = model_label(t)
         what = BASE if t is None else f"after round {t + 1}"
         for name in run.config.evaluation.benchmarks:
             title, out = f"evaluate {what} on {name}", run.evaluation(label, name)
-            add(f"evaluate_{label}_{name}", title, t, out, work("evaluate_model", t))
+            add(f"evaluate_{label}_{name}", title, t, out, "evaluate_model")
     for labels, placebo in run.placebos(state.final).items():
         name = "placebo" if labels == "random" else f"placebo, {labels}"
         plan += [

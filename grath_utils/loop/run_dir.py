@@ -117,31 +117,28 @@ class Run:
         return self.path / "evaluation" / model / f"{benchmark}.json"
 
     def placebos(self, final: int) -> dict[str, Run]:
-        """Return the placebos that the configuration asks for, by their labels; maybe none."""
-        loop = self.config.loop
-        asked = dict.fromkeys(loop.placebo_labels) if loop.placebo else ()
-        return {labels: self.placebo(final, labels) for labels in asked}
+        """Return the placebos that the configuration asks for, by their labels; maybe none.
 
-    def placebo(self, final: int, labels: str = "random") -> Run:
-        """Return the run that differs in its labels alone, as far as to round ``final``.
-
-        Its pairs, steps and seeds are this run's. Over ``random`` labels this run's model gains by
-        *which* answer it was taught; over ``mismatched`` ones by what the answers say of their
-        question.
+        Each is a run that differs in its labels alone, as far as to round ``final``: its pairs,
+        steps and seeds are this run's. Over ``random`` labels this run's model gains by *which*
+        answer it was taught; over ``mismatched`` ones by what the answers say of their question.
         """
         config = self.config
         rounds = {"iterations": final + 1, "keep": "last", "early_stop": False, "signals": False}
         none = {"placebo": False, "placebo_labels": LoopConfig.placebo_labels}
-        return Run(
-            self.path / "arms" / labels,
-            replace(
-                config,
-                pairs=replace(config.pairs, labels=labels, flipped=0.0),
-                loop=replace(config.loop, **none, **rounds),
-                evaluation=replace(config.evaluation, every_iteration=False),
-            ),
-            beside=self.path,  # which may not have begun
+        like_all = replace(
+            config,
+            loop=replace(config.loop, **none, **rounds),
+            evaluation=replace(config.evaluation, every_iteration=False),
         )
+        return {
+            labels: Run(
+                self.path / "arms" / labels,
+                replace(like_all, pairs=replace(config.pairs, labels=labels, flipped=0.0)),
+                beside=self.path,  # which may not have begun
+            )
+            for labels in (config.loop.placebo_labels if config.loop.placebo else ())
+        }
 
     @property
     def main(self) -> Path | None:

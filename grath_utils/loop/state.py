@@ -70,19 +70,15 @@ class RunState:
         """
         run, found = self.run, {}
         for name in run.config.evaluation.benchmarks:
-            files = {
-                label: run.evaluation(label, name) for label in map(model_label, self.evaluated)
-            }
-            models = {
-                label: read_json(file, evaluation.RESULT)
-                for label, file in files.items()
-                if file.exists()
-            }
-            for label, result in models.items():
+            models: dict[str, dict[str, Any]] = {}
+            for label in map(model_label, self.evaluated):
+                if not (file := run.evaluation(label, name)).exists():
+                    continue
+                models[label] = read_json(file, evaluation.RESULT)
                 try:
-                    evaluation.check_comparable(next(iter(models.values())), result)
+                    evaluation.check_comparable(next(iter(models.values())), models[label])
                 except UsageError as error:
-                    raise DataError(f"{files[label]}: {error}{MAKE_AGAIN}") from error
+                    raise DataError(f"{file}: {error}{MAKE_AGAIN}") from error
             if models:
                 found[name] = models
         return found

@@ -57,11 +57,8 @@ def gain_line(run: Run | RunState) -> str:
     for labels, benchmarks in run_state(run).gains.items():
         found = []
         for benchmark, metrics in benchmarks.items():
-            values = [
-                f"{metric} {with_interval(gain['value'], gain['ci95'], '+.1f', scale=100)}"
-                for metric, gain in metrics.items()
-            ]
-            found.append(f"{benchmark} {', '.join(values)}")
+            values = ", ".join(f"{metric} {_points(gain)}" for metric, gain in metrics.items())
+            found.append(f"{benchmark} {values}")
         what = f"Gain over the placebo ({PLACEBOS[labels].pairs})"
         points = f", in points: {'; '.join(found)}" if found else ": not measured yet"
         lines.append(what + points)

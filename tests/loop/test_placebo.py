@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Run:
 def test_the_placebo_differs_in_its_labels_alone(run: Run) -> None:
     final = loop.run_state(run).final
     arm = load_run(run.path / "arms" / "random")
-    assert arm.config == run.placebo(final).config
+    assert arm.config == run.placebos(final)["random"].config
     changed = {key for key, value in run.config.flat().items() if arm.config.flat()[key] != value}
     assert changed - {"loop.iterations", "loop.keep", "loop.early_stop", "loop.signals"} == {
         "pairs.labels", "loop.placebo", "loop.placebo_labels", "evaluation.every_iteration"
