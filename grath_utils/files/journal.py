@@ -43,20 +43,19 @@ class Journal:
         """
         if self.path is None or not self.path.is_file():
             return {}
-        whole: list[tuple[bytes, dict[str, Any]]] = []
-        for raw in self.path.read_bytes().splitlines(keepends=True):
-            try:
+        content, rows, end = self.path.read_bytes(), [], 0
+        with suppress(ValueError, RecursionError):
+            for raw in content.splitlines(keepends=True):
                 row = json.loads(raw)
-            except (ValueError, RecursionError):
-                break
-            if not raw.endswith(b"\n") or not isinstance(row, dict):
-                break
-            whole.append((raw, row))
-        head, *parts = [row for _, row in whole] or [{}]
+                if not raw.endswith(b"\n") or not isinstance(row, dict):
+                    break
+                rows.append(row)
+                end += len(raw)
+        head, *parts = rows or [{}]
         ours = head.get("identity") == self.identity
         ours &= all(row.keys() == {"part", "rows"} for row in parts)
-        if not whole:  # killed in its first line?
-            ours = self._head().startswith(self.path.read_bytes())
+        if not rows:  # killed in its first line?
+            ours = self._head().startswith(content)
         if not ours:
             names = (self.path.with_name(f"{self.path.name}.old{n}") for n in ("", *range(2, 1000)))
             aside = next(name for name in names if not name.exists())
@@ -68,15 +67,14 @@ class Journal:
             )
             return {}
         # Append after the last whole line, or the next one would be joined to a torn one.
-        with open(self.path, "r+b") as handle:
-            handle.truncate(sum(len(raw) for raw, _ in whole))
+        os.truncate(self.path, end)
         done = {}
         for row in parts:
             with suppress(DataError):
                 check_form(row, {"part": int, "rows": [form]}, str(self.path))
-                part, rows = row["part"], row["rows"]
-                if sizes is None or (0 <= part < len(sizes) and len(rows) == sizes[part]):
-                    done[part] = rows
+                part, made = row["part"], row["rows"]
+                if sizes is None or (0 <= part < len(sizes) and len(made) == sizes[part]):
+                    done[part] = made
         return done
 
     def _head(self) -> bytes:

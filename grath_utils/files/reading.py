@@ -131,7 +131,7 @@ def read_text(path: Path, errors: str = "strict") -> str:
     except IsADirectoryError:
         raise DataError(f"{path}: is a folder, expected a file") from None
     except UnicodeDecodeError as error:
-        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -57,12 +57,9 @@ class _Yaml(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            problem = None
-            if not isinstance(key, yaml.ScalarNode):
-                problem = "a key must be one word"
-            elif key.value in seen:
-                problem = f'"{key.value}" is given twice'
-            if problem:
+            is_word = isinstance(key, yaml.ScalarNode)
+            if not is_word or key.value in seen:
+                problem = f'"{key.value}" is given twice' if is_word else "a key must be one word"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)

@@ -74,7 +74,7 @@ def plan_stages(run: Run | RunState, *, progress: bool = True) -> list[Stage]:
 
     for t in state.planned:
         if run.main:
-            title, made = f"relabel pairs, round {t + 1}", (run.path / "run.json", run.questions)
+            title, made = f"relabel pairs, round {t + 1}", (run.record, run.questions)
             add(f"relabel_{t}", title, t, run.pairs(t), "make_pairs", *made)
         else:
             title = f"write pairs, round {t + 1}"

@@ -91,6 +91,7 @@ class Run:
     config: Config
     beside: Path | None = field(default=None, compare=False)  # see :attr:`main`
 
+    record = _in_run("run.json")
     manifest = _in_run("manifest.json")
     questions = _in_run("questions.jsonl")
     figures = _in_run("figures")
@@ -149,7 +150,7 @@ class Run:
 
     def base_model(self) -> ModelConfig:
         """Return the base model; one of the Hub at the commit that the run was begun with."""
-        begun = (self.path / "run.json").is_file() and self.info().get("model", {}).get("commit")
+        begun = self.record.is_file() and self.info().get("model", {}).get("commit")
         return replace(self.config.model, revision=begun or self.config.model.revision)
 
     def quantization(self) -> str:
@@ -162,7 +163,7 @@ class Run:
         Raises:
             RunError: it is damaged, or lacks some of the facts that are read of it.
         """
-        return _read_record(self.path / "run.json", FACTS, may_lack_all=True)
+        return _read_record(self.record, FACTS, may_lack_all=True)
 
 
 def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None = None) -> Run:
@@ -175,8 +176,7 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
             hand, or the place cannot be written to.
     """
     run = check_run_dir(path, config)
-    record = run.path / "run.json"
-    if record.exists():
+    if run.record.exists():
         _check_untouched(run)
         return run
     made = {
@@ -186,7 +186,7 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
         "config": config.to_dict(),
         **(facts or {}),
     }
-    write_json(record, made)
+    write_json(run.record, made)
     return run
 
 
@@ -200,9 +200,8 @@ def check_run_dir(path: str | Path, config: Config) -> Run:
         RunError: ``run.json`` is damaged, or of a newer version.
     """
     run = Run(user_path(path), config)
-    record = run.path / "run.json"
-    if record.exists():
-        differing = differing_keys(config, _recorded_config(record))
+    if run.record.exists():
+        differing = differing_keys(config, _recorded_config(run.record))
         if lines := [line for line in differing if line.partition(":")[0] not in WITHOUT_EFFECT]:
             raise ConfigError(
                 f"{run.path} was made by another configuration:\n  "
@@ -216,7 +215,7 @@ def check_run_dir(path: str | Path, config: Config) -> Run:
     there = run.path.iterdir() if run.path.is_dir() else ()
     if any(path.name != ".lock" and path.suffix != PARTIAL for path in there):
         raise ConfigError(f"{run.path} is not empty and holds no run.json; choose another folder")
-    check_place(record)
+    check_place(run.record)
     warn_of_long_warmup(config.dpo)
     return run
 

@@ -299,7 +299,7 @@ def _note_done(run: Run) -> None:
     for stage in plan_stages(run):
         made += [(stage.run, path) for path in (*stage.beside, stage.output) if stage.done]
     for whose, path in made:
-        if path.exists() and path.name != "run.json":
+        if path.exists() and path != whose.record:
             record_made(whose, path)
 
 

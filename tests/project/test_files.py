@@ -298,6 +298,7 @@ def test_what_an_output_may_replace(tmp_path: Path, monkeypatch, name: str, mess
         (b'{"a": 1}\n[1]\n', "x.jsonl, line 2: expected a JSON object"),
         (b'{"a": 1}\n"text"\n', "line 2: expected a JSON object .*found str"),
         (b'{"a": 1}\n{"a": "\xff"}\n', "x.jsonl, line 2: not UTF-8"),
+        (b'\xef\xbb\xbf{"a": 1}\n\xff', "x.jsonl, line 2: not UTF-8"),  # after a byte-order mark
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
