@@ -34,7 +34,7 @@ class Journal:
         """Return the journal of an output file: ``OUT.journal``."""
         return Journal(out and out.with_name(f"{out.name}.journal"), identity)
 
-    def read(self, sizes: Sequence[int] | None = None, form: Any = Any) -> dict[int, list[Any]]:
+    def read(self, sizes: Sequence[int], form: Any) -> dict[int, list[Any]]:
         """Return the finished parts by number; drop a line that a killed writer left unfinished.
 
         A part that is not as this program writes it is made again: part ``n`` has ``sizes[n]`` rows
@@ -73,7 +73,7 @@ class Journal:
             with suppress(DataError):
                 check_form(row, {"part": int, "rows": [form]}, str(self.path))
                 part, made = row["part"], row["rows"]
-                if sizes is None or (0 <= part < len(sizes) and len(made) == sizes[part]):
+                if 0 <= part < len(sizes) and len(made) == sizes[part]:
                     done[part] = made
         return done
 

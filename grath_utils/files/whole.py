@@ -158,12 +158,10 @@ def _is_about(error: Exception, target: Path) -> bool:
     )
 
 
-def sweep_partials(folder: Path) -> int:
-    """Remove what a killed writer left aside in ``folder`` (and below); return how many."""
-    left = list(filter(Path.is_dir, Path(folder).rglob(f".*{PARTIAL}")))
-    for path in left:
+def sweep_partials(folder: Path) -> None:
+    """Remove what a killed writer left aside in ``folder`` (and below)."""
+    for path in list(filter(Path.is_dir, folder.rglob(f".*{PARTIAL}"))):
         shutil.rmtree(path, ignore_errors=True)
-    return len(left)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -199,14 +200,15 @@ def test_a_killed_writer_leaves_only_what_the_sweep_removes(tmp_path: Path) -> N
     writer.kill()
     writer.wait()
     assert not target.exists()
-    assert sweep_partials(tmp_path) == 1
+    assert list(tmp_path.iterdir()) != []
+    sweep_partials(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [".ipynb_checkpoints.old", ".cache.x/cache", ".x.y/replaced"])
 def test_the_sweep_leaves_other_hidden_folders_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir(parents=True)
-    assert sweep_partials(tmp_path) == 0
+    sweep_partials(tmp_path)
     assert (tmp_path / name).is_dir()
 
 
@@ -336,15 +338,15 @@ def test_fingerprints_depend_on_content_only(tmp_path: Path) -> None:
 
 def test_a_journal_gives_back_what_was_finished(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "r.json"
-    journal = Journal.beside(out, "one")
-    assert journal.read() == {}
+    journal, sizes = Journal.beside(out, "one"), [1, 0, 0, 1, 0]
+    assert journal.read(sizes, Any) == {}
     journal.append(0, [1.0])
     journal.append(3, [{"a": "\u2028"}])
     with open(journal.path, "a", encoding="utf-8") as handle:
         handle.write('{"part": 5, "ro')  # killed in the middle of a line
-    assert Journal.beside(out, "one").read() == {0: [1.0], 3: [{"a": "\u2028"}]}
+    assert Journal.beside(out, "one").read(sizes, Any) == {0: [1.0], 3: [{"a": "\u2028"}]}
     journal.append(4, [])
-    assert Journal.beside(out, "one").read().keys() == {0, 3, 4}
+    assert Journal.beside(out, "one").read(sizes, Any).keys() == {0, 3, 4}
     journal.remove()
     assert list(out.parent.iterdir()) == []
 
@@ -359,10 +361,10 @@ def test_a_journal_of_other_work_is_set_aside(tmp_path: Path, text: str) -> None
     for name in ("r.json.journal.old", "r.json.journal.old2", "r.json.journal.old3"):
         journal.path.write_text(text)
         with pytest.warns(UserWarning, match=rf"other inputs or settings; it is now {name},"):
-            assert journal.read() == {}
+            assert journal.read([1], int) == {}
         assert (tmp_path / name).read_text() == text
         journal.append(0, [1])
-        assert journal.read() == {0: [1]}
+        assert journal.read([1], int) == {0: [1]}
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"ident', '{"identity": "one"}'])
@@ -370,9 +372,9 @@ def test_a_journal_that_was_torn_in_its_first_line_is_begun_again(tmp_path: Path
     journal = Journal.beside(tmp_path / "r.json", "one")
     journal.path.write_text(text)
     with warnings.catch_warnings(action="error"):
-        assert journal.read() == {}
+        assert journal.read([1], int) == {}
     journal.append(0, [1])
-    assert journal.read() == {0: [1]}
+    assert journal.read([1], int) == {0: [1]}
     assert [p.name for p in tmp_path.iterdir()] == ["r.json.journal"]
 
 
@@ -380,12 +382,12 @@ def test_two_kinds_of_work_on_one_output_are_not_mixed(tmp_path: Path) -> None:
     first, second = (Journal.beside(tmp_path / "r.json", identity) for identity in ("one", "two"))
     first.append(0, [1])
     with pytest.warns(UserWarning, match=r"is now r\.json\.journal\.old"):
-        second.read()
+        second.read([1, 1], int)
     second.append(0, [2])
     with pytest.raises(RunError, match="that of other work now: does another process"):
         first.append(1, [1])
     second.append(1, [2])
-    assert second.read() == {0: [2], 1: [2]}
+    assert second.read([1, 1], int) == {0: [2], 1: [2]}
 
 
 @pytest.mark.parametrize(
@@ -411,7 +413,7 @@ def test_a_part_of_another_form_is_made_again(tmp_path: Path, line: str) -> None
 def test_no_journal_is_kept_without_an_output() -> None:
     journal = Journal.beside(None, "one")
     journal.append(0, [1])
-    assert journal.read() == {}
+    assert journal.read([1], int) == {}
     journal.remove()
 
 
