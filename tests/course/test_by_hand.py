@@ -279,8 +279,13 @@ def as_the_formula_says(c: float, r: float, rc: float, rr: float, beta: float) -
         (lambda *four: loss_and_slope(*four[:4], 0.1), "another loss"),
         (lambda *four: (loss_and_slope(*four)[0], 0.0), "another slope"),
         (lambda *four: loss_and_slope(*four)[0], "could not be used"),
-        (lambda *four: 1 / 0, "ZeroDivisionError"),
+        (lambda *four: 1 / 0, "See the hint"),
     ],
 )
 def test_the_loss_in_plain_python_is_tried(answer: Any, says: str) -> None:
     assert re.search(says, repr(check(None, "00b.hard", answer)))
+
+
+def test_whatever_a_function_raises_is_a_verdict() -> None:
+    said = repr(check(None, "02.easy", lambda *four: 1 / 0))
+    assert "could not be used (ZeroDivisionError: division by zero)" in said
