@@ -8,7 +8,7 @@ import json
 from grath_utils import __version__, course, engine, loop, scale
 from grath_utils.cli import arguments as arg
 from grath_utils.cli.settings import JSON
-from grath_utils.config import ModelConfig, load_config, profile_names
+from grath_utils.config import ModelConfig, load_config, profile_names, warn_of_long_warmup
 from grath_utils.engine import processes
 from grath_utils.errors import GrathError
 from grath_utils.files import cache_dir, data_dir, mirror_dir, write_text
@@ -52,6 +52,7 @@ def do_run(options: argparse.Namespace) -> None:
     folder = options.run_dir or course.default_run_dir(options.profile)
     if options.dry_run:
         loop.check_settings(config)
+        warn_of_long_warmup(config.dpo)
         _show_plan(loop.check_run_dir(folder, config))
         return
     engine.check_machine(config.model)

@@ -179,6 +179,8 @@ def open_run(path: str | Path, config: Config, facts: Mapping[str, Any] | None =
     if run.record.exists():
         _check_untouched(run)
         return run
+    if not run.main:  # an arm trains as its main run does
+        warn_of_long_warmup(config.dpo)
     made = {
         "schema_version": RUN_SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -216,7 +218,6 @@ def check_run_dir(path: str | Path, config: Config) -> Run:
     if any(path.name != ".lock" and path.suffix != PARTIAL for path in there):
         raise ConfigError(f"{run.path} is not empty and holds no run.json; choose another folder")
     check_place(run.record)
-    warn_of_long_warmup(config.dpo)
     return run
 
 

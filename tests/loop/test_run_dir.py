@@ -24,6 +24,7 @@ from grath_utils.files import atomic_path, fingerprint, read_json, write_json
 from grath_utils.loop.run_dir import (
     Run,
     check_not_of_a_run,
+    check_run_dir,
     load_run,
     lock_run,
     open_run,
@@ -44,8 +45,11 @@ def test_made_once_and_opened_again(tmp_path: Path) -> None:
 
 def test_a_warm_up_longer_than_the_training_is_said_when_a_run_begins(tmp_path: Path) -> None:
     config = load_config("smoke", "dpo.warmup_steps=4")
-    with pytest.warns(UserWarning, match=r"dpo.warmup_steps \(4\) is more than dpo.steps \(3\)"):
+    with pytest.warns(UserWarning) as said:
+        check_run_dir(tmp_path / "r", config)  # as a start does before any work
         open_run(tmp_path / "r", config)
+    (warning,) = said
+    assert "dpo.warmup_steps (4) is more than dpo.steps (3)" in str(warning.message)
     with warnings.catch_warnings(action="error"):
         open_run(tmp_path / "r", config)
         open_run(tmp_path / "as long", load_config("smoke", "dpo.warmup_steps=3"))
