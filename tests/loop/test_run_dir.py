@@ -45,7 +45,8 @@ def test_made_once_and_opened_again(tmp_path: Path) -> None:
 
 def test_a_warm_up_longer_than_the_training_is_said_when_a_run_begins(tmp_path: Path) -> None:
     config = load_config("smoke", "dpo.warmup_steps=4")
-    with pytest.warns(UserWarning) as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         check_run_dir(tmp_path / "r", config)  # as a start does before any work
         open_run(tmp_path / "r", config)
     (warning,) = said
