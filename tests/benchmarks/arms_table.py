@@ -6,8 +6,8 @@ such as ``notebooks/appendix/recipe_arms.jsonl``::
     python tests/benchmarks/arms_table.py SWEEP [SWEEP ...] --out FILE
 
 With ``--dose`` the folder is that of the grid ``dose``, and each number of steps an arm of its own:
-``recipe_dose.jsonl``. (That record is of one training for each arm, an adapter saved on the way
-at each dose, and not yet of a sweep, which trains each from the start.)
+``recipe_dose.jsonl``. (Of that record only the arm ``annotated`` is of such a sweep, which trains
+each dose from the start; the others are of one training, an adapter saved on the way.)
 
 Differences are paired by item within a seed. Their intervals are percentiles of a bootstrap that
 draws items and seeds; changes in nats are means over all answers that are true, or false.

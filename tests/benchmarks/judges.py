@@ -1,8 +1,8 @@
 """How well each judge tells the project's sealed answers apart, kind by kind.
 
 The record ``notebooks/appendix/recipe_sealed.jsonl`` is what ``--model small --every 2 --out FILE``
-writes. Beside the package's judges stand four that cost more, or have more to go by. They are on
-trial (not one is on record yet), and become a row of the package if they earn it:
+writes for the package's judges. Beside them stand four that cost more, or have more to go by. They
+are on trial (``recipe_sealed_trials.jsonl``), and become a row of the package if they earn it:
 
 - ``shown``: ``exam`` after eight solved questions (of those that are not tried), half of each kind;
 - ``agreed``: ``exam`` after the eight questions that the model itself was surest of, each with the

@@ -36,6 +36,7 @@ ARMS = read_jsonl(APPENDIX / "recipe_arms.jsonl")
 LABELS = read_jsonl(APPENDIX / "recipe_labels.jsonl")
 PROFILE = read_jsonl(APPENDIX / "recipe_profile.jsonl")
 SEALED = read_jsonl(APPENDIX / "recipe_sealed.jsonl")
+TRIALS = read_jsonl(APPENDIX / "recipe_sealed_trials.jsonl")
 
 NUMBER = r"[+-]?\d+(?:,\d{3})*(?:\.\d+)?"
 UNIT = r"%|percent|points?|nats?|s|seconds?|min|minutes?|h|hours?|times|[KMG]i?B|bits?"
@@ -245,13 +246,13 @@ def arc_table() -> str:
     return "\n".join(lines)
 
 
-def judges_table() -> str:
+def judges_table(sealed: list[dict]) -> str:
     """Return the table of how well judges tell sealed answers apart."""
     lines = [
         "| judge | prompts a pair | questions | right of all (%) | kept (%) | right of these (%) |",
         "|---|---|---|---|---|---|",
     ]
-    for r in SEALED:
+    for r in sealed:
         kind = {"plain": "facts", "misconception": "popular errors"}[r["kind"]]
         shares = (r["right"] / r["pairs"], r["kept"] / r["pairs"], r["kept_right"] / r["kept"])
         cells = " | ".join(f"{100 * share:.0f}" for share in shares)
@@ -266,12 +267,13 @@ def judges_table() -> str:
         ("RESULTS.md", arms_table(PROFILE)),
         ("RESULTS.md", arms_table(LABELS, TURNED)),
         ("RESULTS.md", arc_table()),
-        ("RESULTS.md", judges_table()),
+        ("RESULTS.md", judges_table(SEALED)),
+        ("RESULTS.md", judges_table(TRIALS)),
         ("RESULTS.md", result_table("cpu", "change after two rounds (points)")),
         ("RESULTS.md", result_table("cpu-long", "change (points)")),
         ("RESULTS.md", controls_table()),
     ],
-    ids=("arms", "profile", "labels", "arc", "judges", "cpu", "cpu-long", "controls"),
+    ids=("arms", "profile", "labels", "arc", "judges", "trials", "cpu", "cpu-long", "controls"),
 )
 def test_a_page_holds_the_table_as_it_is_computed(page: str, table: str) -> None:
     assert table in PAGES[page], f"{page}: put in\n{table}"
