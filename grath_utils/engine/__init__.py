@@ -7,7 +7,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "course_models": ["COURSE_MODELS", "check_machine"],
         "encoding": ["Request", "token_ids"],
-        "generation": "Completion Order Stop generate generate_together shared_beginning".split(),
+        "generation": [
+            "Completion",
+            "Order",
+            "Stop",
+            "generate",
+            "generate_together",
+            "shared_beginning",
+        ],
         "int8": ["int8_layers", "multiplied_by"],
         "machine": ["quiet_transformers"],
         "models": ["Policy", "load_base", "pinned", "resolve"],

@@ -86,13 +86,15 @@ class Server:
         if order.stop and order.stop.strings:
             settings["stop"] = list(order.stop.strings)
 
-        def one(prompt: str, key: str) -> tuple[str, str]:
+        def one(named: tuple[str, str]) -> tuple[str, str]:
+            prompt, key = named
             own = int(fingerprint([order.seed, key])[:7], 16)
             return _cut(*self._complete(prompt, {**settings, "seed": own}), order.stop)
 
         names = order.keys or map(str, range(len(prompts)))
+        asked = zip(prompts, names, strict=True)
         with ThreadPoolExecutor(self.in_flight) as pool:
-            written = list(pool.map(one, prompts, names))  # after an error, no more are sent
+            written = list(pool.map(one, asked))  # after an error, no more are sent
         ids = encode_apart(tokenizer, [text for text, _ in written])
         return [Completion(text, own, why) for (text, why), own in zip(written, ids, strict=True)]
 

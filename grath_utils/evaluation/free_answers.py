@@ -51,11 +51,9 @@ def evaluate_answers(
     journal = Journal.beside(out if processes.is_main() else None, identity)
     starts = range(0, len(prompts), QUESTIONS_AT_ONCE)
     parts = [prompts[start : start + QUESTIONS_AT_ONCE] for start in starts]
+    sizes, stops = list(map(len, parts)), protocol.stop
     form = {"answer": str, "tokens": int, "finished": bool}
-    done, stops = (
-        processes.on_main(lambda: journal.read(list(map(len, parts)), form)),
-        protocol.stop,
-    )
+    done = processes.on_main(lambda: journal.read(sizes, form))
 
     def write(number: int) -> list[dict[str, Any]]:
         completions = generate(

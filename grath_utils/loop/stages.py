@@ -83,13 +83,14 @@ def _start_run(path: str | Path, config: Config) -> Run:
     if part := part_to_quantize(model):
         facts["quantized"] = asdict(part)
     run = open_run(path, config, facts)
+    recorded = run.info()
     for section, key, what in (
         ("model", "weights", "the base model's weights have"),
         ("questions", "fingerprint", "the questions have"),
         ("resolved", "dtype", "the compute type (model.dtype=auto) has"),
         ("prompt", "fingerprint", "the file of pairs.prompt_file has"),
     ):
-        then, now = (made.get(section, {}).get(key) for made in (run.info(), facts))
+        then, now = (made.get(section, {}).get(key) for made in (recorded, facts))
         if then != now:
             raise ConfigError(
                 f"{what} changed since {run.path} was made ({then} then, {now} now); "
